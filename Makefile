@@ -1,0 +1,44 @@
+# One command each: `make run` shows a model diagnosed and trained, `make test` shows that the project is sound.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: install run test lint types layers fuzz bench docs clean
+
+install: $(VENV)/installed
+
+# torch comes first and by its exact version, so that a file of it at hand is used
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: install
+	$(BIN)/d2l train configs/tiny_gpt_oss.yaml
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
+
+fuzz: install
+	$(BIN)/pytest -m slow tests/test_fuzz.py
+
+docs: install
+	$(BIN)/python -m checks.docs > CHECKS.md
+
+bench: install
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/tokenizing.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,152 @@
+"""d2l's own implementation, as the checks reach it: each method calls the function that a run calls."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from checks.subject import Subject
+from d2l import prepare
+from d2l.adapter import export_adapter
+from d2l.base.files import save_mxfp4
+from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
+from d2l.config import RunConfig
+from d2l.data.cache import cached_rows
+from d2l.data.chat import ChatFormat
+from d2l.data.packing import PackedBatch
+from d2l.data.records import Record
+from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
+from d2l.errors import ModelError
+from d2l.hypernet.lora import Lora
+from d2l.hypernet.model import DocToLora
+from d2l.hypernet.targets import find_targets
+from d2l.reference_import import import_reference
+from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from d2l.train.loop import OneProcess, Trainer, batch_loss
+from d2l.train.losses import Normalizer
+
+
+class Production:
+    """See `checks.subject.Implementation`.
+
+    Args:
+        on_tokenize: told how many records are tokenized, and of how many.
+    """
+
+    def __init__(self, on_tokenize: OnProgress = lambda done, total: None) -> None:
+        self._on_tokenize = on_tokenize
+
+    def plan(self, config: RunConfig, base_config: PreTrainedConfig) -> LoadPlan:
+        return plan_load(config, base_config)
+
+    def build_base(self, base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> PreTrainedModel:
+        return random_base(base_config, plan, seed)
+
+    def save_base(self, base: PreTrainedModel, folder: Path) -> None:
+        save_mxfp4(base, folder)
+
+    def load_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
+        return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
+
+    def build(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
+        return DocToLora(base, config)
+
+    def targets(self, base: PreTrainedModel, names: Sequence[str]) -> Mapping[str, Sequence[nn.Linear]]:
+        return find_targets(base, names)
+
+    def chat(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        return prepare.run_chat(config, tokenizer)
+
+    def rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> Tokenized:
+        return prepare.run_rows(config, chat, records, self._on_tokenize)
+
+    def cached_rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record], folder: Path) -> Tokenized:
+        return cached_rows(records, chat, Limits.of(config), config.seed, folder)
+
+    def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
+        return prepare.epoch_batches(config, rows, epoch=0)
+
+    def loss(self, model: DocToLora, batches: Sequence[PackedBatch], config: RunConfig) -> tuple[Tensor, Tensor]:
+        normalizer = Normalizer.of(batches, config.lora_r)
+        losses = [batch_loss(model, batch, normalizer, config) for batch in batches]
+        task = torch.stack([loss.task for loss in losses]).sum()
+        return task, config.gen_lora_l1_reg_coef * torch.stack([loss.l1 for loss in losses]).sum()
+
+    def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Trainer:
+        return Trainer(model, rows, config, OneProcess(model.base.device))
+
+    def save(self, checkpoint: Checkpoint, folder: Path) -> None:
+        save_checkpoint(folder, checkpoint)
+
+    def load(self, folder: Path) -> Checkpoint:
+        return load_checkpoint(folder)
+
+    def export(self, lora: Lora, base: PreTrainedModel, folder: Path) -> None:
+        export_adapter(lora, base, folder, base.config.name_or_path or "")
+
+    def import_reference(self, file: Path, folder: Path) -> None:
+        import_reference(file, folder)
+
+    def free_memory(self) -> int | None:
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+    def free_disk(self, config: RunConfig) -> int:
+        folder = Path(config.output_dir).absolute()
+        return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread meanwhile: a twin's operations are too small to share, and waiting threads cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = lambda done, total: None) -> Subject:
+    """The run that a configuration describes, with whatever of its inputs can be had here.
+
+    Args:
+        on_tokenize: called while the data is tokenized, with the records that are done and all of them.
+
+    Raises:
+        ModelError: there is no such base model.
+        DataError: data is named and cannot be used.
+    """
+    tokenizer, tokenizer_absent = None, ""
+    try:
+        tokenizer = prepare.run_tokenizer(config)
+    except ModelError as error:
+        if config.tokenizer_name_or_path is not None:
+            raise
+        tokenizer_absent = f"no tokenizer: {str(error).splitlines()[0]}; pass --tokenizer FOLDER"
+    records, records_absent = None, "no data: pass --data FILE, or set train_ds_names"
+    if config.train_ds_names:
+        records = prepare.run_records(config)
+    base_config = prepare.run_base_config(config, tokenizer)
+    chat = None
+    if tokenizer is not None:
+        try:
+            chat = prepare.run_chat(config, tokenizer)
+        except ModelError:
+            chat = None  # LBL101 reports it
+    versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+    return Subject(
+        name=name or config.model_name_or_path,
+        config=config,
+        base_config=base_config,
+        implementation=Production(on_tokenize),
+        tokenizer=tokenizer,
+        tokenizer_absent=tokenizer_absent,
+        records=records,
+        records_absent=records_absent,
+        fingerprint=prepare.run_fingerprint(config, base_config, chat, records, versions).total,
+    )

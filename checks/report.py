@@ -1,0 +1,265 @@
+"""A report as a coloured table on a terminal, as plain lines elsewhere, in the same words; or as JSON."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from checks.result import FailLevel, Kind, Outcome, Report
+from checks.selftest import Selftest
+
+STYLES = {
+    "pass": "green",
+    "warn": "yellow",
+    "fail": "bold red",
+    "skip": "dim",
+    "blocked": "dim",
+    "crash": "bold magenta",
+    "caught": "green",
+    "missed": "bold red",
+    "not_applied": "bold yellow",
+}
+QUIET = {"pass", "skip", "blocked", "caught"}  # written small; everything else is in capitals
+WIDE = 100  # columns from which the table has room for the seconds
+MOST_LINES = 6  # of one piece of evidence; JSON has all of it
+LONGEST = 400  # characters of one line of evidence
+TRACEBACK_LINES = 4  # the innermost frame and the error
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a table: what became of one check or one planted fault."""
+
+    section: str
+    kind: str
+    code: str
+    name: str
+    message: str
+    seconds: float
+
+    @property
+    def word(self) -> str:
+        word = self.kind.replace("_", " ")
+        return word if self.kind in QUIET else word.upper()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What follows the table: a heading and labelled rows; a row's text may have several lines."""
+
+    heading: str
+    style: str
+    rows: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Page:
+    title: str
+    lines: Sequence[_Line]
+    blocks: Sequence[_Block]
+    summary: str
+    good: bool
+
+
+def print_report(report: Report | Selftest, console: Console, fail_level: FailLevel = "error") -> None:
+    """Print the report on the console: coloured on a terminal, else as `plain_text`."""
+    page = _page(report, fail_level)
+    if console.is_terminal and not console.is_dumb_terminal:
+        console.print(_coloured(page, console.width))
+    else:
+        console.out(_plain(page), end="", highlight=False)
+
+
+def plain_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
+    """The report without colour, boxes or line breaks inside a check's line, for files and logs."""
+    return _plain(_page(report, fail_level))
+
+
+def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
+    """The report as a JSON document."""
+    return json.dumps(report.to_json(fail_level), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _page(report: Report | Selftest, fail_level: FailLevel) -> _Page:
+    return _page_of_selftest(report) if isinstance(report, Selftest) else _page_of_report(report, fail_level)
+
+
+def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
+    findings = [outcome for outcome in report.outcomes if outcome.outcome in ("warn", "fail", "crash")]
+    blocks = [
+        _Block(
+            f"{outcome.code} {outcome.name}: {_clean(outcome.message)}",
+            STYLES[outcome.outcome],
+            _details(outcome, report),
+        )
+        for outcome in findings
+    ]
+    not_run = [outcome for outcome in report.outcomes if outcome.outcome in ("skip", "blocked")]
+    if not_run:
+        codes: dict[str, list[str]] = {}
+        for outcome in not_run:
+            codes.setdefault(_clean(outcome.message), []).append(outcome.code)
+        rows = [("", f"{reason}: {', '.join(who)}") for reason, who in codes.items()]
+        blocks.append(_Block("Not checked", "bold", rows))
+    if report.unused_ignores:
+        rows = [("", f"--ignore {code} is not needed: the check passes") for code in report.unused_ignores]
+        blocks.append(_Block("Unused ignores", "yellow", rows))
+    code = report.exit_code(fail_level)
+    return _Page(
+        title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
+        lines=[
+            _Line(each.stage, each.outcome, each.code, each.name, _clean(each.message), each.seconds)
+            for each in report.outcomes
+        ],
+        blocks=blocks,
+        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(code, fail_level)} (exit code {code})",
+        good=code == 0,
+    )
+
+
+def _page_of_selftest(selftest: Selftest) -> _Page:
+    lost = [trial for trial in selftest.trials if trial.result != "caught"]
+    blocks = [
+        _Block(
+            f"{trial.code} {trial.fault}: {trial.result.replace('_', ' ')}",
+            STYLES[trial.result],
+            [("", _clean(trial.detail))],
+        )
+        for trial in lost
+    ]
+    if selftest.left_out:
+        rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not asked for (--stage)")]
+        blocks.append(_Block("Not tested", "bold", rows))
+    count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
+    return _Page(
+        title=f"d2l {selftest.version} selftest on {selftest.config}, fingerprint {selftest.fingerprint[:12]}",
+        lines=[
+            _Line("planted faults", each.result, each.code, each.fault, _clean(each.detail), each.seconds)
+            for each in selftest.trials
+        ],
+        blocks=blocks,
+        summary=f"{count} in {selftest.seconds:.1f} s (exit code {selftest.exit_code()})",
+        good=selftest.exit_code() == 0,
+    )
+
+
+def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
+    """The labelled rows below a finding's heading."""
+    evidence = dict(outcome.evidence)
+    rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
+    frames = str(evidence.pop("traceback", "")).rstrip().splitlines()
+    if frames:
+        rows.append(("traceback", "\n".join(line.strip() for line in frames[-TRACEBACK_LINES:])))
+    rows += [("expected", outcome.expected), ("actual", outcome.actual), ("evidence", _listed(evidence))]
+    advice = f"d2l explain {outcome.code}"
+    rows.append(("fix", f"{outcome.remedy}\n({advice})" if outcome.remedy else advice))
+    return [(label, _clean(text)) for label, text in rows if text]
+
+
+def _listed(evidence: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key}: {_shown(value)}" for key, value in evidence.items())
+
+
+def _shown(value: Any) -> str:
+    """One piece of evidence, short enough for a screen."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    lines = [
+        line if len(line) <= LONGEST else f"{line[:LONGEST]}… (whole in the JSON report)" for line in text.splitlines()
+    ]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"… ({len(lines) - MOST_LINES} more lines in the JSON report)"]
+    return "\n  ".join(lines)
+
+
+def _clean(text: str) -> str:
+    """Evidence can quote a data set: control characters are shown, not sent to the terminal."""
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _counts(report: Report) -> str:
+    words: dict[Kind, str] = {
+        "pass": "passed",
+        "warn": "warned",
+        "fail": "failed",
+        "crash": "crashed",
+        "blocked": "blocked",
+        "skip": "skipped",
+    }
+    return ", ".join(f"{report.count(kind)} {word}" for kind, word in words.items() if report.count(kind))
+
+
+def _verdict(code: int, fail_level: FailLevel) -> str:
+    return {
+        0: "nothing found",
+        1: f"findings at or above fail level {fail_level}",
+        3: "a check crashed",
+        4: "a check that was asked for did not run",
+    }[code]
+
+
+def _plain(page: _Page) -> str:
+    width = max((len(line.name) for line in page.lines), default=0)
+    words = max((len(line.word) for line in page.lines), default=0)
+    text = [page.title, ""]
+    for line in page.lines:
+        text.append(f"{line.code} {line.name:<{width}}  {line.word:<{words}}  {' '.join(line.message.split())}")
+    for block in page.blocks:
+        text += ["", block.heading]
+        margin = max(len(label) for label, _ in block.rows)
+        for label, value in block.rows:
+            first, *rest = value.splitlines() or [""]
+            text.append(f"  {label:<{margin}}  {first}" if margin else f"  {first}")
+            text += [" " * (margin + 4 if margin else 4) + line for line in rest]
+    return "\n".join([*text, "", page.summary, ""])
+
+
+def _coloured(page: _Page, width: int) -> RenderableType:
+    parts: list[RenderableType] = [Text(page.title, style="bold")]
+    names = max((len(line.name) for line in page.lines), default=0)
+    words = max((len(line.word) for line in page.lines), default=0)
+    for section, lines in groupby(page.lines, key=lambda line: line.section):
+        parts += [Text(f"\n{section}", style="bold"), _table(lines, words, names, wide=width >= WIDE)]
+    for block in page.blocks:
+        parts += [Text(f"\n{block.heading}", style=block.style), Padding(_rows(block), (0, 0, 0, 2))]
+    return Group(*parts, Text(f"\n{page.summary}", style="bold green" if page.good else "bold red"))
+
+
+def _table(lines: Iterable[_Line], words: int, names: int, *, wide: bool) -> Table:
+    """One line for each check, cut at the edge: what was found stands whole below the table."""
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(width=words + 2, no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(width=names, no_wrap=True, overflow="ellipsis")
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    if wide:
+        table.add_column(width=7, justify="right", no_wrap=True, style="dim")
+    for line in lines:
+        dim = "dim" if line.kind in ("skip", "blocked") else ""
+        cells = [
+            Text(f"  {line.word}", style=STYLES[line.kind]),
+            Text(line.code, style=dim),
+            Text(line.name, style=dim),
+            Text(" ".join(line.message.split()), style=dim),
+        ]
+        table.add_row(*cells, *([Text(f"{line.seconds:.1f} s" if line.seconds >= 0.05 else "")] if wide else []))
+    return table
+
+
+def _rows(block: _Block) -> Table:
+    labelled = any(label for label, _ in block.rows)
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    if labelled:
+        rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for label, value in block.rows:
+        rows.add_row(*([Text(label)] if labelled else []), Text(value))
+    return rows

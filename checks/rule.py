@@ -1,0 +1,73 @@
+"""One rule: what is checked, when, why, and the faults that prove that the check can see."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from checks.result import Result, Severity, Stage, UsageError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A defect that can be planted. `plant` gives a new subject that has it, and leaves the one it was given alone.
+
+    `plant` raises `NotApplicable` where the subject has nothing that could be spoilt in this way.
+    """
+
+    name: str
+    description: str
+    plant: "Callable[[Subject], Subject]"
+
+    @property
+    def replaces(self) -> frozenset[str]:
+        """The implementation's methods that are all this fault changes; empty where it may change anything."""
+        return getattr(self.plant, "replaces", frozenset())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One check. Its documentation is the docstring of the module that defines `run`.
+
+    Args:
+        code: stable and never used twice, such as `ATT201`.
+        name: kebab-case, describes the fault and not the fix, such as `packed-documents-leak`.
+        source: the documented fix or failure mode that the rule comes from.
+        requires: codes of earlier rules without which this one measures nothing; if one of them fails, this one is
+            blocked instead of reporting the same cause twice.
+    """
+
+    code: str
+    name: str
+    stage: Stage
+    severity: Severity
+    source: str
+    run: "Callable[[Subject], Result]"
+    requires: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def documentation(self) -> str:
+        """The docstring of the rule's file."""
+        return sys.modules[self.run.__module__].__doc__ or ""
+
+
+def find_rule(rules: Sequence[Rule], code_or_name: str) -> Rule:
+    """The rule of that code or name, in any case.
+
+    Raises:
+        UsageError: there is none; the nearest ones are named.
+    """
+    wanted = code_or_name.strip().lower()
+    known = {key.lower(): rule for rule in rules for key in (rule.code, rule.name)}
+    if wanted in known:
+        return known[wanted]
+    similar = [*difflib.get_close_matches(wanted, known, n=3), *(key for key in known if wanted and wanted in key)]
+    near = [known[key] for key in similar][:3]
+    hint = " or ".join(f"{rule.code} {rule.name}" for rule in dict.fromkeys(near))
+    advice = f"did you mean {hint}?" if hint else "`d2l checks` lists them all"
+    raise UsageError(f"there is no check {code_or_name!r}: {advice}")

@@ -1,0 +1,89 @@
+"""One batch of four contexts and four batches of one give the same gradient.
+
+What it does
+------------
+Takes the gradient of a step's whole loss on the tiny twin, with rows of unequal length and documents of unequal numbers
+of chunks: packed into one row, and as micro-batches of one row each.
+
+Why it matters
+--------------
+A loss that every micro-batch divides by its own number of tokens weighs short rows more, and the size of the gradient
+depends on `gradient_accumulation_steps`: settings found with one value are wrong with another.
+
+How it is detected
+------------------
+The two gradients must agree to 1e-4 of the largest entry.
+
+How to fix
+----------
+Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks.
+
+Source
+------
+failure mode 11; transformers#34191.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from checks.faults import override
+from checks.measure import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import changed
+from d2l.data.packing import collate
+
+if TYPE_CHECKING:
+    from checks.subject import Implementation, Subject
+
+
+def run(subject: "Subject") -> Result:
+    """Gradient of the whole step, packed and accumulated."""
+    rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
+    if subject.config.use_kl_loss:
+        rows = [_with_teacher(row) for row in rows]
+    config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
+    model = subject.twin()
+    whole, accumulated = (
+        gradients(model, sum(subject.implementation.loss(model, batches, config)))  # type: ignore[arg-type]
+        for batches in ([collate(rows)], alone(rows))
+    )
+    error = difference(flat(accumulated), flat(whole))
+    evidence = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
+    if error > TOLERANCE:
+        return Fail(
+            "gradients depend on how a step is cut into micro-batches",
+            f"entries within {TOLERANCE:g} of the largest",
+            f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in {len(rows)})",
+            "divide losses by counts of the whole optimizer step, not of one micro-batch",
+            evidence,
+        )
+    return Pass(f"1 × {len(rows)} and {len(rows)} × 1 agree to {error:.1g} of the largest entry", evidence)
+
+
+def _with_teacher(row: Any) -> Any:
+    """The row with a teacher that is sure of two tokens per label."""
+    queries = []
+    for query in row.queries:
+        labels = [label for label in query.labels if label != -100]
+        values, indices = tuple((-0.7, -1.2) for _ in labels), tuple((label, (label + 1) % 64) for label in labels)
+        queries.append(replace(query, logprobs_vals=values, logprobs_indices=indices))
+    return replace(row, queries=tuple(queries))
+
+
+def _mean_of_means(healthy: "Implementation", model: Any, batches: Any, config: Any) -> Any:
+    """Every micro-batch divides by its own counts; the step takes their mean."""
+    losses = [healthy.loss(model, [batch], config) for batch in batches]
+    return tuple(sum(terms) / len(losses) for terms in zip(*losses, strict=True))
+
+
+RULE = Rule(
+    code="GRD203",
+    name="accumulation-changes-gradients",
+    stage="twin",
+    severity="error",
+    source="failure mode 11; transformers#34191",
+    requires=("ATT201",),
+    run=run,
+    faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),
+)

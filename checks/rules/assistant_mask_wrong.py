@@ -1,0 +1,146 @@
+"""The chat template supervises what the assistant writes, all of it and nothing else.
+
+What it does
+------------
+Renders conversations (one turn, several turns, reasoning, text beyond ASCII) with the run's tokenizer and template,
+decodes the supervised tokens, and compares them turn by turn with what the messages say.
+
+Why it matters
+--------------
+The template that GPT-OSS ships has no `{% generation %}` tags: the mask is zero, every label is -100, and the loss is
+NaN or a quiet 0.0 with `grad_norm: 0`, while `gen_lora_l1_norm` looks healthy. Tags in a Jinja comment satisfy a search
+for the word. Tags inside a macro shift the mask. A mask that stops before the stop token gives a model that never stops.
+
+How it is detected
+------------------
+Per turn, the decoded text must be the message and its end token, by a rule that does not look at the template.
+
+How to fix
+----------
+Use the shipped template (leave `chat_template` unset), or put `{% generation %}` around what the assistant writes, end
+token included, outside of macros. Token caches made with the old template are void.
+
+Source
+------
+nine_fixes.md, Fix 8; failure modes F8, 3, 7, 9 and 37.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from checks.faults import Override, override
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.data.supervision import supervision_faults
+from d2l.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}),
+    (
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "And three?"},
+        {"role": "assistant", "content": "The number after it: 3."},
+    ),
+    ({"role": "user", "content": "Größe? 大きさ"}, {"role": "assistant", "content": "Straße 42 — 四十二 🙂"}),
+)
+REMEDY = "leave chat_template unset to use the shipped one, or put generation tags around what the assistant writes"
+
+
+def run(subject: "Subject") -> Result:
+    """Faults of the supervised text of every conversation."""
+    if subject.tokenizer is None:
+        return Skip(subject.tokenizer_absent)
+    expected = "the text and end token of every assistant message, and nothing else"
+    try:
+        chat = subject.chat
+        faults = [fault for messages in CONVERSATIONS for fault in supervision_faults(chat, messages)]
+        supervised = sum(sum(chat.encode(messages).supervised) for messages in CONVERSATIONS)
+    except (ModelError, DataError) as error:
+        return Fail("the chat template cannot be used", expected, str(error), REMEDY)
+    evidence = {
+        "convention": chat.supervision,
+        "supervised_tokens": supervised,
+        "faults": faults,
+        "date": chat.current_date,
+    }
+    if supervised == 0:
+        return Fail(
+            "no token is supervised: the loss would be nan or 0.0", expected, "0 supervised tokens", REMEDY, evidence
+        )
+    if faults:
+        return Fail("the wrong tokens are supervised", expected, faults[0], REMEDY, evidence)
+    return Pass(
+        f"{supervised} tokens of {len(CONVERSATIONS)} conversations, as expected per turn ({chat.supervision})",
+        evidence,
+    )
+
+
+def _with_template(change: Callable[[str], str]) -> Override:
+    """The run's template, changed."""
+
+    def chat(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
+        made = healthy.chat(config, tokenizer)
+        return replace(made, template=change(made.template))
+
+    def unless(subject: "Subject") -> str:
+        if subject.tokenizer is None:
+            return subject.tokenizer_absent
+        changed = change(subject.chat.template) != subject.chat.template
+        return "" if changed else "the template has no generation tags to spoil"
+
+    return override(chat=chat, unless=unless)
+
+
+def _tagless(template: str) -> str:
+    """Without generation tags, as the official template."""
+    for tag in ("generation", "endgeneration"):
+        for opening in ("{%-", "{%"):
+            for closing in ("-%}", "%}"):
+                template = template.replace(f"{opening} {tag} {closing}", "")
+    return template
+
+
+def _in_comment(template: str) -> str:
+    """The tags only stand in a comment."""
+    bare = _tagless(template)
+    return template if bare == template else "{# {% generation %}{% endgeneration %} #}" + bare
+
+
+def _shifted_mask(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
+    """The mask is moved by one token, as by tags inside a macro."""
+    made = healthy.chat(config, tokenizer)
+    encode = type(made).encode
+
+    class Shifted(type(made)):  # type: ignore[misc]
+        def encode(self, messages: Any, **options: Any) -> Any:
+            encoded = encode(self, messages, **options)
+            return replace(encoded, supervised=[False, *encoded.supervised[:-1]])
+
+    return Shifted(**{name: getattr(made, name) for name in made.__dataclass_fields__})
+
+
+RULE = Rule(
+    code="LBL101",
+    name="assistant-mask-wrong",
+    stage="static",
+    severity="error",
+    source="nine_fixes Fix 8; failure modes F8, 3, 7, 9, 37",
+    run=run,
+    faults=(
+        Fault(
+            "no-generation-tags", "a template without generation tags, as the official one", _with_template(_tagless)
+        ),
+        Fault("tags-in-comment", "the tags only stand in a Jinja comment", _with_template(_in_comment)),
+        Fault(
+            "mask-shifted",
+            "every mark is one token late",
+            override(chat=_shifted_mask, unless=lambda subject: subject.tokenizer_absent),
+        ),
+    ),
+)

@@ -1,0 +1,101 @@
+"""A target Linear's own forward is honoured under the LoRA.
+
+What it does
+------------
+Gives every target Linear of the tiny twin a `forward` of its own (twice the plain result), binds a LoRA, and compares
+with a twin of plain Linears whose weights are twice as large.
+
+Why it matters
+--------------
+Quantized Linears (bitsandbytes, MXFP4 and the like) override `forward` to dequantize. A LoRA that is injected by calling
+`torch.nn.Linear.forward(self, x)` bypasses that, multiplies with packed or stale weights, and trains against a base that
+is not the one that will serve. For a plain Linear the two are equal, so nothing shows until the base is quantized.
+
+How it is detected
+------------------
+Logits under the LoRA must agree to 1e-4 of the largest value.
+
+How to fix
+----------
+Add the LoRA's delta to what the module itself returns (a forward hook, or `self.base_layer(x)` in PEFT).
+
+Source
+------
+nine_fixes.md, Fix 4; failure mode F4.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.faults import override
+from checks.measure import TOLERANCE, difference, probe_batch
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation, Model
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+class _DoublingLinear(nn.Linear):
+    """Stands for a quantized Linear: what it computes is not what its weights say."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * super().forward(inputs)
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Overridden forwards against doubled weights."""
+    batch = probe_batch(subject)
+    plain = subject.twin()
+    lora = plain.lora(batch)
+    names = subject.config.target_modules
+    for linear in _linears(subject, plain, names):
+        linear.weight.mul_(2)
+        if linear.bias is not None:
+            linear.bias.mul_(2)
+    overriding = subject.twin()
+    for linear in _linears(subject, overriding, names):
+        linear.__class__ = _DoublingLinear
+    error = difference(overriding.logits(batch, lora), plain.logits(batch, lora))
+    if error > TOLERANCE:
+        return Fail(
+            "the LoRA bypasses the forward of the layer that it adapts",
+            f"an overridden forward counts: a difference of at most {TOLERANCE:g} of the largest value",
+            f"{error:.2g}",
+            "add the LoRA to what the module itself returns, through a forward hook or self.base_layer(x)",
+            {"difference": error},
+        )
+    return Pass(f"an overridden forward is honoured (difference {error:.1g})", {"difference": error})
+
+
+def _linears(subject: "Subject", model: Model, names: tuple[str, ...]) -> list[nn.Linear]:
+    targets = subject.implementation.targets(model.base, names)
+    return [linear for name in names for linear in targets[name]]
+
+
+def _bypass(healthy: Implementation, base: Any, config: Any) -> Model:
+    """Every target computes torch's Linear, whatever class it has."""
+    model = healthy.build(base, config)
+    for linears in healthy.targets(model.base, config.target_modules).values():
+        for linear in linears:
+            linear.forward = partial(nn.Linear.forward, linear)  # type: ignore[method-assign]
+    return model
+
+
+RULE = Rule(
+    code="LOR201",
+    name="base-forward-bypassed",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 4; failure mode F4",
+    requires=("HYP201",),
+    run=run,
+    faults=(
+        Fault("linear-forward", "nn.Linear.forward(self, x) is called instead of the module", override(build=_bypass)),
+    ),
+)

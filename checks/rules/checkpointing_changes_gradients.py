@@ -1,0 +1,153 @@
+"""Gradients of the task loss are the same with gradient checkpointing and without.
+
+What it does
+------------
+Takes the gradient of the task loss alone, without the L1 term, on the tiny twin: two packed rows with LoRAs of their
+own, two forwards, then one backward; with the run's checkpointing switched on, and without it.
+
+Why it matters
+--------------
+Recomputation runs the base's layers a second time, in the backward pass, with whatever LoRA is bound then: another
+document's, or none. With `use_reentrant: true`, or a dict of arguments without the key, torch's old implementation sees
+that no input of a frozen layer needs a gradient, and the task loss gives none: no error, `grad_norm` stays above zero
+through the L1 term, and nothing is learned.
+
+How it is detected
+------------------
+The two gradients must agree to 1e-4 of the largest entry, and must not be zero.
+
+How to fix
+----------
+`gradient_checkpointing_kwargs: {use_reentrant: false}`, and re-enter in the recomputation the binding that was active in
+the forward pass (`context_fn=checkpoint_contexts`).
+
+Source
+------
+nine_fixes.md, Fix 7; failure modes F7, 12; peft#2826.
+"""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import configure, override
+from checks.measure import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import Implementation, Model
+from d2l.hypernet.model import checkpoint_layers
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass context_fn=checkpoint_contexts"
+
+
+def run(subject: "Subject") -> Result:
+    """Task gradients of one joint backward, checkpointing off and on."""
+    if not subject.config.gradient_checkpointing:
+        return Skip("gradient_checkpointing is off in the configuration")
+    expected = _task_gradients(subject, checkpointing=False)
+    try:
+        with warnings.catch_warnings():  # what libraries warn of is measured here
+            warnings.simplefilter("ignore")
+            actual = _task_gradients(subject, checkpointing=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return Fail(
+            "the backward pass fails with gradient checkpointing on",
+            "the gradients of the run without it",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            REMEDY,
+        )
+    error_of_largest = difference(flat(actual), flat(expected))
+    evidence = {
+        "relative_error": error_of_largest,
+        "norm_off": norm(expected),
+        "norm_on": norm(actual),
+        "kwargs": dict(subject.config.gradient_checkpointing_kwargs),
+    }
+    if not error_of_largest <= TOLERANCE or norm(expected) == 0:
+        what = "do not arrive" if norm(actual) == 0 else "are others"
+        return Fail(
+            f"gradients of the task loss {what} with gradient checkpointing on",
+            f"norm {norm(expected):.4g}, entries within {TOLERANCE:g} of the largest",
+            f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
+            REMEDY,
+            evidence,
+        )
+    return Pass(f"task gradients agree to {error_of_largest:.1g} of the largest (norm {norm(expected):.3g})", evidence)
+
+
+def _task_gradients(subject: "Subject", *, checkpointing: bool) -> dict[str, torch.Tensor]:
+    model: Any = subject.twin()
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(subject.config.gradient_checkpointing_kwargs)
+    batches = alone(probe_rows(subject, questions=(12, 12, 12)))[:2]  # of one shape: a mix-up is not noticed by torch
+    task, _ = subject.implementation.loss(model, batches, subject.twin_config)
+    return gradients(model, task)
+
+
+def _unbound_recompute(healthy: Implementation, base: Any, config: Any) -> Model:
+    """Checkpointing is handed to the base as it is: recomputation runs with no LoRA bound."""
+    model: Any = healthy.build(base, config)
+    model.gradient_checkpointing_enable = lambda kwargs: checkpoint_layers(model.base, kwargs)
+    return model
+
+
+def _latest_binding(healthy: Implementation, base: Any, config: Any) -> Model:
+    """The LoRA is kept as state of the patched layers: recomputation sees the one of the latest forward."""
+    model: Any = healthy.build(base, config)
+    logits = model.logits
+    current: dict[str, Any] = {"lora": None}
+
+    def hook_for(name: str, layer: int) -> Any:
+        def add(module: Any, inputs: Any, output: Any) -> Any:
+            if current["lora"] is None:
+                return None
+            a = current["lora"].A[name][current["owner"], layer]  # [T, R, d_in]
+            b = current["lora"].B[name][current["owner"], layer]  # [T, R, d_out]
+            ranks = torch.einsum("bti,tri->btr", inputs[0], a)
+            return output + current["lora"].scale * torch.einsum("btr,tro->bto", ranks, b)
+
+        return add
+
+    for name, linears in healthy.targets(model.base, config.target_modules).items():
+        for layer, linear in enumerate(linears):
+            linear.register_forward_hook(hook_for(name, layer))
+
+    def patched(batch: Any, lora: Any, positions: Any = None) -> Any:
+        current["lora"] = lora
+        lengths = torch.tensor(batch.context_lengths)
+        current["owner"] = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return logits(batch, None, positions)
+
+    def unpatched(batch: Any) -> Any:
+        current["lora"] = None
+        return generate(batch)
+
+    generate = model.lora
+    model.logits, model.lora = patched, unpatched
+    model.gradient_checkpointing_enable = lambda kwargs: checkpoint_layers(model.base, kwargs)
+    return model
+
+
+RULE = Rule(
+    code="GRD201",
+    name="checkpointing-changes-gradients",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 7; failure modes F7, 12; peft#2826",
+    requires=("LOR202",),
+    run=run,
+    faults=(
+        Fault(
+            "reentrant",
+            "torch's reentrant checkpointing: a frozen layer's output carries no gradient",
+            configure(gradient_checkpointing_kwargs={"use_reentrant": True}, gen_lora_l1_reg_coef=0.1),
+        ),
+        Fault("unbound-recompute", "recomputation runs with no LoRA bound", override(build=_unbound_recompute)),
+        Fault("latest-binding", "recomputation uses the LoRA of the latest forward", override(build=_latest_binding)),
+    ),
+)

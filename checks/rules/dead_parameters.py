@@ -1,0 +1,72 @@
+"""Every parameter of the hypernetwork gets a gradient from the task loss.
+
+What it does
+------------
+Takes the gradient of the task loss alone on the tiny twin and lists the parameters where none arrives. Parameters that
+start at zero (the scalers of B) are given random values first: at the published initialisation only they and the bias of
+B have a gradient in the first step.
+
+Why it matters
+--------------
+A detached tensor, or a module that is built and not used, leaves part of the hypernetwork as it was initialised. With an
+L1 term `grad_norm` stays above zero, and `find_unused_parameters=True` hides the fault for good.
+
+How it is detected
+------------------
+The norm of each parameter's gradient must be above zero.
+
+How to fix
+----------
+Follow the named parameters to the forward pass; look for `.detach()`, `.data`, `no_grad` and unused modules.
+
+Source
+------
+failure modes 13 and 31; gpt_oss_in_transformers, section 5.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from checks.faults import override
+from checks.measure import gradients, norm, probe_batch
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation, Model
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+def run(subject: "Subject") -> Result:
+    """The parameters without a gradient."""
+    model = subject.twin()
+    task, _ = subject.implementation.loss(model, [probe_batch(subject)], subject.twin_config)
+    found = gradients(model, task)
+    dead = [name for name, value in found.items() if not value.any()]
+    if dead:
+        return Fail(
+            "part of the hypernetwork gets no gradient from the task loss",
+            f"a gradient for each of {len(found)} parameters",
+            f"none for {len(dead)}, {dead[0]} among them",
+            "look for a detached tensor or an unused module on the way from these parameters to the loss",
+            {"dead": dead},
+        )
+    return Pass(f"all {len(found)} parameters get a gradient (norm {norm(found):.3g})", {"parameters": len(found)})
+
+
+def _detached_aggregator(healthy: Implementation, base: Any, config: Any) -> Model:
+    """The aggregator's output is cut off from the graph."""
+    model: Any = healthy.build(base, config)
+    model.hypernet.aggregator.register_forward_hook(lambda module, inputs, latents: latents.detach())
+    return model
+
+
+RULE = Rule(
+    code="GRD204",
+    name="dead-parameters",
+    stage="twin",
+    severity="error",
+    source="failure modes 13, 31",
+    requires=("LOR202", "LOR203"),
+    run=run,
+    faults=(Fault("detached-latents", "the aggregator's output is detached", override(build=_detached_aggregator)),),
+)

@@ -1,0 +1,65 @@
+"""The checkpoints that the run keeps fit on the disk.
+
+What it does
+------------
+Reckons the size of a checkpoint (the hypernetwork and two moments a parameter, in float32) and compares what the run
+keeps at once with the free space where its folder would be.
+
+Why it matters
+--------------
+A disk that fills up ends the run at a save, hours in, and may leave a truncated file behind as the newest checkpoint.
+
+How it is detected
+------------------
+`save_total_limit` checkpoints and the one being written must fit into the free space.
+
+How to fix
+----------
+Free space, name another disk (`output_dir`), or keep fewer checkpoints (`save_total_limit`).
+
+Source
+------
+failure mode 29; open_lm#154.
+"""
+
+from typing import TYPE_CHECKING
+
+from checks.faults import override
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import hypernet_parameters
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+BYTES_PER_PARAMETER = 3 * 4  # the value and AdamW's two moments, in float32
+
+
+def run(subject: "Subject") -> Result:
+    """Bytes kept against bytes free."""
+    kept = subject.config.save_total_limit + 1
+    size = hypernet_parameters(subject) * BYTES_PER_PARAMETER
+    free = subject.implementation.free_disk(subject.config)
+    evidence = {"checkpoint": size, "kept": kept, "free": free}
+    said = f"{kept} checkpoints of {size / 1e9:.2f} GB"
+    if kept * size > free:
+        return Fail(
+            "the checkpoints do not fit on the disk",
+            f"at most {free / 1e9:.2f} GB below {subject.config.output_dir}",
+            f"{said}, {kept * size / 1e9:.2f} GB",
+            "free space, set output_dir to another disk, or lower save_total_limit",
+            evidence,
+        )
+    return Pass(f"{said}; free {free / 1e9:.1f} GB", evidence)
+
+
+RULE = Rule(
+    code="DSK401",
+    name="disk-exceeded",
+    stage="device",
+    severity="error",
+    source="failure mode 29; open_lm#154",
+    requires=("TGT101", "HYP201"),
+    run=run,
+    faults=(Fault("full-disk", "a thousand bytes are free", override(free_disk=lambda healthy, config: 1000)),),
+)

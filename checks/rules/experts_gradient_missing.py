@@ -1,0 +1,115 @@
+"""Gradients pass through the experts of every layer, and are those of the dequantized experts.
+
+What it does
+------------
+Takes, on the tiny twin of an MXFP4 model, the gradient of the task loss by the output of every layer, with the run's
+experts and with dense experts that hold the same values.
+
+Why it matters
+--------------
+An MLP without a backward still lets gradients through the residual stream: the loss is identical, `grad_norm` is above
+zero, and every layer below gets a gradient that points elsewhere. Only a comparison layer by layer shows it.
+
+How it is detected
+------------------
+For every layer the cosine of the two gradients must be above 0.999 and their norms within 1%.
+
+How to fix
+----------
+Set `expert_weights: packed` or `dequantize`.
+
+Source
+------
+nine_fixes.md, Fix 1; failure modes F1, 16 and 18.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from checks.faults import override
+from checks.measure import probe_batch
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+def run(subject: "Subject") -> Result:
+    """Cosine and norm ratio of each layer's gradient."""
+    if subject.twin_plan.experts.value == "dense":
+        return Skip(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
+    dense_plan = replace(subject.twin_plan, experts=replace(subject.twin_plan.experts, value="dequantize"))
+    dense = subject.implementation.build_base(subject.twin_base_config, dense_plan, 0)
+    pairs = list(zip(_layer_gradients(subject, subject.twin_base()), _layer_gradients(subject, dense), strict=True))
+    cosines = [float(torch.cosine_similarity(own.flatten(), true.flatten(), dim=0)) for own, true in pairs]
+    ratios = [float(own.norm() / true.norm()) for own, true in pairs]
+    evidence = {"cosine_by_layer": cosines, "norm_ratio_by_layer": ratios}
+    wrong = [
+        i
+        for i, (cosine, ratio) in enumerate(zip(cosines, ratios, strict=True))
+        if not (cosine > 0.999 and abs(ratio - 1) < 0.01)
+    ]
+    if wrong:
+        layer = wrong[0]
+        return Fail(
+            "gradients through the experts are missing or wrong",
+            "in every layer a cosine above 0.999 to the dequantized experts, norms within 1%",
+            f"layer {layer}: cosine {cosines[layer]:.3f}, norm ratio {ratios[layer]:.3f}; {len(wrong)} of {len(pairs)} layers",
+            "set expert_weights: packed or dequantize",
+            evidence,
+        )
+    return Pass(
+        f"gradients of all {len(pairs)} layers agree with dequantized experts (cosine ≥ {min(cosines):.6f})", evidence
+    )
+
+
+def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
+    """The gradient of the task loss by the input of each decoder layer's MLP."""
+    model = subject.twin(base=base)
+    inputs: list[Tensor] = []
+
+    def keep(module: Any, arguments: Any) -> Any:
+        inputs.append(arguments[0] if arguments[0].requires_grad else arguments[0].requires_grad_())
+        return None
+
+    batch = probe_batch(subject)
+    lora = model.lora(batch)
+    hooks = [layer.post_attention_layernorm.register_forward_pre_hook(keep) for layer in base.get_decoder().layers]
+    try:
+        loss = model.logits(batch, lora).float().logsumexp(-1).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(torch.autograd.grad(loss, inputs))
+
+
+def _without_backward(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
+    """The kernels compute the same values and cut the graph."""
+    base = healthy.build_base(base_config, plan, seed)
+    if plan.experts.value != "dequantize":
+        for layer in base.get_decoder().layers:
+            layer.mlp.experts.register_forward_hook(lambda module, inputs, output: output.detach())
+    return base
+
+
+RULE = Rule(
+    code="QNT202",
+    name="experts-gradient-missing",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 1; failure modes F1, 16, 18",
+    requires=("QNT101", "LOR202"),
+    run=run,
+    faults=(
+        Fault(
+            "detached-experts",
+            "experts without a backward, grad_norm stays above zero",
+            override(build_base=_without_backward),
+        ),
+    ),
+)

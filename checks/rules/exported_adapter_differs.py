@@ -1,0 +1,130 @@
+"""An exported adapter, loaded by PEFT, answers as the model that it was exported from.
+
+What it does
+------------
+Reads a document of two chunks into a LoRA on the tiny twin, exports it, loads the folder with `PeftModel` onto a fresh
+twin, and compares the logits of a question.
+
+Why it matters
+--------------
+PEFT scales a delta by `lora_alpha / r`, Doc-to-LoRA by `lora_alpha`: an adapter that is written as it was trained is r
+times too weak, here 24 times for two chunks at rank 8. An exporter that misses the bias or a chunk, or a server that
+drops keys, gives fluent answers of the wrong model.
+
+How it is detected
+------------------
+The logits of PEFT's model must equal those under the bound LoRA to 1e-4; LOR202 has shown that those are not the base's.
+
+How to fix
+----------
+Export with `d2l internalize`: rank R = r · (chunks + 1), bias included, and `lora_alpha = scale · R`.
+
+Source
+------
+failure modes 15 and 22; vllm#41384, vllm#52198.
+"""
+
+import json
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.measure import TOLERANCE, difference, probe_batch
+from checks.result import Fail, NotApplicable, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.errors import D2LError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from checks.subject import Subject
+
+DOCUMENT, QUESTION, CHUNKS = 7, 12, 2
+REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = scale · R"
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Logits under the bound LoRA, and under PEFT."""
+    model = subject.twin()
+    batch = probe_batch(subject, documents=(DOCUMENT,), questions=(QUESTION,), chunks=(CHUNKS,))
+    lora = model.lora(batch)
+    expected, base = model.logits(batch, lora), model.logits(batch, None)
+    with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
+        path = Path(folder) / "adapter"
+        try:
+            subject.implementation.export(lora, model.base, path)
+        except D2LError as error:
+            return Fail("the LoRA cannot be exported", "an adapter folder of PEFT", str(error), REMEDY)
+        served = subject.twin()
+        _load_with_peft(served.base, path)
+    actual = served.logits(batch, None)
+    evidence = {"logits": difference(actual, expected), "effect": difference(expected, base), "rank": lora.rank}
+    if evidence["logits"] > TOLERANCE:
+        return Fail(
+            "the exported adapter is another model than the trained one",
+            f"PEFT's logits within {TOLERANCE:g} of those under the bound LoRA",
+            f"{evidence['logits']:.2g} off; the LoRA itself moves them by {evidence['effect']:.2g}",
+            REMEDY,
+            evidence,
+        )
+    return Pass(
+        f"PEFT's logits are within {evidence['logits']:.1g}; the LoRA moves them by {evidence['effect']:.2g}", evidence
+    )
+
+
+def _load_with_peft(base: "PreTrainedModel", adapter: Path) -> None:
+    """Put the adapter's layers into the base, in place."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what newer releases of transformers rename
+        PeftModel.from_pretrained(base, str(adapter))
+
+
+def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
+    """The scale goes into `lora_alpha` as it is, as in the reference."""
+    healthy.export(lora, base, folder)
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "lora_alpha": lora.scale}), encoding="utf-8")
+
+
+def _without_bias(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
+    """The learned bias, whose rows are the last, is left out."""
+    last = lora.rank // (CHUNKS + 1)
+    A, B = ({name: x[:, :, :-last] for name, x in side.items()} for side in (lora.A, lora.B))
+    healthy.export(replace(lora, A=A, B=B), base, folder)
+
+
+def _plant_without_bias(subject: "Subject") -> "Subject":
+    if not subject.config.use_bias:
+        raise NotApplicable("use_bias is off")
+    return override(export=_without_bias)(subject)
+
+
+def _shuffled(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
+    """The rows of A no longer belong to those of B."""
+    healthy.export(replace(lora, A={name: x.roll(1, dims=2) for name, x in lora.A.items()}), base, folder)
+
+
+RULE = Rule(
+    code="EXP201",
+    name="exported-adapter-differs",
+    stage="twin",
+    severity="error",
+    source="failure modes 15, 22",
+    requires=("LOR202", "ATT201"),
+    run=run,
+    faults=(
+        Fault("alpha-over-r", "lora_alpha is the scale, which PEFT divides by r", override(export=_divided_by_rank)),
+        Fault("bias-dropped", "the learned bias is not exported", _plant_without_bias),
+        Fault("rows-shuffled", "rows of A and B do not match", override(export=_shuffled)),
+    ),
+)

@@ -1,0 +1,165 @@
+"""A checkpoint of the reference implementation, imported, is the same hypernetwork number by number.
+
+What it does
+------------
+Writes the tiny twin's hypernetwork as the reference's trainer would (`pytorch_model.bin`, with pickled dataclasses
+between the tensors), imports the file, and builds a model from nothing but the folder that comes out.
+
+Why it matters
+--------------
+A checkpoint of the reference took days on eight GPUs. A parameter that is skipped stays at its initial value, a
+configuration that is read wrongly gives another scale or another encoder; both load without an error and answer badly.
+
+How it is detected
+------------------
+Every tensor must come back equal in every bit, none missing; the LoRA of a document must equal the twin's to 1e-4.
+
+How to fix
+----------
+Import with `d2l import-reference`; it reads the file without unpickling, and refuses what it does not know.
+
+Source
+------
+nine_fixes.md, Fix 6; failure modes F6 and 22.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.measure import TOLERANCE, difference, probe_batch
+from checks.reference_file import reference_state, write_reference_file
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.config import RunConfig
+from d2l.errors import CheckpointError, D2LError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+    from d2l.hypernet.lora import Lora
+    from d2l.train.checkpoint import Checkpoint
+
+REMEDY = "import with `d2l import-reference`, every tensor under its own name, and keep the folder's config"
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Tensors and LoRAs, before and after."""
+    model = subject.twin()
+    tensors = dict(model.hypernet.state_dict())
+    batch = probe_batch(subject)
+    expected = model.lora(batch)
+    sizes = {name: (expected.A[name].shape[-1], expected.B[name].shape[-1]) for name in expected.A}
+    with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
+        file, imported = Path(folder) / "pytorch_model.bin", Path(folder) / "imported"
+        write_reference_file(file, reference_state(tensors, subject.twin_config, subject.twin_base_config, sizes))
+        try:
+            subject.implementation.import_reference(file, imported)
+            checkpoint = subject.implementation.load(imported)
+        except CheckpointError as error:
+            return Fail("a checkpoint of the reference cannot be imported", "a folder", str(error), REMEDY)
+    found = dict(checkpoint.hypernet)
+    names = sorted(tensors.keys() | found.keys())
+    changed = [name for name in names if not _is_same(found.get(name), tensors.get(name))]
+    evidence = {"tensors": len(tensors), "changed": changed}
+    if changed:
+        actual = f"{len(changed)} of {len(tensors)} tensors changed or missing; first: {changed[0]}"
+        return Fail("the import changes the weights", "every tensor equal in every bit", actual, REMEDY, evidence)
+    try:
+        fresh = subject.implementation.build(subject.twin_base(), RunConfig(**checkpoint.state["config"]))
+        fresh.hypernet.load_state_dict(found)
+        distance = _difference(fresh.lora(batch), expected)
+    except (RuntimeError, D2LError) as problem:
+        actual = str(problem).strip().splitlines()[-1].strip()
+        return Fail(
+            "the imported configuration is of another model", "one that the weights fit", actual, REMEDY, evidence
+        )
+    if distance > TOLERANCE:
+        return Fail(
+            "the imported model makes other LoRAs",
+            f"the LoRA of the model that was saved, within {TOLERANCE:g}",
+            f"{distance:.2g} off",
+            REMEDY,
+            {**evidence, "lora": distance},
+        )
+    return Pass(f"all {len(tensors)} tensors equal, LoRAs within {distance:.1g}", {**evidence, "lora": distance})
+
+
+def _is_same(actual: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    if actual is None or expected is None or actual.dtype != expected.dtype:
+        return False
+    return torch.equal(actual, expected)
+
+
+def _difference(actual: "Lora", expected: "Lora") -> float:
+    """The largest relative difference of A, B and scale."""
+    scales = [torch.tensor([lora.scale]) for lora in (actual, expected)]
+    pairs = [(actual.A[name], expected.A[name]) for name in expected.A]
+    pairs += [(actual.B[name], expected.B[name]) for name in expected.B]
+    return max(difference(*pair) for pair in [*pairs, (scales[0], scales[1])])
+
+
+def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
+    """The import writes a changed folder."""
+
+    def import_reference(healthy: Implementation, file: Path, folder: Path) -> None:
+        whole = folder.with_name("whole")
+        healthy.import_reference(file, whole)
+        healthy.save(change(healthy.load(whole)), folder)
+
+    return override(import_reference=import_reference)
+
+
+def _skipped(checkpoint: "Checkpoint") -> "Checkpoint":
+    """The last scaler, which starts at zero, is not taken over."""
+    last = max(name for name in checkpoint.hypernet if name.startswith("scaler_B"))
+    kept = {name: value for name, value in checkpoint.hypernet.items() if name != last}
+    return replace(checkpoint, hypernet=kept)
+
+
+def _halved(checkpoint: "Checkpoint") -> "Checkpoint":
+    """Weights go through bfloat16."""
+    rounded = {name: value.bfloat16().to(value.dtype) for name, value in checkpoint.hypernet.items()}
+    return replace(checkpoint, hypernet=rounded)
+
+
+def _with_config(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[["Checkpoint"], "Checkpoint"]:
+    def spoilt(checkpoint: "Checkpoint") -> "Checkpoint":
+        config = checkpoint.state["config"]
+        return replace(checkpoint, state={**checkpoint.state, "config": {**config, **change(config)}})
+
+    return spoilt
+
+
+def _another_encoder(config: dict[str, Any]) -> dict[str, Any]:
+    """Features of another place in the encoder; where there is but one set of them, shapes do not tell."""
+    if config["ctx_encoder_type"] == "embed_only":
+        return {"ctx_encoder_type": "early_exit", "layer_idx": 1}
+    return {"ctx_encoder_type": "embed_only", "layer_idx": None}
+
+
+RULE = Rule(
+    code="IMP201",
+    name="import-changes-numbers",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 6; failure modes F6, 22",
+    requires=("LOR202",),
+    run=run,
+    faults=(
+        Fault("tensor-skipped", "a tensor stays at its initial value", _spoilt(_skipped)),
+        Fault("rounded", "weights go through bfloat16", _spoilt(_halved)),
+        Fault(
+            "rank-wrong",
+            "another rank, and with it another scale",
+            _spoilt(_with_config(lambda config: {"lora_r": config["lora_r"] + 1})),
+        ),
+        Fault("encoder-wrong", "features of other layers", _spoilt(_with_config(_another_encoder))),
+    ),
+)

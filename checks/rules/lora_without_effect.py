@@ -1,0 +1,115 @@
+"""A zero LoRA leaves the base as it is, bit for bit; a generated one changes it; unbound, nothing stays behind.
+
+What it does
+------------
+Compares the logits of the tiny twin's base before and after a LoRA was bound, under a LoRA of zeros, and under the
+generated one.
+
+Why it matters
+--------------
+A patched forward that keeps the last document's LoRA answers the next question with the wrong document. A LoRA that
+never reaches the forward trains nothing, while its L1 norm looks healthy. A delta that is not zero for a LoRA of zeros
+means that the run does not start from the base model.
+
+How it is detected
+------------------
+Bound to zeros and after unbinding, logits must be equal in every bit. Under the generated LoRA they must move by at
+least 1e-4 of the largest value.
+
+How to fix
+----------
+Bind the LoRA for a scope (`with bind(model, lora): ...`), add it through hooks on the target Linears, and restore always.
+
+Source
+------
+failure modes 38 and 40; DESIGN, decision 6.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.measure import TOLERANCE, difference, probe_batch
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation, Model
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+REMEDY = "bind the LoRA for a scope, through hooks on the target Linears that are always removed"
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Four sets of logits."""
+    model = subject.twin()
+    batch = probe_batch(subject)
+    lora = model.lora(batch)
+    base = model.logits(batch, None)
+    zeroed = model.logits(batch, lora.zeroed())
+    bound = model.logits(batch, lora)
+    after = model.logits(batch, None)
+    effect = difference(bound, base)
+    evidence = {
+        "zeroed_equals_base": torch.equal(zeroed, base),
+        "unbound_equals_base": torch.equal(after, base),
+        "effect_of_the_lora": effect,
+    }
+    if not evidence["unbound_equals_base"]:
+        actual = f"logits that differ by {difference(after, base):.2g}"
+        return Fail(
+            "the base keeps a LoRA after it was unbound", "the base's logits, bit for bit", actual, REMEDY, evidence
+        )
+    if not evidence["zeroed_equals_base"]:
+        actual = f"logits that differ by {difference(zeroed, base):.2g}"
+        return Fail("a LoRA of zeros changes the base", "the base's logits, bit for bit", actual, REMEDY, evidence)
+    if not effect > TOLERANCE:
+        return Fail(
+            "the generated LoRA does not reach the base",
+            f"logits that move by more than {TOLERANCE:g} of the largest value",
+            f"{effect:.2g}",
+            REMEDY,
+            evidence,
+        )
+    return Pass(f"zeroed and unbound equal the base bit for bit; bound, logits move by {effect:.2g}", evidence)
+
+
+def _sticky(healthy: Implementation, base: Any, config: Any) -> Model:
+    """Without a LoRA of its own, a forward uses the last one's."""
+    model: Any = healthy.build(base, config)
+    logits = model.logits
+    last: list[Any] = []
+
+    def remembering(batch: Any, lora: Any, positions: Any = None) -> Any:
+        if lora is None:
+            return logits(batch, last[-1] if last else None, positions)
+        last.append(lora)
+        return logits(batch, lora, positions)
+
+    model.logits = remembering
+    return model
+
+
+def _never_bound(healthy: Implementation, base: Any, config: Any) -> Model:
+    """The LoRA is generated and not used."""
+    model: Any = healthy.build(base, config)
+    logits = model.logits
+    model.logits = lambda batch, lora, positions=None: logits(batch, None, positions)
+    return model
+
+
+RULE = Rule(
+    code="LOR202",
+    name="lora-without-effect",
+    stage="twin",
+    severity="error",
+    source="failure modes 38, 40",
+    requires=("HYP201",),
+    run=run,
+    faults=(
+        Fault("stays-bound", "a forward without a document uses the last document's LoRA", override(build=_sticky)),
+        Fault("never-bound", "the LoRA is generated but not bound", override(build=_never_bound)),
+    ),
+)

@@ -1,0 +1,148 @@
+"""Documents packed into one row do not see each other, and each comes out as if it were alone.
+
+What it does
+------------
+Packs documents and questions longer than the sliding window into one row of the tiny twin. It edits the first and looks
+at the others, and compares every one with itself in a row of its own: the generated LoRA (the context encoder and the
+aggregator), the logits of the questions under it, and those of the base against its own forward without masks.
+
+Why it matters
+--------------
+GPT-OSS does not hand `position_ids` to its mask builders, so under eager attention, the documented fix for NaN, packed
+documents attend to each other. The loss looks normal and the model learns to read its neighbour's document. An all-ones
+mask or a cache has the same effect on Llama and the like. A single 4D mask stops the leak but drops the sliding window.
+
+How it is detected
+------------------
+Editing a neighbour must change nothing, and packed must equal alone, to 1e-4 of the largest value. A leak or a lost
+window changes values by 1e-2 and more.
+
+How to fix
+----------
+Pass one mask for each layer type, built with `position_ids` (`d2l.base.masks.packed_masks`), to the question pass and to
+the context encoder alike, and `use_cache=False`.
+
+Source
+------
+nine_fixes.md, Fix 2; failure modes F2, 1 and 2; transformers#39997.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.measure import TOLERANCE, alone, difference, probe_rows
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation, Model
+from d2l.data.packing import PackedBatch, collate
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Differences to an edited neighbour's and to alone, for the LoRAs, the logits under them, and the base's own logits."""
+    model = subject.twin()
+    rows = probe_rows(subject)
+    batch, singles = collate(rows), alone(rows)
+    lora = model.lora(batch)
+    logits = model.logits(batch, lora)
+    edited = _edit_first(batch, subject.twin_base_config.vocab_size)
+    first = batch.context_lengths[0]
+    name = next(iter(lora.B))
+    solo_lora = torch.cat([model.lora(single).B[name] for single in singles])
+    solo_logits = torch.cat([model.logits(single, lora[i : i + 1]) for i, single in enumerate(singles)])
+    evidence = {
+        "lora_after_editing_neighbour": difference(model.lora(edited).B[name][1:], lora.B[name][1:]),
+        "lora_packed_against_alone": difference(lora.B[name], solo_lora),
+        "logits_after_editing_neighbour": difference(model.logits(edited, lora)[first:], logits[first:]),
+        "logits_packed_against_alone": difference(logits, solo_logits),
+        "base_packed_against_its_own_forward": difference(model.logits(batch, None), _own_forward(model, singles)),
+    }
+    worst = max(evidence, key=lambda key: evidence[key])
+    if evidence[worst] > TOLERANCE:
+        leaks = "neighbour" in worst
+        return Fail(
+            "packed documents see each other" if leaks else "a packed document comes out differently than alone",
+            f"differences of at most {TOLERANCE:g} of the largest value",
+            f"{worst.replace('_', ' ')}: {evidence[worst]:.2g}",
+            "build one mask for each layer type from position_ids and pass it in both passes, with use_cache=False",
+            evidence,
+        )
+    return Pass(f"editing a neighbour and packing change at most {evidence[worst]:.1g}", evidence)
+
+
+def _own_forward(model: Model, singles: list[PackedBatch]) -> torch.Tensor:
+    """The base's logits of every question alone, as transformers computes them without masks of ours, `[T, V]`."""
+    return torch.cat([model.base(input_ids=single.input_ids, use_cache=False).logits[0] for single in singles])
+
+
+def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:
+    """The same row with every token of the first document and of its question replaced."""
+    ctx_ids, input_ids = batch.ctx_ids.clone(), batch.input_ids.clone()
+    for ids, length in ((ctx_ids, batch.chunk_lengths[0]), (input_ids, batch.context_lengths[0])):
+        ids[:, :length] = (ids[:, :length] + 1) % vocabulary
+    return replace(batch, ctx_ids=ctx_ids, input_ids=input_ids)
+
+
+def _without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
+    """No mask is passed: the model builds its own from nothing but causality."""
+    model: Any = healthy.build(base, config)
+    model.attention_mask = lambda position_ids: None
+    return model
+
+
+def _with_one_mask(healthy: Implementation, base: Any, config: Any) -> Model:
+    """The mask of the full-attention layers is used in every layer."""
+    model: Any = healthy.build(base, config)
+    masks = model.attention_mask
+
+    def one(position_ids: Any) -> Any:
+        by_type = masks(position_ids)
+        return dict.fromkeys(by_type, by_type["full_attention"])
+
+    model.attention_mask = one
+    return model
+
+
+def _one_layer_type(subject: "Subject") -> str:
+    kinds = set(getattr(subject.base_config, "layer_types", None) or ())
+    return "" if len(kinds) > 1 else "all layers of this model share one mask"
+
+
+def _encoder_without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
+    """The question pass is right, the context encoder gets no mask."""
+    model: Any = healthy.build(base, config)
+    encoder = model.encoder
+    model.encoder = lambda ids, position_ids, attention_mask: encoder(ids, position_ids, None)
+    return model
+
+
+RULE = Rule(
+    code="ATT201",
+    name="packed-documents-leak",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 2; failure modes F2, 1, 2; transformers#39997",
+    requires=("LOR202", "ATT202"),
+    run=run,
+    faults=(
+        Fault(
+            "no-mask",
+            "the model is called without a mask, as under plain eager attention",
+            override(build=_without_masks),
+        ),
+        Fault(
+            "one-mask",
+            "one mask for all layer types: the sliding window is lost",
+            override(build=_with_one_mask, unless=_one_layer_type),
+        ),
+        Fault(
+            "encoder-leak", "only the context encoder is called without a mask", override(build=_encoder_without_masks)
+        ),
+    ),
+)

@@ -1,0 +1,60 @@
+"""The context encoder is not quantized a second time.
+
+What it does
+------------
+Reads from the loading plan whether bitsandbytes is asked for, and over which checkpoint.
+
+Why it matters
+--------------
+`quantize_ctx_encoder: true` over an MXFP4 checkpoint ends in `ValueError: The model is quantized with Mxfp4Config but
+you are passing a BitsAndBytesConfig`, after minutes of downloading and loading. Skipping it silently, as the documented
+fix does, changes the memory from four bits to bf16: four times what was planned.
+
+How it is detected
+------------------
+The plan's quantization must be the checkpoint's own. Here encoder and base are one copy, so there is no second one to
+quantize either.
+
+How to fix
+----------
+Set `quantize_ctx_encoder: false`. With `expert_weights: packed` the experts stay in four bits anyway.
+
+Source
+------
+nine_fixes.md, Fix 3; failure modes F3 and 18.
+"""
+
+from typing import TYPE_CHECKING
+
+from checks.faults import configure
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+def run(subject: "Subject") -> Result:
+    """Which quantization the plan carries out."""
+    choice = subject.plan.quantization
+    evidence = {"quantization": choice.value, "reason": choice.reason}
+    if choice.value == "bitsandbytes":
+        return Fail(
+            "bitsandbytes is asked for on top of the base's own weights",
+            "the checkpoint's own quantization, once",
+            choice.reason,
+            "set quantize_ctx_encoder: false",
+            evidence,
+        )
+    return Pass(f"quantization: {choice.value} ({choice.reason})", evidence)
+
+
+RULE = Rule(
+    code="QNT102",
+    name="quantized-twice",
+    stage="static",
+    severity="error",
+    source="nine_fixes Fix 3; failure modes F3, 18",
+    run=run,
+    faults=(Fault("bitsandbytes", "quantize_ctx_encoder: true", configure(quantize_ctx_encoder=True)),),
+)

@@ -1,0 +1,95 @@
+"""Every name in `target_modules` is a Linear in every layer of the base.
+
+What it does
+------------
+Builds the real model's skeleton (names and shapes, no memory) and asks the implementation for the modules that it would
+adapt.
+
+Why it matters
+--------------
+The experts of GPT-OSS are parameters of all experts at once, not Linear modules; the only Linears of a layer are q_proj,
+k_proj, v_proj and o_proj. Names that match nothing are dropped without a word: `[q_proj, gate_up_proj]` adapts q_proj
+alone while the saved config lists both, and a name that exists in some layers only trains those.
+
+How it is detected
+------------------
+For each name, one distinct Linear of that name in each decoder layer.
+
+How to fix
+----------
+Name Linears that every layer has. For GPT-OSS: q_proj, k_proj, v_proj, o_proj.
+
+Source
+------
+nine_fixes.md, Fix 9; failure modes F9 and 14; unsloth#3405.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from checks.faults import configure, override
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.errors import ModelError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v_proj, o_proj"
+
+
+def run(subject: "Subject") -> Result:
+    """Names × layers, requested and found."""
+    from d2l.base.load import skeleton
+
+    base = skeleton(subject.base_config)
+    names, layers = subject.config.target_modules, subject.base_config.num_hidden_layers
+    expected = f"{', '.join(names)}: a Linear in each of {layers} layers"
+    try:
+        found = subject.implementation.targets(base, names)
+    except ModelError as error:
+        return Fail("a target module does not exist in every layer", expected, str(error), REMEDY)
+    linears = {name: [item for item in found.get(name, ()) if isinstance(item, nn.Linear)] for name in names}
+    counts = {name: len(set(map(id, items))) for name, items in linears.items()}
+    short = {name: count for name, count in counts.items() if count != layers}
+    if short:
+        actual = ", ".join(f"{name} in {count}" for name, count in short.items())
+        return Fail("a target module is left out without a word", expected, actual, REMEDY, {"found": counts})
+    return Pass(f"{', '.join(names)}: {sum(counts.values())} Linears in {layers} layers", {"found": counts})
+
+
+def _partial(healthy: Implementation, base: Any, names: Any) -> Any:
+    """Names that match nothing are dropped, as PEFT does."""
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found |= dict(healthy.targets(base, [name]))
+        except ModelError:
+            continue
+    return found
+
+
+def _plant_partial(subject: "Subject") -> "Subject":
+    return override(targets=_partial)(configure(target_modules=("q_proj", "gate_up_projection"))(subject))
+
+
+def _first_layers(healthy: Implementation, base: Any, names: Any) -> Any:
+    """The last layer is forgotten."""
+    return {name: list(linears)[:-1] for name, linears in healthy.targets(base, names).items()}
+
+
+RULE = Rule(
+    code="TGT101",
+    name="targets-unmatched",
+    stage="static",
+    severity="error",
+    source="nine_fixes Fix 9; failure modes F9, 14",
+    run=run,
+    faults=(
+        Fault("experts", "the experts' parameters as targets", configure(target_modules=("gate_up_proj",))),
+        Fault("partial-match", "a name that matches nothing beside one that does, dropped silently", _plant_partial),
+        Fault("missing-layer", "the last layer is not adapted", override(targets=_first_layers)),
+    ),
+)

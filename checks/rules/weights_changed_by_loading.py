@@ -1,0 +1,123 @@
+"""An MXFP4 checkpoint on disk is what the run's loader makes of it, value by value.
+
+What it does
+------------
+Writes the tiny twin of an MXFP4 model to disk in the official layout (`*_blocks`, `*_scales`), reads it back with the
+run's own loader, and compares every tensor, and the logits.
+
+Why it matters
+--------------
+Saving a dequantized model and loading it again gives randomly initialised experts and only a line in a load report. A
+transposed `down_proj` of the real model loads without an error, since it is square. A swapped nibble, a missing scale or
+a stale rotary buffer is a model that answers nonsense, under a loss that looks like a hard data set.
+
+How it is detected
+------------------
+Every tensor that was written must come back equal in every bit, experts after decoding, none missing; logits to 1e-4.
+
+How to fix
+----------
+Load with `d2l.base.load.load_base`; save dequantized models with `save_pretrained(..., save_original_format=False)`.
+
+Source
+------
+nine_fixes.md, Fix 1; failure modes F1, 32 and 34.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.measure import TOLERANCE, difference, probe_batch
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.errors import ModelError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_original_format=False"
+
+
+@torch.no_grad()
+def run(subject: "Subject") -> Result:
+    """Every tensor and the logits, before and after the disk."""
+    if subject.twin_plan.experts.value == "dense":
+        return Skip(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
+    written = subject.twin_base()
+    with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
+        path = Path(folder) / "base"
+        try:
+            subject.implementation.save_base(written, path)
+            read = subject.implementation.load_base(path, subject.twin_plan)
+        except ModelError as error:
+            return Fail("the twin's weights cannot be read back", "every tensor", str(error), REMEDY)
+    before, after = dict(written.state_dict()), dict(read.state_dict())
+    changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
+    batch = probe_batch(subject)
+    expected, actual = (subject.twin(base=base).logits(batch, None) for base in (written, read))
+    change = difference(actual, expected)
+    evidence = {"tensors": len(before), "changed": changed, "logits": change}
+    if changed or set(after) != set(before) or change > TOLERANCE:
+        what = f"{len(changed)} of {len(before)} tensors differ, logits by {change:.2g}"
+        return Fail(
+            "loading changes the weights",
+            f"all {len(before)} tensors equal in every bit, logits within {TOLERANCE:g}",
+            f"{what}; first: {changed[0] if changed else 'none'}",
+            REMEDY,
+            evidence,
+        )
+    return Pass(f"all {len(before)} tensors come back equal, logits within {change:.1g}", evidence)
+
+
+def _spoilt(change: Any) -> Any:
+    def load_base(healthy: Implementation, folder: Path, plan: Any) -> Any:
+        base = healthy.load_base(folder, plan)
+        for name, tensor in base.state_dict().items():
+            if ".mlp.experts.down_proj" in name and not name.endswith("bias"):
+                with torch.no_grad():
+                    tensor.copy_(change(name, tensor))
+        return base
+
+    return load_base
+
+
+def _swapped_nibbles(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor >> 4 | tensor << 4) if name.endswith("_blocks") else tensor
+
+
+def _random_experts(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if tensor.dtype == torch.uint8:
+        drawn = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
+        return drawn if name.endswith("_blocks") else tensor
+    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+
+def _lost_rotary(healthy: Implementation, folder: Path, plan: Any) -> Any:
+    """Buffers that are in no file stay as they were allocated."""
+    base = healthy.load_base(folder, plan)
+    base.get_decoder().rotary_emb.inv_freq.zero_()
+    return base
+
+
+RULE = Rule(
+    code="QNT201",
+    name="weights-changed-by-loading",
+    stage="twin",
+    severity="error",
+    source="nine_fixes Fix 1; failure modes F1, 32, 34",
+    requires=("QNT101", "QNT102", "HYP201"),
+    run=run,
+    faults=(
+        Fault("nibbles-swapped", "odd and even elements change places", override(load_base=_spoilt(_swapped_nibbles))),
+        Fault(
+            "random-experts", "experts are initialised instead of loaded", override(load_base=_spoilt(_random_experts))
+        ),
+        Fault("rotary-lost", "buffers that no file holds are not computed", override(load_base=_lost_rotary)),
+    ),
+)

@@ -1,0 +1,171 @@
+"""Runs rules on a subject: all of them, in their order, and says what became of each."""
+
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from checks.result import IGNORED, STAGES, Fail, Kind, Outcome, Pass, Report, Skip, UsageError, Warn, jsonable
+from checks.rule import Rule, find_rule
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+Observer = Callable[[Rule], None]  # told about every rule just before it runs
+
+
+def run(
+    subject: "Subject",
+    rules: Sequence[Rule],
+    *,
+    stages: Collection[str] = (),
+    select: Collection[str] = (),
+    ignore: Mapping[str, str] | None = None,
+    observe: Observer = lambda rule: None,
+) -> Report:
+    """Run the rules and report every one of them.
+
+    Args:
+        rules: in the order of running; a rule stands after those that it requires.
+        stages: only these; empty means all.
+        select: codes or names of the rules to run; empty means all. It pulls nothing else in: a requirement that was
+            not selected is taken to be fine.
+        ignore: code or name -> the user's reason. A finding or crash of such a rule becomes a warning that fails
+            nothing; what requires it still runs, since the user wants to go on in spite of it and has to see the rest.
+
+    Raises:
+        UsageError: an unknown stage, code or name, an empty reason, or a selection that leaves nothing.
+    """
+    reasons = resolve_ignores(rules, ignore or {})
+    chosen = choose(rules, stages, select)
+    outcomes = examine(subject, chosen, reasons, observe)
+    passed = {outcome.code for outcome in outcomes if outcome.outcome == "pass"}
+    return Report(
+        version=installed_version(),
+        config=subject.name,
+        fingerprint=subject.fingerprint,
+        outcomes=outcomes,
+        unused_ignores=tuple(code for code in reasons if code in passed),
+        required=frozenset(rule.code for rule in chosen) if stages or select else frozenset(),
+    )
+
+
+def choose(rules: Sequence[Rule], stages: Collection[str], select: Collection[str]) -> tuple[Rule, ...]:
+    """The rules of these stages and of this selection, in the order of `rules`.
+
+    Raises:
+        UsageError: see `run`.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise UsageError(f"there is no stage {stage!r}: expected one of {', '.join(STAGES)}")
+    selected = [find_rule(rules, token) for token in select]
+    for rule in selected:
+        if stages and rule.stage not in stages:
+            raise UsageError(
+                f"{rule.code} {rule.name} belongs to stage {rule.stage}, which is not among the chosen stages "
+                f"{', '.join(stages)}: add --stage {rule.stage} or leave --stage out"
+            )
+    chosen = tuple(
+        rule for rule in rules if (not stages or rule.stage in stages) and (not selected or rule in selected)
+    )
+    if not chosen:
+        raise UsageError(f"nothing would be checked: there is no check in stage {' or '.join(stages or STAGES)}")
+    return chosen
+
+
+def resolve_ignores(rules: Sequence[Rule], ignore: Mapping[str, str]) -> dict[str, str]:
+    """Code -> reason.
+
+    Raises:
+        UsageError: an unknown check, one that is named twice, or an empty reason.
+    """
+    reasons: dict[str, str] = {}
+    for token, reason in ignore.items():
+        code = find_rule(rules, token).code
+        if code in reasons:
+            raise UsageError(f"{code} is ignored twice: give one reason")
+        if not reason.strip():
+            raise UsageError(f"{code} is ignored without a reason: write --ignore {code}=REASON")
+        reasons[code] = reason.strip()
+    return reasons
+
+
+def examine(
+    subject: "Subject", rules: Sequence[Rule], reasons: Mapping[str, str], observe: Observer
+) -> tuple[Outcome, ...]:
+    """One outcome for each rule, in order.
+
+    Only a failure or a crash blocks what requires it, and what is blocked names the first cause, not the last link.
+    A skipped requirement blocks nothing: nothing is known against it, and the dependent says best itself what it lacks.
+    """
+    outcomes: list[Outcome] = []
+    cause: dict[str, str | None] = {}  # code of every rule so far -> what stands in the way of those that require it
+    for rule in rules:
+        root = next((cause[code] for code in rule.requires if cause.get(code)), None)
+        if root:
+            outcome = _outcome(rule, "blocked", message=f"blocked by {root}", blocked_by=root)
+        else:
+            observe(rule)
+            outcome = _ignored(_measure(rule, subject), reasons.get(rule.code))
+            root = rule.code if outcome.outcome in ("fail", "crash") else None
+        outcomes.append(outcome)
+        cause[rule.code] = root
+    return tuple(outcomes)
+
+
+def installed_version() -> str:
+    """The version of the installed distribution, or what stands in for one in a checkout that is not installed."""
+    try:
+        return metadata.version("d2l-preflight")
+    except metadata.PackageNotFoundError:
+        return "unreleased"
+
+
+def _measure(rule: Rule, subject: "Subject") -> Outcome:
+    """Run one rule; whatever it raises is a crash of the rule, never a finding about the subject."""
+    start = time.perf_counter()
+    try:
+        outcome = _judge(rule, rule.run(subject))
+    except Exception as error:
+        outcome = _outcome(
+            rule,
+            "crash",
+            message=f"crashed: {type(error).__name__}: {error}",
+            remedy=f"the check broke, which says nothing about your run: report it with the traceback (--format json); "
+            f"to go on in spite of it: --ignore {rule.code}=REASON",
+            evidence={"traceback": traceback.format_exc()},
+        )
+    return replace(outcome, seconds=time.perf_counter() - start)
+
+
+def _judge(rule: Rule, result: object) -> Outcome:
+    match result:
+        case Pass():
+            return _outcome(rule, "pass", message=result.message, evidence=jsonable(result.evidence))
+        case Skip():
+            return _outcome(rule, "skip", message=result.reason)
+        case Fail():
+            milder = isinstance(result, Warn) or rule.severity == "warning"
+            return _outcome(
+                rule,
+                "warn" if milder else "fail",
+                message=result.message,
+                expected=result.expected,
+                actual=result.actual,
+                remedy=result.remedy,
+                evidence=jsonable(result.evidence),
+            )
+    raise TypeError(f"a check must return Pass, Fail, Warn or Skip. Got {type(result).__name__}")
+
+
+def _outcome(rule: Rule, outcome: Kind, **rest: Any) -> Outcome:
+    return Outcome(rule.code, rule.name, rule.stage, rule.severity, outcome, **rest)
+
+
+def _ignored(outcome: Outcome, reason: str | None) -> Outcome:
+    if reason is None or outcome.outcome not in ("fail", "warn", "crash"):
+        return outcome
+    return replace(outcome, outcome="warn", message=f"{IGNORED}{reason}): {outcome.message}")

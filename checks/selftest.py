@@ -1,0 +1,206 @@
+"""Plants every rule's faults and demands that exactly that rule turns red: a check that nobody saw fail is no check."""
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_all_start_methods, get_context
+from typing import TYPE_CHECKING, Any, Literal
+
+from checks.result import SCHEMA, FailLevel, NotApplicable, Outcome
+from checks.rule import Fault, Rule
+from checks.runner import Observer, choose, examine, installed_version
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+Verdict = Literal["caught", "missed", "not_applied"]
+STAGES_WITHOUT_DEVICE = ("static", "twin", "data")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One planted fault and what became of it. Seconds are wall time and play no part in `==`."""
+
+    code: str
+    fault: str
+    result: Verdict
+    detail: str
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """Every planted fault, in the order of the rules; `left_out` are the rules of stages that were not asked for."""
+
+    version: str
+    config: str
+    fingerprint: str
+    trials: tuple[Trial, ...]
+    left_out: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)  # wall time of all, several of which may have run at once
+
+    def count(self, verdict: Verdict) -> int:
+        """How many faults ended with this verdict."""
+        return sum(trial.result == verdict for trial in self.trials)
+
+    def exit_code(self, fail_level: FailLevel = "error") -> int:
+        """0 if every fault was caught, else 5 at any fail level; a fault that could not be planted proved nothing."""
+        return 0 if self.count("caught") == len(self.trials) else 5
+
+    def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
+        """The selftest as JSON values."""
+        return {
+            "schema": SCHEMA,
+            "version": self.version,
+            "config": self.config,
+            "fingerprint": self.fingerprint,
+            "faults": [
+                {
+                    "code": trial.code,
+                    "fault": trial.fault,
+                    "result": trial.result,
+                    "seconds": round(trial.seconds, 3),
+                    "detail": trial.detail,
+                }
+                for trial in self.trials
+            ],
+            "summary": {
+                "caught": self.count("caught"),
+                "missed": self.count("missed"),
+                "not_applied": self.count("not_applied"),
+                "left_out": list(self.left_out),
+                "exit_code": self.exit_code(fail_level),
+                "seconds": round(self.seconds, 3),
+            },
+        }
+
+
+def run_selftest(
+    subject: "Subject",
+    rules: Sequence[Rule],
+    *,
+    stages: Collection[str] = (),
+    select: Collection[str] = (),
+    observe: Observer = lambda rule: None,
+) -> Selftest:
+    """Plant the faults of the selected rules into the subject, one at a time, and run the rules of all stages on each.
+
+    Args:
+        stages: where empty, all but `device`, whose rules need the real weights.
+        select: codes or names of the rules whose faults are planted; empty means all of the stages.
+
+    Raises:
+        UsageError: an unknown stage, code or name, or a selection that leaves nothing.
+    """
+    start = time.perf_counter()
+    stages = stages or STAGES_WITHOUT_DEVICE
+    chosen = choose(rules, stages, select)
+    present = choose(rules, stages, ())
+    clean = {outcome.code: outcome for outcome in examine(subject, present, {}, observe)}
+    used = _used_methods(subject, present) if any(fault.replaces for rule in chosen for fault in rule.faults) else {}
+    trials = tuple(_trials(subject, chosen, present, clean, used, observe))
+    return Selftest(
+        version=installed_version(),
+        config=subject.name,
+        fingerprint=subject.fingerprint,
+        trials=trials,
+        left_out=tuple(rule.code for rule in rules if rule not in present),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _used_methods(subject: "Subject", rules: Sequence[Rule]) -> dict[str, set[str]]:
+    """Code -> the implementation's methods that the rule asks for. A fault in other methods cannot change its outcome."""
+    from checks.faults import watched  # here: it imports torch
+
+    used = {}
+    for rule in rules:
+        fresh, used[rule.code] = watched(subject)
+        examine(fresh, [rule], {}, lambda _: None)
+    return used
+
+
+def _trials(
+    subject: "Subject",
+    chosen: Sequence[Rule],
+    present: Sequence[Rule],
+    clean: dict[str, Outcome],
+    used: dict[str, set[str]],
+    observe: Observer,
+) -> Iterator[Trial]:
+    """One trial for each fault, in order; several processes share them where the system can fork."""
+    planted = [(rule, fault) for rule in chosen for fault in rule.faults]
+
+    def trial(index: int) -> Trial:
+        rule, fault = planted[index]
+        start = time.perf_counter()
+        concerned = [
+            other for other in present if other == rule or not fault.replaces or used[other.code] & fault.replaces
+        ]
+        verdict, detail = _try(subject, rule, fault, concerned, clean[rule.code])
+        return Trial(rule.code, fault.name, verdict, detail, time.perf_counter() - start)
+
+    workers = min(len(planted), available_cores())
+    if workers < 2 or "fork" not in get_all_start_methods():
+        results = map(trial, range(len(planted)))
+        yield from _observed(results, planted, observe)
+        return
+    # A fork has everything that was read and computed so far; only the number of a trial and its result are sent.
+    with _inherited(trial), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        yield from _observed(pool.map(_inherited_trial, range(len(planted))), planted, observe)
+
+
+def _observed(results: Iterable[Trial], planted: Sequence[tuple[Rule, Fault]], observe: Observer) -> Iterator[Trial]:
+    for (rule, _), result in zip(planted, results, strict=True):
+        observe(rule)
+        yield result
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_trial_of_parent: list[Callable[[int], Trial]] = []  # what forked workers find here
+
+
+@contextmanager
+def _inherited(trial: Callable[[int], Trial]) -> Iterator[None]:
+    _trial_of_parent.append(trial)
+    try:
+        yield
+    finally:
+        _trial_of_parent.pop()
+
+
+def _inherited_trial(index: int) -> Trial:
+    return _trial_of_parent[-1](index)
+
+
+def _try(
+    subject: "Subject", rule: Rule, fault: Fault, concerned: Sequence[Rule], clean: Outcome
+) -> tuple[Verdict, str]:
+    """Plant one fault and run the rules that it could change."""
+    if clean.outcome == "skip":
+        return "not_applied", f"{rule.code} is skipped on the clean subject: {clean.message}"
+    if clean.outcome != "pass":
+        return "missed", f"{rule.code} does not pass on the clean subject: {clean.outcome}: {clean.message}"
+    try:
+        planted = fault.plant(subject)
+    except NotApplicable as reason:
+        return "not_applied", str(reason)
+    except Exception as error:
+        return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
+    outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None)}
+    target = outcomes.pop(rule.code)
+    if not target.red:
+        return "missed", f"{rule.code} says {target.outcome}: {target.message}"
+    others = [
+        f"{outcome.code} {outcome.outcome}" for outcome in outcomes.values() if outcome.outcome in ("fail", "crash")
+    ]
+    if others:
+        return "missed", f"{rule.code} is red, but so is {', '.join(others)}"
+    return "caught", target.message

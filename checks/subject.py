@@ -1,0 +1,237 @@
+"""What is examined: a run's configuration and inputs, and the implementation of Doc-to-LoRA that would run them.
+
+Checks reach an implementation through the narrow protocol `Implementation` only. `checks/production.py` is d2l's own;
+a reference, a fork or a user's own can stand in its place. A planted fault is a changed configuration (`configure`) or
+an implementation with one method replaced (`override`).
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d2l.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from d2l.base.load import LoadPlan
+    from d2l.data.chat import ChatFormat
+    from d2l.data.packing import PackedBatch
+    from d2l.data.records import Record
+    from d2l.data.tokenize import Row, Tokenized
+    from d2l.hypernet.lora import Lora
+    from d2l.train.checkpoint import Checkpoint
+
+
+class Model(Protocol):
+    """A base, its context encoder and its hypernetwork."""
+
+    @property
+    def base(self) -> "PreTrainedModel":
+        """The frozen base."""
+
+    @property
+    def hypernet(self) -> nn.Module:
+        """What trains."""
+
+    def latents(self, batch: "PackedBatch") -> Tensor:
+        """The aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+
+    def lora(self, batch: "PackedBatch") -> "Lora":
+        """The merged LoRA of every context of a packed row."""
+
+    def logits(self, batch: "PackedBatch", lora: "Lora | None", positions: Tensor | None = None) -> Tensor:
+        """Logits of the questions, `[T or positions, V]`, under `lora`, or of the base alone."""
+
+    def gradient_checkpointing_enable(self, kwargs: Mapping[str, Any]) -> None:
+        """Recompute the base's layers in the backward pass."""
+
+
+class Stepper(Protocol):
+    """A run in progress on some rows."""
+
+    @property
+    def model(self) -> Model:
+        """The model in training."""
+
+    def step(self) -> Any:
+        """One guarded optimizer step; returns its metrics."""
+
+    def checkpoint(self, **evidence: Any) -> "Checkpoint":
+        """All that is needed to continue elsewhere."""
+
+    def restore(self, checkpoint: "Checkpoint") -> None:
+        """Continue from a checkpoint."""
+
+
+class Implementation(Protocol):
+    """What an implementation offers to be diagnosed. Twins are tiny, random, float32 and on the CPU."""
+
+    def plan(self, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
+        """How the base would be loaded."""
+
+    def build_base(self, base_config: "PreTrainedConfig", plan: "LoadPlan", seed: int) -> "PreTrainedModel":
+        """A random frozen base."""
+
+    def save_base(self, base: "PreTrainedModel", folder: Path) -> None:
+        """Write a base in the file format of its family's checkpoints."""
+
+    def load_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
+        """Read a base as the run would."""
+
+    def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
+        """The whole model around a base."""
+
+    def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Linear]]:
+        """The Linears that would be adapted: for each name one in every layer."""
+
+    def chat(self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormat":
+        """The chat format of the run."""
+
+    def rows(self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]) -> "Tokenized":
+        """Tokenized rows, and what was dropped."""
+
+    def cached_rows(
+        self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"], folder: Path
+    ) -> "Tokenized":
+        """The same, through the cache that lies in this folder."""
+
+    def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
+        """The rows of one epoch, packed."""
+
+    def loss(self, model: Any, batches: Sequence["PackedBatch"], config: RunConfig) -> tuple[Tensor, Tensor]:
+        """Task loss and weighted L1 term of one step made of these micro-batches, with gradients."""
+
+    def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
+        """A run at its start."""
+
+    def save(self, checkpoint: "Checkpoint", folder: Path) -> None:
+        """Write a checkpoint folder."""
+
+    def load(self, folder: Path) -> "Checkpoint":
+        """Read a checkpoint folder."""
+
+    def export(self, lora: "Lora", base: "PreTrainedModel", folder: Path) -> None:
+        """Write one document's LoRA as an adapter folder of PEFT."""
+
+    def import_reference(self, file: Path, folder: Path) -> None:
+        """Turn a checkpoint file of the reference into a checkpoint folder."""
+
+    def free_memory(self) -> int | None:
+        """Free bytes of the GPU that the run would use; `None` without one."""
+
+    def free_disk(self, config: RunConfig) -> int:
+        """Free bytes where the run's folder would be."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One run, before it starts.
+
+    Attributes:
+        name: how the report calls it, such as the config's file name.
+        config: the resolved configuration.
+        base_config: the real model's config.
+        implementation: what would run it.
+        tokenizer: the run's tokenizer, or `None` with the reason in `tokenizer_absent`.
+        records: the run's data, or `None` with the reason in `records_absent`.
+        fingerprint: sha256 over all that shapes the run.
+    """
+
+    name: str
+    config: RunConfig
+    base_config: "PreTrainedConfig" = field(repr=False)
+    implementation: Implementation = field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase | None" = field(default=None, repr=False)
+    tokenizer_absent: str = ""
+    records: "tuple[Record, ...] | None" = field(default=None, repr=False)
+    records_absent: str = ""
+    fingerprint: str = ""
+
+    @cached_property
+    def plan(self) -> "LoadPlan":
+        """How the real base would be loaded."""
+        return self.implementation.plan(self.config, self.base_config)
+
+    @cached_property
+    def chat(self) -> "ChatFormat":
+        """The run's chat format; only with a tokenizer."""
+        assert self.tokenizer is not None
+        return self.implementation.chat(self.config, self.tokenizer)
+
+    @cached_property
+    def rows(self) -> "Tokenized":
+        """The run's rows; only with a tokenizer and records."""
+        assert self.records is not None
+        return self.implementation.rows(self.config, self.chat, self.records)
+
+    @cached_property
+    def twin_config(self) -> RunConfig:
+        """The run's configuration with the hypernetwork and the data budgets of a twin; every switch stays."""
+        small = {"lora_r": min(self.config.lora_r, 3), "latent_size": 8, "n_latent_queries": 4, "warmup_steps": 0}
+        depth = {"num_blocks": min(self.config.num_blocks, 2), "layer_idx": self._twin_exit()}
+        return changed(self.config, **small, **depth, dtype="float32")
+
+    def _twin_exit(self) -> int | None:
+        """The early exit in proportion to the twin's depth, but never before an attention layer that the run has."""
+        if self.config.layer_idx is None:
+            return None
+        layers, twin_layers = self.base_config.num_hidden_layers, self.twin_base_config.num_hidden_layers
+        return min(twin_layers - 1, -(-self.config.layer_idx * twin_layers // layers))
+
+    @cached_property
+    def twin_base_config(self) -> "PreTrainedConfig":
+        """The real model's config, shrunk."""
+        from d2l.base.twin import twin_config
+
+        return twin_config(self.base_config)
+
+    def twin_base(self) -> "PreTrainedModel":
+        """A random base of the real one's kind, tiny and in float32, held as the run would hold it; a fresh copy."""
+        return deepcopy(self._twin_base)
+
+    @cached_property
+    def _twin_base(self) -> "PreTrainedModel":
+        return self.implementation.build_base(self.twin_base_config, self.twin_plan, seed=0)
+
+    @cached_property
+    def twin_plan(self) -> "LoadPlan":
+        """How the twin's base is loaded: as the real one, but in float32 on the CPU."""
+        plan = self.implementation.plan(self.twin_config, self.twin_base_config)
+        return replace(plan, device=replace(plan.device, value="cpu", reason="a twin is tiny"))
+
+    def twin(self, seed: int = 0, base: "PreTrainedModel | None" = None) -> Model:
+        """A fresh twin whose LoRA is not zero: parameters that start at zero (scaler_B, bias_B) are drawn at random.
+
+        Args:
+            seed: of the hypernetwork; the base is always the same.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self.implementation.build(base or self.twin_base(), self.twin_config)
+        with torch.no_grad():
+            for parameter in model.hypernet.parameters():
+                if not parameter.any():
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+
+def hypernet_parameters(subject: Subject) -> int:
+    """How many parameters the run would train, counted on the real model's skeleton."""
+    from d2l.base.load import skeleton
+
+    with torch.device("meta"):
+        model = subject.implementation.build(skeleton(subject.base_config), subject.config)
+    return sum(parameter.numel() for parameter in model.hypernet.parameters())
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    """The configuration with other values, checked as if it had been read so."""
+    return RunConfig(**{**config.model_dump(), **values})

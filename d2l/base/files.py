@@ -1,0 +1,116 @@
+"""A base model's files: found, read tensor by tensor, and written in the layout of the official checkpoints."""
+
+import json
+from collections.abc import Collection, Iterator
+from copy import deepcopy
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from d2l.errors import ModelError
+from d2l.hub import from_cache_or_hub
+from d2l.paths import local_or_shipped, resource
+
+TINY = "configs/models/tiny_gpt_oss"
+LOADING_FAILURES = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_NOT_MXFP4 = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+def local_source(name_or_path: str) -> Path | None:
+    """The local folder or config file that a model name stands for; None for a hub id.
+
+    `tiny`, and a relative path that does not exist here but is shipped with d2l, stand for what is shipped.
+    """
+    return local_or_shipped(TINY if name_or_path in ("tiny", "tiny_gpt_oss") else name_or_path)
+
+
+def is_config_only(name_or_path: str) -> bool:
+    """Whether the base has no weights by design, and is random: a config file, or the shipped tiny model."""
+    source = local_source(name_or_path)
+    return source is not None and (source.is_file() or source.resolve() == resource(TINY).resolve())
+
+
+def weights_folder(name_or_path: str) -> Path:
+    """The local folder with the safetensors files, downloaded first where the name is a hub id.
+
+    Raises:
+        ModelError: there are none.
+    """
+    source = local_source(name_or_path)
+    if source is None:
+        patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
+        try:
+            source = from_cache_or_hub(
+                lambda local: Path(snapshot_download(name_or_path, allow_patterns=patterns, local_files_only=local)),
+                name_or_path,
+            )
+        except LOADING_FAILURES as error:
+            raise ModelError(
+                f"no weights of {name_or_path!r}: not in the cache, and the hub cannot be reached. Download them first "
+                f"(`hf download {name_or_path}`) or give a local folder. {first_line(error)}"
+            ) from error
+    if not any((source / name).exists() for name in (_INDEX, _SINGLE_FILE)):
+        raise ModelError(
+            f"{source} holds neither {_SINGLE_FILE} nor {_INDEX}. For a random base, give the config file itself "
+            f"({source / 'config.json'})."
+        )
+    return source
+
+
+def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint with its name, one at a time, on its device; floating point as `dtype`.
+
+    Raises:
+        ModelError: a file is absent or damaged.
+    """
+    index = folder / _INDEX
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [_SINGLE_FILE]
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt", device=device) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                    tensor = tensors.get_tensor(name)
+                    yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{folder / file} is missing or damaged: fetch the checkpoint again. {first_line(error)}"
+            ) from error
+
+
+def refuse_incomplete(folder: Path, missing: Collection[object], unexpected: Collection[object]) -> None:
+    """Raise ModelError where names in the files and names in the model differ: such a model would be partly random."""
+    found = {"missing": missing, "unexpected": unexpected}
+    if lines := [f"{len(names)} {kind} (such as {min(map(str, names))})" for kind, names in found.items() if names]:
+        raise ModelError(
+            f"{folder}: the weights are not those that config.json describes: {' and '.join(lines)}. What is missing "
+            f"would be random. Use a complete checkpoint; save a dequantized model with save_original_format=False."
+        )
+
+
+def save_mxfp4(base: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:
+    """Write a base whose experts are packed as an official checkpoint: config, `*_blocks`, `*_scales` and the rest."""
+    config = deepcopy(base.config)
+    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": _NOT_MXFP4}
+    config.save_pretrained(folder)
+    save_torch_state_dict(base.state_dict(), folder, max_shard_size=max_shard_size)
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library in one line, short enough to end a message of ours."""
+    return shorten(f"{type(error).__name__}: {error}", width=300)

@@ -1,0 +1,302 @@
+"""The frozen base model: every choice of how to load it, with its reason, and the loading itself."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.utils.quantization_config import Mxfp4Config
+
+from d2l.base.files import (
+    LOADING_FAILURES,
+    first_line,
+    is_config_only,
+    local_source,
+    read_tensors,
+    refuse_incomplete,
+    weights_folder,
+)
+from d2l.base.masks import causal_lm_class
+from d2l.base.mxfp4 import PackedExperts, dequantize
+from d2l.config import RunConfig
+from d2l.errors import ModelError
+from d2l.hub import from_cache_or_hub
+from d2l.paths import resource
+
+GPT_OSS_20B = "openai/gpt-oss-20b"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How the base will be loaded. It states facts and refuses nothing; the checks judge it.
+
+    attention: an `attn_implementation` of transformers.
+    experts: packed (MXFP4, our backward to the inputs), dequantize, native (transformers' kernels, no backward), dense.
+    quantization: none, mxfp4, bitsandbytes, or the checkpoint's own method.
+    dtype: float32 or bfloat16.
+    device: as torch names it.
+    """
+
+    attention: Choice
+    experts: Choice
+    quantization: Choice
+    dtype: Choice
+    device: Choice
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype.value)
+
+
+def read_base_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a local folder, a config file or a hub id; openai/gpt-oss-20b needs no network.
+
+    Raises:
+        ModelError: there is none, or transformers does not know its model type.
+    """
+    source = local_source(name_or_path)
+    try:
+        if name_or_path == GPT_OSS_20B:
+            try:
+                return AutoConfig.from_pretrained(GPT_OSS_20B, local_files_only=True)
+            except OSError:  # not in the cache: the same facts are shipped
+                return AutoConfig.from_pretrained(resource("configs/models/gpt_oss_20b.json"))
+        if source is not None:
+            return AutoConfig.from_pretrained(source)
+        return from_cache_or_hub(
+            lambda local: AutoConfig.from_pretrained(name_or_path, local_files_only=local), name_or_path
+        )
+    except LOADING_FAILURES as error:
+        raise ModelError(
+            f"no config of a base model in {name_or_path!r}: expected a folder with config.json, a config file, or a "
+            f"hub id that is cached or can be reached. {first_line(error)}"
+        ) from error
+
+
+def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | None = None) -> LoadPlan:
+    """Decide how to load the base. `device` is where; by default CUDA where there is one."""
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadPlan(
+        attention=_plan_attention(config.attn_implementation, base_config),
+        experts=_plan_experts(config.expert_weights, base_config),
+        quantization=_plan_quantization(config.quantize_ctx_encoder, base_config),
+        dtype=_plan_dtype(config.dtype, where),
+        device=Choice(where, "named by the caller" if device else "CUDA where there is a device, else the CPU"),
+    )
+
+
+def _plan_attention(asked: str, base_config: PreTrainedConfig) -> Choice:
+    if asked != "auto":
+        return Choice(asked, f"attn_implementation: {asked}")
+    if any(name.endswith(".sinks") for name, _ in skeleton(base_config).named_parameters()):
+        return Choice(
+            "eager", "the attention has sinks: no flash kernel has a backward for them, and SDPA ignores them"
+        )
+    if causal_lm_class(base_config)._supports_sdpa:
+        return Choice("sdpa", f"{base_config.model_type} supports it, and it takes masks for packed documents")
+    return Choice("eager", f"{base_config.model_type} does not support SDPA")
+
+
+def _plan_experts(asked: str, base_config: PreTrainedConfig) -> Choice:
+    if quantization_method(base_config) != "mxfp4":
+        unused = "" if asked == "auto" else f", so expert_weights: {asked} has no effect"
+        return Choice("dense", f"the checkpoint holds no MXFP4{unused}")
+    match asked:
+        case "dequantize":
+            return Choice(
+                asked, "expert_weights: dequantize; whole experts in memory, four times their MXFP4 bytes in bf16"
+            )
+        case "native":
+            return Choice(asked, "expert_weights: native; transformers' own MXFP4 kernels, which have no backward")
+        case _:
+            return Choice("packed", "the checkpoint is MXFP4, and frozen experts need gradients to their inputs only")
+
+
+def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig) -> Choice:
+    method = quantization_method(base_config)
+    if quantize_ctx_encoder and method:
+        return Choice(
+            "bitsandbytes",
+            f"quantize_ctx_encoder: true asks for bitsandbytes on top of {method}, which ends in a ValueError at load "
+            f"('The model is quantized with ... but you are passing a BitsAndBytesConfig')",
+        )
+    if quantize_ctx_encoder:
+        return Choice(
+            "bitsandbytes", "quantize_ctx_encoder: true, but the encoder is the base itself, not a second copy"
+        )
+    return Choice(method or "none", "the checkpoint's quantization_config" if method else "the checkpoint has none")
+
+
+def _plan_dtype(asked: str, device: str) -> Choice:
+    if asked != "auto":
+        return Choice(asked, f"dtype: {asked}")
+    if not device.startswith("cuda"):
+        return Choice("float32", f"on {device} bfloat16 is less exact and hardly faster")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return Choice("float32", f"CUDA SM {major}{minor} does not compute in bfloat16; SM 80 and later do")
+    return Choice("bfloat16", f"CUDA SM {major}{minor} computes in bfloat16")
+
+
+def quantization_method(base_config: PreTrainedConfig) -> str | None:
+    """The method in a checkpoint's quantization_config (mxfp4, fp8, gptq, ...), None without one."""
+    settings = getattr(base_config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(method, "value", method))
+
+
+def skeleton(base_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every name and shape, no memory; experts unpacked."""
+    with torch.device("meta"):
+        return _from_config(base_config, torch.float32)
+
+
+def random_base(base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> PreTrainedModel:
+    """A random model of this config, the same for the same seed, frozen and in eval mode.
+
+    Under `packed`, `dequantize` and `native` the experts are rounded to MXFP4, so that all three compute the same
+    function; `native` stands in for kernels that need CUDA: a forward without a backward. What transformers initialises
+    to a constant (biases, norms) gets noise, so that leaving it out shows.
+
+    Raises:
+        ModelError: transformers cannot build it, for example because it has no such attention implementation.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's too, which is not restored
+        model = _from_config(base_config, plan.torch_dtype, plan.attention.value)
+        for parameter in model.parameters():
+            if (parameter == parameter.flatten()[0]).all():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    for name, experts in _dense_experts(model):
+        if plan.experts.value == "dense":
+            continue
+        packed = PackedExperts.from_dense(experts)
+        if plan.experts.value == "dequantize":
+            _round_to(packed, experts)
+            continue
+        if plan.experts.value == "native":
+            packed.register_forward_hook(lambda module, inputs, output: output.detach())
+        model.set_submodule(name, packed)
+    return _frozen(model, plan)
+
+
+def load_base(name_or_path: str, base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> PreTrainedModel:
+    """The base with its weights, frozen and in eval mode; random from `seed` where the source is a config only.
+
+    Raises:
+        ModelError: the plan cannot be carried out, or the weights are absent, incomplete or another model's.
+    """
+    if plan.quantization.value == "bitsandbytes":
+        raise ModelError(f"{name_or_path}: {plan.quantization.reason}. Set quantize_ctx_encoder: false.")
+    if plan.experts.value == "native":
+        raise ModelError(
+            f"{name_or_path}: transformers' native MXFP4 experts have no backward; gradients would bypass every MLP "
+            f"and be wrong without an error. Set expert_weights: packed or dequantize."
+        )
+    if is_config_only(name_or_path):
+        return random_base(base_config, plan, seed)
+    load = _load_packed if plan.experts.value == "packed" else _load_with_transformers
+    base = _frozen(load(weights_folder(name_or_path), base_config, plan), plan)
+    base.name_or_path = base.config.name_or_path = name_or_path  # not the folder of the cache: adapters name their base
+    return base
+
+
+def _frozen_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy without a cache, and without dropout, which the training mode that checkpointing needs would wake."""
+    config = deepcopy(base_config)
+    config.use_cache = False
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _from_config(base_config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """An initialised model without quantization: its experts are dense, or about to become ours."""
+    causal_lm_class(base_config)  # raises where there is none
+    config = _frozen_config(base_config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except LOADING_FAILURES as error:
+        raise ModelError(
+            f"transformers cannot build {config.model_type} with attn_implementation: {attention}. {first_line(error)}"
+        ) from error
+
+
+def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
+    config = _frozen_config(base_config)
+    options: dict[str, Any] = {}
+    if plan.experts.value == "dequantize":  # said explicitly: without kernels transformers would do it with a warning
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=plan.torch_dtype,
+            attn_implementation=plan.attention.value,
+            device_map={"": plan.device.value},
+            output_loading_info=True,
+            **options,
+        )
+    except LOADING_FAILURES as error:
+        raise ModelError(f"{folder}: transformers cannot load the base. {first_line(error)}") from error
+    model, report = loaded
+    refuse_incomplete(folder, report["missing_keys"], [*report["unexpected_keys"], *report["mismatched_keys"]])
+    for parameter in model.parameters():  # older releases dequantize to bfloat16 whatever the dtype
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(plan.torch_dtype)
+    return model
+
+
+def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
+    """Put every tensor straight into its place: the peak is the size of the packed model and one tensor."""
+    with init_empty_weights(include_buffers=False):  # rotary buffers are in no file, so they must be computed
+        model = _from_config(base_config, plan.torch_dtype, plan.attention.value)
+    for name, experts in _dense_experts(model):
+        with torch.device("meta"):
+            model.set_submodule(name, PackedExperts.like(experts))
+    unexpected: list[str] = []
+    for name, tensor in read_tensors(folder, plan.device.value, plan.torch_dtype):
+        try:
+            unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
+        except RuntimeError as error:
+            raise ModelError(f"{folder}: {name} does not fit config.json. {error}") from error
+    if model.get_input_embeddings().weight.is_meta:  # tied, and the file holds the pair under the other name
+        model.get_input_embeddings().weight = model.get_output_embeddings().weight
+    model.tie_weights()
+    refuse_incomplete(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta], unexpected)
+    return model
+
+
+def _dense_experts(model: PreTrainedModel) -> list[tuple[str, GptOssExperts]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, GptOssExperts)]
+
+
+def _round_to(packed: PackedExperts, dense: GptOssExperts) -> None:
+    """Give dense experts the very values of packed ones."""
+    for name in ("gate_up_proj", "down_proj"):
+        parameter: nn.Parameter = getattr(dense, name)
+        blocks, scales = getattr(packed, f"{name}_blocks"), getattr(packed, f"{name}_scales")
+        parameter.data = dequantize(blocks, scales, parameter.dtype).transpose(1, 2).contiguous()
+
+
+def _frozen(model: PreTrainedModel, plan: LoadPlan) -> PreTrainedModel:
+    model.requires_grad_(False)
+    return model.eval().to(device=plan.device.value)

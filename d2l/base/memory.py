@@ -1,0 +1,163 @@
+"""Bytes by component of a run: while the base loads, at the peak of a training step, and steadily between steps.
+
+Weights are counted from the model's shapes and are exact. Activations are estimates from the same shapes, within a
+factor of 1.5 of what autograd keeps. The hypernetwork is in float32 with AdamW, as it is trained.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from d2l.base.load import LoadPlan, skeleton
+from d2l.base.mxfp4 import BITS_PER_WEIGHT
+from d2l.config import RunConfig
+
+_FLOAT32 = 4
+# Bytes an element, measured on a CPU: the result, its transpose, indices, casts. CUDA takes fewer.
+_DEQUANTIZE_TRANSIENT = 10
+# Copies of a layer's attention scores beside the one kept for backward: masked, with sinks, shifted, softmax.
+_SCORES_AT_WORK = 4
+# The modality projection, a SwiGLU four times as wide as its input, keeps gate, up, silu(gate) and their product.
+_PROJECTION_VALUES = 4 * 4
+# Bytes a logit beside itself: in float32, its softmax, its gradient.
+_LOGITS = 3 * _FLOAT32
+
+
+@dataclass(frozen=True)
+class Component:
+    """What one part of the run takes, in bytes, and how that was reckoned."""
+
+    name: str
+    loading: int
+    peak: int
+    steady: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All components; their sums are the run's."""
+
+    components: tuple[Component, ...]
+
+    @property
+    def loading(self) -> int:
+        """While the model is put together."""
+        return sum(component.loading for component in self.components)
+
+    @property
+    def peak(self) -> int:
+        """Within a training step."""
+        return sum(component.peak for component in self.components)
+
+    @property
+    def steady(self) -> int:
+        """Between steps."""
+        return sum(component.steady for component in self.components)
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Numbers of weights, not bytes."""
+
+    total: int
+    experts: int  # those that MXFP4 holds: the projections, not their biases
+    largest_expert_tensor: int
+    largest_tensor: int  # of the others
+
+
+def count_weights(base_config: PreTrainedConfig) -> WeightCount:
+    """Count a model's weights without allocating it."""
+    model = skeleton(base_config)
+    projections = {
+        id(projection): projection.numel()
+        for module in model.modules()
+        if isinstance(module, GptOssExperts)
+        for projection in (module.gate_up_proj, module.down_proj)
+    }
+    others = [parameter.numel() for parameter in model.parameters() if id(parameter) not in projections]
+    experts = sum(projections.values())
+    return WeightCount(sum(others) + experts, experts, max(projections.values(), default=0), max(others))
+
+
+def memory_plan(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    plan: LoadPlan,
+    *,
+    hypernet_parameters: int,
+    label_tokens: int | None = None,
+) -> MemoryPlan:
+    """Reckon a run on one device, with full packed rows.
+
+    Args:
+        hypernet_parameters: what is trained.
+        label_tokens: supervised tokens of a row, the only ones with logits; by default a whole row.
+    """
+    weights = count_weights(base_config)
+    size = plan.torch_dtype.itemsize
+    queries, context = config.max_packed_inp_len, config.max_packed_ctx_len
+    labels = queries if label_tokens is None else label_tokens
+    base, transient, how = _base_bytes(weights, plan, size)
+    encoder = _activations(base_config, plan, size, context, kept_layers=1, checkpointing=False)
+    step = _activations(base_config, plan, size, queries, base_config.num_hidden_layers, config.gradient_checkpointing)
+    logits = labels * base_config.vocab_size * (size + _LOGITS)
+    trained = hypernet_parameters * _FLOAT32
+    feature_layers = base_config.num_hidden_layers if config.ctx_encoder_type == "per_layer_activations" else 1
+    width = base_config.hidden_size * (
+        base_config.num_hidden_layers if config.ctx_encoder_type == "concat_layers" else 1
+    )
+    tokens = context * feature_layers * _FLOAT32  # bytes a value of every token's features
+    features = width * tokens
+    projection = _PROJECTION_VALUES * width * tokens
+    cross_attentions = max(1, config.num_blocks) * (width + 2 * config.latent_size) * tokens
+    return MemoryPlan(
+        (
+            Component("base weights", base, base, base, how),
+            Component("loading the base", transient, 0, 0, "temporary, for the largest tensor"),
+            Component("context encoder", 0, 0, 0, "the base's own layers: no second copy"),
+            Component("hypernetwork", trained, trained, trained, f"{hypernet_parameters:,} parameters in float32"),
+            Component("gradients", 0, trained, 0, "as many, in float32"),
+            Component("AdamW states", 0, 2 * trained, 2 * trained, "two moments a parameter"),
+            Component("context features", 0, features, 0, f"{context:,} tokens of {feature_layers} layers in float32"),
+            Component(
+                "hypernetwork activations", 0, projection + cross_attentions, 0, "projected features, keys and values"
+            ),
+            Component(
+                "base activations", 0, max(encoder, step), 0, f"the larger of {queries:,} and {context:,} tokens"
+            ),
+            Component("logits", 0, logits, 0, f"{labels:,} label tokens x {base_config.vocab_size:,}"),
+        )
+    )
+
+
+def _base_bytes(weights: WeightCount, plan: LoadPlan, size: int) -> tuple[int, int, str]:
+    """Bytes of the frozen weights, bytes that loading them takes for a moment, and how they are held."""
+    if plan.experts.value in ("packed", "native"):
+        packed = int(weights.experts * BITS_PER_WEIGHT / 8)
+        held = packed + (weights.total - weights.experts) * size
+        transient = max(weights.largest_tensor * size, int(weights.largest_expert_tensor * BITS_PER_WEIGHT / 8))
+        return held, transient, f"{weights.experts:,} expert weights in MXFP4, the rest in {plan.dtype.value}"
+    transient = _DEQUANTIZE_TRANSIENT * weights.largest_expert_tensor if plan.experts.value == "dequantize" else 0
+    transient = max(transient, weights.largest_tensor * size)
+    return weights.total * size, transient, f"{weights.total:,} weights in {plan.dtype.value}"
+
+
+def _activations(
+    base_config: PreTrainedConfig, plan: LoadPlan, size: int, tokens: int, kept_layers: int, checkpointing: bool
+) -> int:
+    """Bytes that the base's forward over a packed row keeps for its backward, and those at work in one layer."""
+    hidden, heads = base_config.hidden_size, base_config.num_attention_heads
+    head_dim = getattr(base_config, "head_dim", None) or hidden // heads
+    key_value_heads = getattr(base_config, "num_key_value_heads", None) or heads
+    scores = heads * tokens * tokens if plan.attention.value == "eager" else 0
+    routes = getattr(base_config, "num_experts_per_tok", None)
+    width = getattr(base_config, "moe_intermediate_size", None) if routes else None
+    width = width or getattr(base_config, "intermediate_size", None) or 4 * hidden
+    mlp = routes * (6 * width + 2 * hidden) if routes else 3 * width
+    attention = (3 * heads + 2 * key_value_heads) * head_dim
+    layer = tokens * (3 * hidden + attention + mlp) + scores
+    kept = kept_layers * tokens * hidden + layer if checkpointing else kept_layers * layer
+    dequantized = 3 * width * hidden if plan.experts.value == "packed" else 0  # both projections of one expert
+    return (kept + _SCORES_AT_WORK * scores + dequantized) * size

@@ -1,0 +1,112 @@
+"""GPT-OSS's harmony format outside the template: who speaks it, what an output says, what a turn should supervise.
+
+A message reads `<|start|>author<|channel|>channel<|message|>content<|end|>`; `<|return|>` and `<|call|>` end a message
+and the turn. The model starts every turn right after `<|start|>assistant`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+Supervision = Literal["content", "sampled"]
+
+TEMPLATE = "chat_templates/openai/gpt-oss-20b.jinja"
+CONTROL_TOKENS = frozenset(
+    f"<|{name}|>" for name in ["start", "end", "message", "channel", "constrain", "return", "call"]
+)
+
+_MESSAGE = re.compile(
+    r"(?:<\|start\|>(?P<author>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"(?P<content>.*?)(?=<\|(?:start|end|message|channel|constrain|return|call)\|>|\Z)",
+    re.DOTALL,
+)
+_RECIPIENT = re.compile(r"\bto=(\S+)")
+
+
+@dataclass(frozen=True)
+class ChannelMessage:
+    """One message of an output: `channel` is `None` where the header names none, `recipient` for tool calls only."""
+
+    channel: str | None
+    content: str
+    recipient: str | None = None
+
+
+def speaks_harmony(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every control token of harmony is one token of this tokenizer."""
+    return set(tokenizer.get_added_vocab()) >= CONTROL_TOKENS
+
+
+def parse_channels(text: str, prefilled: str | None = None) -> list[ChannelMessage]:
+    """The messages in an output of the model.
+
+    Args:
+        text: decoded with `skip_special_tokens=False`, from behind `<|start|>assistant`.
+        prefilled: the channel whose header the prompt already ended with, so that `text` starts with content.
+    """
+    if prefilled is not None:
+        text = f"<|start|>assistant<|channel|>{prefilled}<|message|>{text}"
+    elif not text.startswith("<|start|>"):
+        text = f"<|start|>assistant{text}"
+    messages = []
+    for match in _MESSAGE.finditer(text):
+        author, channel = match["author"] or "", match["channel"] or ""
+        recipient = _RECIPIENT.search(f"{author} {channel}")
+        name = channel.split()[0] if channel.split() else None
+        messages.append(ChannelMessage(name, match["content"], recipient[1] if recipient else None))
+    return messages
+
+
+def final_text(text: str, prefilled: str | None = None) -> str:
+    """What the user gets to see of an output: its last `final` message, without any header; empty where there is none.
+
+    Args:
+        text, prefilled: as in `parse_channels`.
+    """
+    finals = [message.content for message in parse_channels(text, prefilled) if message.channel == "final"]
+    return finals[-1] if finals else ""
+
+
+def expected_supervision(messages: Sequence[Mapping[str, Any]], supervision: Supervision) -> list[str]:
+    """The texts that a harmony template must mark in this conversation, worked out from the messages alone.
+
+    It restates the format's rules for assistant turns and reads no template, so it can audit one. `content`: each
+    message with its end token, headers left out. `sampled`: each turn from its first header to its stop token.
+
+    Args:
+        messages: a conversation without a generation prompt behind it.
+    """
+    texts: list[str] = []
+    for parts in _assistant_turns(messages):
+        if supervision == "content":
+            texts += [said for _, said in parts]
+        else:
+            texts.append("<|start|>assistant".join(header + said for header, said in parts))
+    return texts
+
+
+def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[str, str]]]:
+    """The (header, said) pairs that each assistant message becomes."""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        names = ("thinking", "reasoning_content", "reasoning")  # transformers passes each of them as `thinking`
+        thinking = next((message[name] for name in names if message.get(name) is not None), None)
+        is_last = index == len(messages) - 1
+        if calls := message.get("tool_calls"):
+            later = [other for other in messages[index + 1 :] if other["role"] == "assistant"]
+            is_answered = any(not other.get("tool_calls") for other in later)
+            reasoning = None if is_answered else message.get("content") or thinking or None
+            call = calls[0].get("function") or calls[0]
+            header = f" to=functions.{call['name']}<|channel|>commentary {call.get('content_type', 'json')}<|message|>"
+            said = json.dumps(call["arguments"], ensure_ascii=False) + "<|call|>"
+        else:
+            reasoning = thinking if is_last else None
+            header = "<|channel|>final<|message|>"
+            said = message["content"] + ("<|return|>" if is_last else "<|end|>")
+        analysis = [("<|channel|>analysis<|message|>", reasoning + "<|end|>")] if reasoning is not None else []
+        yield [*analysis, (header, said)]

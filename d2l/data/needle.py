@@ -1,0 +1,125 @@
+"""Needle in a haystack: synthetic documents that state the values of keys between sentences of filler.
+
+Whether a (key, value) pair or a filler sentence belongs to `train` or to `heldout` is decided by its hash alone, so the
+two splits share neither, whatever the seeds and sizes: recall on held-out documents is not memory of the training set.
+"""
+
+import random
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Literal
+
+from d2l.data.records import Record
+from d2l.errors import ConfigError
+
+Split = Literal["train", "heldout"]
+Style = Literal["sentences", "pairs"]
+
+_COLOURS, _ANIMALS, _MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES = map(
+    str.split,
+    (
+        "amber azure beige black blue bronze brown copper coral crimson cyan golden green grey indigo ivory jade lilac "
+        "maroon olive orange pearl pink plum purple red ruby scarlet silver tan teal turquoise violet white yellow",
+        "badger bear beaver bison camel cat cobra crane crow deer dingo dog dolphin eagle falcon ferret fox frog gecko "
+        "goat goose hare hawk heron horse ibis jackal koala lemur leopard lion lizard llama lynx mole moose mouse newt "
+        "otter owl panda parrot pelican pigeon puma rabbit raven robin salmon seal shark sheep snail spider stork swan "
+        "tiger toad turtle walrus whale wolf wombat zebra",
+        "busy calm careful cheerful clever curious gentle happy honest lonely lucky patient polite proud shy",
+        "actor artist baker barber carpenter clerk cook dancer doctor driver farmer guard judge lawyer miner nurse "
+        "painter pilot poet sailor singer soldier student tailor teacher waiter writer",
+        "danced dreamed laughed paused read rested sang sat slept smiled stood talked waited walked worked",
+        "behind beside beyond near outside",
+        "ancient broken crowded dusty empty famous hidden large narrow new old quiet small tall wide",
+        "barn bridge castle church factory farm forest garden harbour hill hotel house lake library market meadow mill "
+        "museum palace park river road school shop square station street theatre tower village",
+    ),
+)
+
+PAIR_KEYS = tuple(_ANIMALS[:32])  # few, so that a tiny model has a token for each
+KEYS = tuple(f"{colour} {animal}" for colour, animal in product(_COLOURS, _ANIMALS))
+SENTENCE_WORDS = 8
+_HELDOUT_SHARE = 5  # one in five
+
+
+def needle_records(
+    documents: int,
+    pairs: int,
+    digits: int,
+    filler_tokens: int,
+    seed: int,
+    split: Split = "train",
+    style: Style = "sentences",
+) -> list[Record]:
+    """Make documents with `pairs` needles each, and one question for every needle.
+
+    Args:
+        documents: how many records.
+        pairs: needles in a document; their keys differ.
+        digits: decimal digits of a value, 1 to 4, leading zeros included; chance is 10^-digits.
+        filler_tokens: words of filler in a document, rounded up to whole sentences of eight.
+        seed: same arguments, same records.
+        split: `train` and `heldout` share no (key, value) pair and no filler sentence.
+        style: English sentences; or `pairs`, the least that a tiny model can read: one-word keys, digits apart, no
+            filler, questions that are keys, and answers that name the key first, as a sentence would.
+
+    Raises:
+        ConfigError: more pairs than keys exist, or filler for a style that has none.
+    """
+    keys = KEYS if style == "sentences" else PAIR_KEYS
+    if pairs > len(keys):
+        raise ConfigError([f"needle_pairs: {pairs:,} is more than the {len(keys):,} keys that exist; lower it"])
+    if style == "pairs" and filler_tokens:
+        raise ConfigError([f"needle_filler_tokens: {filler_tokens:,} with needle_style: pairs, which has none; set 0"])
+    generator = random.Random(f"{seed} {split}")
+    records = []
+    for number in range(1, documents + 1):
+        values = _values(generator, keys, pairs, digits, split)
+        source = f"needle-{split}:{number}"
+        if style == "pairs":
+            records.append(_pairs(values, source))
+        else:
+            records.append(_sentences(generator, values, filler_tokens, split, source))
+    return records
+
+
+def split_of(text: str) -> Split:
+    """The split that a filler sentence or a pair, written `key value`, belongs to."""
+    return "heldout" if zlib.crc32(text.encode()) % _HELDOUT_SHARE == 0 else "train"
+
+
+def _values(generator: random.Random, keys: Sequence[str], pairs: int, digits: int, split: Split) -> dict[str, str]:
+    """Distinct keys with their values, each pair of the split."""
+    values: dict[str, str] = {}
+    while len(values) < pairs:
+        key, value = generator.choice(keys), f"{generator.randrange(10**digits):0{digits}d}"
+        if split_of(f"{key} {value}") == split:
+            values[key] = value
+    return values
+
+
+def _sentences(
+    generator: random.Random, values: Mapping[str, str], filler_tokens: int, split: Split, source: str
+) -> Record:
+    sentences = [f"The value of {key} is {value}." for key, value in values.items()]
+    sentences += [_filler(generator, split) for _ in range(-(-filler_tokens // SENTENCE_WORDS))]
+    generator.shuffle(sentences)
+    return Record(
+        context=" ".join(sentences),
+        prompts=tuple(f"What is the value of {key}?" for key in values),
+        responses=tuple(values.values()),
+        source=source,
+    )
+
+
+def _pairs(values: Mapping[str, str], source: str) -> Record:
+    stated = tuple(" ".join((key, *value)) for key, value in values.items())
+    return Record(context=" ".join(stated), prompts=tuple(values), responses=stated, source=source)
+
+
+def _filler(generator: random.Random, split: Split) -> str:
+    while True:
+        words = [generator.choice(kind) for kind in (_MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES)]
+        sentence = "The {} {} {} {} the {} {}.".format(*words)
+        if split_of(sentence) == split:
+            return sentence

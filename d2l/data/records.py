@@ -1,0 +1,272 @@
+"""Documents with questions and answers: read from JSONL, JSON, Parquet or a `datasets` folder, written as JSONL.
+
+Every record that cannot be used is reported with its file and line; nothing is skipped.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from d2l.errors import DataError
+
+EXPECTED = (
+    'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '
+    "(optional: logprobs_vals and logprobs_indices, nested as [prompt][supervised token][k])"
+)
+SHOWN = 5  # problems that a message lists in full: it has to fit on one screen
+_MASS_TOLERANCE = 0.01  # a teacher's probabilities rounded to bfloat16 sum to at most this much above 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document with its questions and answers.
+
+    `source` is where it stands (`file:line`). `logprobs_vals` and `logprobs_indices` are a teacher's top-k natural-log
+    probabilities and token ids, nested as [prompt][supervised token][k].
+    """
+
+    context: str
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+    source: str
+    logprobs_vals: tuple[Any, ...] | None = None
+    logprobs_indices: tuple[Any, ...] | None = None
+
+
+def listing(problems: Sequence[str]) -> str:
+    """The first problems, one indented line each, and how many more there are."""
+    rest = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+    return "\n".join(f"  {line}" for line in [*problems[:SHOWN], *rest])
+
+
+def read_records(paths: Sequence[str | Path], limit: int | None = None) -> list[Record]:
+    """Read every record of the files and folders, in order.
+
+    Args:
+        paths: `.parquet` files, `.json` files (one list of objects), folders written by `datasets`' `save_to_disk`;
+            anything else is read as JSONL in UTF-8, blank lines apart.
+        limit: at most this many records from each path.
+
+    Raises:
+        DataError: for every path that cannot be read or holds an unusable record, with file and line.
+    """
+    records: list[Record] = []
+    failures: list[str] = []
+    for path in map(Path, paths):
+        try:
+            records += _read_path(path, limit)
+        except DataError as error:
+            failures.append(str(error))
+        except OSError as error:
+            failures.append(f"{path}: cannot be read: {error.strerror or error}")
+    if failures:
+        raise DataError("\n\n".join(failures))
+    return records
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Write records as JSONL that `read_records` reads back; `source` becomes the new file's own lines.
+
+    Raises:
+        DataError: the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                values = {key: value for key, value in vars(record).items() if key != "source" and value is not None}
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    except FileExistsError:
+        raise DataError(f"{path} exists and is not overwritten; remove it or choose another name") from None
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_logprobs(vals: Sequence[Sequence[float]], indices: Sequence[Sequence[int]], n_labels: int) -> None:
+    """Check a teacher's top-k for one question.
+
+    Raises:
+        DataError: not one entry of k natural-log probabilities, finite and summing to at most 1, and k ids per label.
+    """
+    try:
+        table, ids = np.asarray(vals, dtype=np.float64), np.asarray(indices)
+    except (TypeError, ValueError):
+        raise DataError("teacher logprobs: expected numbers, as many for every token") from None
+    if table.ndim != 2 or table.shape[1] == 0 or ids.shape != table.shape or ids.dtype.kind != "i" or ids.min() < 0:
+        raise DataError(
+            f"teacher logprobs: expected values and token ids of one shape [supervised token, k], "
+            f"found {list(table.shape)} and {list(ids.shape)} ({ids.dtype})"
+        )
+    if len(table) != n_labels:
+        raise DataError(
+            f"teacher logprobs: {len(table)} entries for {n_labels} supervised tokens; make them again with this chat "
+            "template and supervision"
+        )
+    if not np.isfinite(table).all():
+        raise DataError("teacher logprobs: some are not finite")
+    mass = np.exp(table).sum(axis=1).max()
+    if mass > 1 + _MASS_TOLERANCE:
+        raise DataError(f"teacher logprobs: the probabilities of a token sum to {mass:.3g} > 1; expected natural logs")
+
+
+def _read_path(path: Path, limit: int | None) -> list[Record]:
+    unit, values = _open(path)
+    records: list[Record] = []
+    problems: list[str] = []
+    for number, value in islice(values, limit):
+        problem = value.text if isinstance(value, _Unreadable) else _problem(value)
+        if problem:
+            problems.append(f"{unit} {number}: {problem}")
+        else:
+            records.append(_record(value, f"{path}:{number}"))
+    if problems:
+        count = f"{len(problems):,} of {len(problems) + len(records):,} records"
+        raise DataError(f"{path}: {count} cannot be used\n{listing(problems)}\n{EXPECTED}\nmend or remove them")
+    if not records:
+        raise DataError(f"{path}: holds no records\n{EXPECTED}")
+    return records
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands in for a line that holds no value; `text` says why."""
+
+    text: str
+
+
+def _open(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
+    """What the parts of this kind of file are called, and the parts: (number from 1, value)."""
+    if not path.exists():
+        raise DataError(
+            f"{path}: does not exist\nexpected: a JSONL, JSON or Parquet file, or a folder written by `save_to_disk` "
+            f"of datasets; a relative path starts from {Path.cwd()}"
+        )
+    if path.is_dir():
+        return "row", _folder(path)
+    if path.suffix == ".parquet":
+        return "row", _parquet(path)
+    with path.open("rb") as file:
+        if b"\0" in file.read(4096):
+            raise DataError(
+                f"{path}: is binary (holds NUL bytes)\nexpected: JSONL in UTF-8, or Parquet under a name that ends "
+                "in .parquet; convert or rename it"
+            )
+    return ("item", _json_list(path)) if path.suffix == ".json" else ("line", _jsonl(path))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:  # bytes: only \n ends a line, and an undecodable line is named
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"not UTF-8 (byte 0x{text[error.start]:02x} at position {error.start + 1})")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return _Unreadable(f"invalid JSON: {error.msg} at {line}column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of open brackets
+        return _Unreadable(f"invalid JSON: {error}")
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    value = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(value, _Unreadable) or not isinstance(value, list):
+        found = value.text if isinstance(value, _Unreadable) else f"found {_kind(value)}"
+        raise DataError(f"{path}: expected one JSON list of records, {found}; name one-object-per-line files .jsonl")
+    return enumerate(value, 1)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _folder(path: Path) -> Iterator[tuple[int, Any]]:
+    import datasets  # here: it takes seconds to import, and most data is JSONL
+
+    advice = "expected: a folder written by `save_to_disk` of datasets"
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, pyarrow.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a dataset: {str(error).splitlines()[0]}\n{advice}") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        raise DataError(f"{path}: holds several splits; name one of {', '.join(str(path / s) for s in dataset)}")
+    return enumerate(dataset, 1)
+
+
+def _problem(value: Any) -> str | None:
+    """Why a value cannot be a record, or None."""
+    if not isinstance(value, Mapping):
+        return f"expected an object, found {_kind(value)}"
+    for key in ("context", "prompts", "responses"):
+        if value.get(key) is None:
+            return f"`{key}` is missing (found: {', '.join(map(str, value)) or 'nothing'})"
+    if problem := _text_problem("context", value["context"]):
+        return problem
+    if not value["context"].strip():
+        return "`context` is empty: there is no document"
+    for key in ("prompts", "responses"):
+        if not isinstance(value[key], list):
+            return f"`{key}` must be a list of strings, found {_kind(value[key])}"
+        for index, text in enumerate(value[key]):
+            if problem := _text_problem(f"{key}[{index}]", text):
+                return problem
+    if not value["prompts"]:
+        return "`prompts` is empty: there is no question"
+    if len(value["prompts"]) != len(value["responses"]):
+        return f"{len(value['prompts'])} prompts but {len(value['responses'])} responses"
+    return _logprobs_problem(value)
+
+
+def _text_problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"`{name}` must be a string, found {_kind(value)}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"`{name}` holds half of a surrogate pair at character {error.start + 1}, which no tokenizer accepts"
+    return None
+
+
+def _logprobs_problem(value: Mapping[str, Any]) -> str | None:
+    vals, indices = value.get("logprobs_vals"), value.get("logprobs_indices")
+    if (vals is None) != (indices is None):
+        return "`logprobs_vals` and `logprobs_indices` come together; one is missing"
+    for key in ("logprobs_vals", "logprobs_indices"):
+        if vals is not None and (not isinstance(value[key], list) or len(value[key]) != len(value["prompts"])):
+            return f"`{key}` must be a list with an entry for each of the {len(value['prompts'])} prompts"
+    return None
+
+
+def _record(value: Mapping[str, Any], source: str) -> Record:
+    return Record(
+        context=value["context"],
+        prompts=tuple(value["prompts"]),
+        responses=tuple(value["responses"]),
+        source=source,
+        logprobs_vals=_tuples(value.get("logprobs_vals")),
+        logprobs_indices=_tuples(value.get("logprobs_indices")),
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:30]!r}"

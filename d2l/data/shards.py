@@ -1,0 +1,164 @@
+"""Token rows as an Arrow file: written from what tokenization made of some records, read memory-mapped, row by row.
+
+One record batch: the record's index and the nested lists of each row, ids as int32. What has no row (the dropped
+records and questions) stands in the schema's metadata, so that one hash covers everything.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+
+from d2l.data.records import Record
+from d2l.data.tokenize import Dropped, Part, Query, Row
+
+# How deep the lists of each column are, and of what. A query without teacher logprobs has empty ones.
+_COLUMNS = {
+    "chunks": (2, pyarrow.int32()),
+    "input_ids": (2, pyarrow.int32()),
+    "labels": (2, pyarrow.int32()),
+    "logprobs_vals": (3, pyarrow.float64()),
+    "logprobs_indices": (3, pyarrow.int64()),
+}
+
+
+def write_shard(path: Path, parts: Sequence[Part]) -> None:
+    """Write what became of some records; the same parts give the same bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    rows = [row for part in parts for row in part.rows]
+    values: dict[str, list[Any]] = {
+        "chunks": [row.chunks for row in rows],
+        "input_ids": [[query.input_ids for query in row.queries] for row in rows],
+        "labels": [[query.labels for query in row.queries] for row in rows],
+        "logprobs_vals": [[query.logprobs_vals or () for query in row.queries] for row in rows],
+        "logprobs_indices": [[query.logprobs_indices or () for query in row.queries] for row in rows],
+    }
+    arrays = {"record": pyarrow.array([row.record for row in rows], pyarrow.int64())}
+    for name, (depth, kind) in _COLUMNS.items():
+        for _ in range(depth):
+            kind = pyarrow.large_list(kind)
+        arrays[name] = pyarrow.array(values[name], kind)
+    rest = {
+        "dropped": [(drop.record, drop.query, drop.kind, drop.reason) for part in parts for drop in part.dropped],
+        "top_k": sorted({k for part in parts for k in part.top_k}),
+    }
+    batch = pyarrow.RecordBatch.from_pydict(arrays, metadata={name: json.dumps(value) for name, value in rest.items()})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+class Shard:
+    """A file of `write_shard`, memory-mapped.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pyarrow.memory_map(str(path)) as file:  # the map outlives the open file, of which a process may have few
+            batch = pyarrow.ipc.open_file(file).get_batch(0)
+        self._records = batch.column("record").to_numpy()
+        self._columns = {name: _Nested.of(batch.column(name), depth) for name, (depth, _) in _COLUMNS.items()}
+        self._metadata = batch.schema.metadata
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """`Row.size` of every row, [rows, 2] int64."""
+        return np.stack([self._columns["input_ids"].sizes, self._columns["chunks"].sizes], axis=1)
+
+    def row(self, index: int) -> Row:
+        """One row, its tokens read from the file."""
+        chunks, *columns = (column.row(index) for column in self._columns.values())
+        queries = (
+            Query(ids, labels, vals or None, indices or None)
+            for ids, labels, vals, indices in zip(*columns, strict=True)
+        )
+        return Row(int(self._records[index]), chunks, tuple(queries))
+
+    def account(self, records: Sequence[Record]) -> Part:
+        """What has no row, told with the sources that the records have now."""
+        dropped = (
+            Dropped(index, records[index].source, query, kind, reason)
+            for index, query, kind, reason in json.loads(self._metadata[b"dropped"])
+        )
+        return Part(dropped=tuple(dropped), top_k=frozenset(json.loads(self._metadata[b"top_k"])))
+
+
+class MappedRows(Sequence[Row]):
+    """The rows of some shards: each is made when it is asked for, and only its own tokens are read."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._shards[shard].row(place - int(self._starts[shard]))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """`Row.size` of every row, [rows, 2] int64, without reading their tokens."""
+        return np.concatenate([shard.sizes for shard in self._shards])
+
+
+def row_sizes(rows: Sequence[Row]) -> np.ndarray:
+    """`Row.size` of every row, [rows, 2] int64: tokens of the queries, tokens of the chunks."""
+    if isinstance(rows, MappedRows):
+        return rows.sizes
+    return np.array([row.size for row in rows], dtype=np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Nested:
+    """A column of nested lists, as views on its file: the borders of the lists by level, outermost first, and values."""
+
+    borders: tuple[np.ndarray, ...]
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, column: Any, depth: int) -> "_Nested":
+        borders = []
+        for _ in range(depth):
+            borders.append(column.offsets.to_numpy())
+            column = column.values
+        return cls(tuple(borders), column.to_numpy())
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Values in each row of a column of depth 2, [rows] int64."""
+        rows, lists = self.borders
+        return np.diff(lists[rows])
+
+    def row(self, index: int) -> tuple[Any, ...]:
+        """The lists of one row as nested tuples."""
+        return self._tuples(0, index, index + 1)[0]
+
+    def _tuples(self, level: int, start: int, stop: int) -> tuple[Any, ...]:
+        if level == len(self.borders):
+            return tuple(self.values[start:stop].tolist())
+        borders = self.borders[level][start : stop + 1].tolist()
+        return tuple(self._tuples(level + 1, *pair) for pair in pairwise(borders))

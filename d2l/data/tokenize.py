@@ -1,0 +1,336 @@
+"""Records into token rows: the document in chunks, its questions as conversations without the document.
+
+Nothing is truncated. What does not fit a limit is dropped as a whole and named, with its record, in the result.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+
+from d2l.config import RunConfig
+from d2l.data.chat import ChatFormat
+from d2l.data.records import Record, check_logprobs, listing
+from d2l.errors import ConfigError, DataError
+
+IGNORED = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
+
+Ids = tuple[int, ...]
+OnProgress = Callable[[int, int], None]  # is told how many records are done, and of how many
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Everything of a run's configuration that shapes rows, by the same names. In tokens; -1 means no limit.
+
+    `max_ctx_len` and the chunk lengths count the template's affixes around the text.
+    """
+
+    max_ctx_len: int = -1
+    max_ctx_chunk_len: int = -1
+    min_ctx_chunk_len: int = -1
+    max_ctx_chunk_num: int | None = None
+    num_chunk_probs: dict[int, float] | None = None
+    max_qas_len: int = -1
+    max_qas_per_sample: int = -1
+    max_packed_inp_len: int = -1
+    max_packed_ctx_len: int = -1
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Limits":
+        """The limits that a run's configuration sets."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question and its answer: `labels[t]` is `input_ids[t]` where supervised, else -100.
+
+    The first token is never supervised: nothing comes before it to predict it from. `logprobs_vals` and
+    `logprobs_indices` are a teacher's top-k, [supervised token][k].
+    """
+
+    input_ids: Ids
+    labels: Ids
+    logprobs_vals: tuple[tuple[float, ...], ...] | None = None
+    logprobs_indices: tuple[Ids, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.labels) == len(self.input_ids) > 0
+        assert self.labels[0] == IGNORED
+
+    @property
+    def n_labels(self) -> int:
+        """Supervised tokens."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document in chunks with questions about it: what packing moves as one piece. `record` is its record's index."""
+
+    record: int
+    chunks: tuple[Ids, ...]
+    queries: tuple[Query, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens of the queries, tokens of the chunks."""
+        return sum(len(query.input_ids) for query in self.queries), sum(map(len, self.chunks))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record (`query` is None), or one of its questions, that is in no row. `kind` groups reasons for counting."""
+
+    record: int
+    source: str
+    query: int | None
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        what = f"record {self.record}" if self.query is None else f"record {self.record}, prompt {self.query}"
+        return f"{what} ({self.source}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of some records. `problems` are questions that cannot be used, `top_k` the teachers' k (0: none)."""
+
+    rows: tuple[Row, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    problems: tuple[str, ...] = ()
+    top_k: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows, and an account of everything that is not in them. `str()` is a summary on one screen."""
+
+    rows: Sequence[Row]
+    dropped: tuple[Dropped, ...]
+    n_records: int
+    n_queries: int
+
+    def __str__(self) -> str:
+        kept_queries = sum(len(row.queries) for row in self.rows)
+        kept_records = len({row.record for row in self.rows})
+        lines = [
+            f"{kept_records:,} of {self.n_records:,} records with {kept_queries:,} of {self.n_queries:,} questions "
+            f"in {len(self.rows):,} rows"
+        ]
+        for kind, count in Counter(drop.kind for drop in self.dropped).most_common():
+            named = listing([str(drop) for drop in self.dropped if drop.kind == kind])
+            lines.append(f"{kind}: {count:,} dropped\n{named}")
+        return "\n".join(lines)
+
+
+class DoesNotFitError(DataError):
+    """A document or a question that no row can hold. `kind` groups reasons for counting."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind = kind
+        super().__init__(reason)
+
+
+def tokenize_records(
+    records: Sequence[Record],
+    chat: ChatFormat,
+    limits: Limits,
+    seed: int | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Tokenized:
+    """Turn records into rows.
+
+    Args:
+        records: documents with questions and answers.
+        chat: writes a question with its answer, and what surrounds a document.
+        limits: of the run.
+        seed: draws chunk counts by `limits.num_chunk_probs`, for each record on its own, so that a record's rows do not
+            depend on the others. None (evaluation): as few chunks as fit.
+        on_progress: called after every record.
+
+    Raises:
+        ConfigError: `max_ctx_chunk_len` has no room for text.
+        DataError: a teacher's logprobs do not match the labels, the template refuses a record, or no row is left.
+    """
+    parts = []
+    for index, record in enumerate(records):
+        parts.append(tokenize_record(index, record, chat, limits, seed))
+        on_progress(index + 1, len(records))
+    return complete(records, tuple(row for part in parts for row in part.rows), parts)
+
+
+def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits, seed: int | None) -> Part:
+    """What becomes of one record, whatever the others; see `tokenize_records`.
+
+    Raises:
+        ConfigError: `max_ctx_chunk_len` has no room for text.
+    """
+    generator = None if seed is None else random.Random(f"{seed}:{index}")
+    try:
+        chunks = document_chunks(record.context, chat, limits, generator)
+    except DoesNotFitError as error:
+        return Part(dropped=(Dropped(index, record.source, None, error.kind, str(error)),))
+    queries: list[Query] = []
+    dropped: list[Dropped] = []
+    problems: list[str] = []
+    for position in range(len(record.prompts)):
+        try:
+            query = _query(record, position, chat)
+            _check_length(query, limits)
+        except DoesNotFitError as error:
+            dropped.append(Dropped(index, record.source, position, error.kind, str(error)))
+        except DataError as error:
+            reason = str(error).splitlines()[0]
+            problems.append(f"record {index}, prompt {position} ({record.source}): {reason}")
+        else:
+            queries.append(query)
+    rows = tuple(Row(index, chunks, group) for group in split_queries(queries, limits))
+    top_k = frozenset(len(query.logprobs_vals[0]) if query.logprobs_vals else 0 for query in queries)
+    return Part(rows, tuple(dropped), tuple(problems), top_k)
+
+
+def complete(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[Part]) -> Tokenized:
+    """The account of all records: these are their rows, and the parts say what became of the rest.
+
+    Raises:
+        DataError: a question cannot be used, teachers differ in k, or no row is left.
+    """
+    problems = [problem for part in parts for problem in part.problems]
+    if problems:
+        raise DataError(f"{len(problems):,} questions cannot be used:\n{listing(problems)}")
+    top_k = {k for part in parts for k in part.top_k}
+    if len(top_k) > 1:
+        raise DataError(f"every record needs the same number of teacher logprobs per token, found {sorted(top_k)}")
+    dropped = tuple(drop for part in parts for drop in part.dropped)
+    result = Tokenized(rows, dropped, len(records), sum(len(record.prompts) for record in records))
+    if not rows:
+        raise DataError(f"no row is left to train on: {result}")
+    return result
+
+
+def document_chunks(
+    text: str, chat: ChatFormat, limits: Limits, generator: random.Random | None = None
+) -> tuple[Ids, ...]:
+    """The token chunks of a document; see `split_context`."""
+    prefix, suffix = chat.context_affixes()
+    return split_context(chat.encode_text(text), prefix, suffix, limits, generator)
+
+
+def split_context(
+    text: Sequence[int],
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    limits: Limits,
+    generator: random.Random | None = None,
+) -> tuple[Ids, ...]:
+    """Cut a document into pieces of about equal length, each between the affixes.
+
+    Args:
+        text, prefix, suffix: token ids.
+        limits: `max_ctx_chunk_len` and `min_ctx_chunk_len` hold for every chunk with its affixes.
+        generator: draws the number of chunks by `limits.num_chunk_probs`; None: as few as fit.
+
+    Raises:
+        DoesNotFitError: the document is empty, or over a limit.
+        ConfigError: the affixes alone fill a chunk.
+    """
+    affixes = len(prefix) + len(suffix)
+    whole = len(text) + affixes
+    if not text:
+        raise DoesNotFitError("empty document", "the tokenizer makes no token of the document")
+    if 0 <= limits.max_ctx_len < whole:
+        raise DoesNotFitError("document too long", _over(whole, "document", "max_ctx_len", limits.max_ctx_len))
+    count = _chunk_count(len(text), affixes, limits, generator)
+    total = len(text) + count * affixes
+    if 0 <= limits.max_packed_ctx_len < total:
+        what = "document" if count == 1 else f"document in {count} chunks"
+        raise DoesNotFitError("document too long", _over(total, what, "max_packed_ctx_len", limits.max_packed_ctx_len))
+    short, longer = divmod(len(text), count)
+    pieces, texts = iter(text), [short + (i < longer) for i in range(count)]
+    return tuple((*prefix, *islice(pieces, length), *suffix) for length in texts)
+
+
+def _chunk_count(length: int, affixes: int, limits: Limits, generator: random.Random | None) -> int:
+    """How many chunks: drawn among the wished counts that the limits allow, else the nearest that they allow."""
+    fewest = 1
+    if limits.max_ctx_chunk_len >= 0:
+        room = limits.max_ctx_chunk_len - affixes
+        if room < 1:
+            problem = (
+                f"{limits.max_ctx_chunk_len} leaves no room for text: the chat template puts {affixes} tokens around"
+            )
+            raise ConfigError([f"max_ctx_chunk_len: {problem} every chunk; set it well above {affixes}"])
+        fewest = math.ceil(length / room)
+    allowed = length if limits.max_ctx_chunk_num is None else limits.max_ctx_chunk_num
+    if fewest > allowed:
+        raise DoesNotFitError(
+            "too many chunks",
+            f"{length:,} tokens of document need {fewest} chunks > max_ctx_chunk_num {allowed}; "
+            f"raise max_ctx_chunk_num to at least {fewest}, or max_ctx_chunk_len",
+        )
+    if generator is None or not limits.num_chunk_probs:
+        return fewest
+    most = min(allowed, length // max(1, limits.min_ctx_chunk_len - affixes))
+    if limits.max_packed_ctx_len >= 0 and affixes:
+        most = min(most, (limits.max_packed_ctx_len - length) // affixes)  # a draw never makes a document too long
+    wished = {count: p for count, p in limits.num_chunk_probs.items() if fewest <= count <= most and p > 0}
+    if wished:
+        return generator.choices(list(wished), list(wished.values()))[0]
+    return max(fewest, most) if min(limits.num_chunk_probs) > most else fewest
+
+
+def _query(record: Record, position: int, chat: ChatFormat) -> Query:
+    """One question as a conversation without the document."""
+    encoded = chat.encode(
+        [
+            {"role": "user", "content": record.prompts[position]},
+            {"role": "assistant", "content": record.responses[position]},
+        ]
+    )
+    labels = labels_from_mask(encoded.input_ids, encoded.supervised)
+    n_labels = len(labels) - labels.count(IGNORED)
+    if not n_labels:
+        raise DoesNotFitError("nothing supervised", "the chat template marks no token of the answer as the assistant's")
+    if record.logprobs_vals is None or record.logprobs_indices is None:
+        return Query(tuple(encoded.input_ids), labels)
+    vals, indices = record.logprobs_vals[position], record.logprobs_indices[position]
+    check_logprobs(vals, indices, n_labels)
+    return Query(tuple(encoded.input_ids), labels, vals, indices)
+
+
+def labels_from_mask(input_ids: Sequence[int], supervised: Sequence[bool]) -> Ids:
+    """The ids where supervised, else -100; the first token, which nothing predicts, is never supervised."""
+    marked = zip(input_ids[1:], supervised[1:], strict=True)
+    return (IGNORED, *(token if on else IGNORED for token, on in marked))
+
+
+def _check_length(query: Query, limits: Limits) -> None:
+    for name in ("max_qas_len", "max_packed_inp_len"):
+        length, limit = len(query.input_ids), getattr(limits, name)
+        if 0 <= limit < length:
+            raise DoesNotFitError("question too long", _over(length, "question and answer", name, limit))
+
+
+def _over(length: int, what: str, name: str, limit: int) -> str:
+    return f"{length:,} tokens of {what} > {name} {limit:,}; raise {name} to at least {length:,}"
+
+
+def split_queries(queries: Sequence[Query], limits: Limits) -> list[tuple[Query, ...]]:
+    """Cut a record's questions, in order, into groups for one row each, none above the limits."""
+    most_tokens = min((n for n in (limits.max_qas_len, limits.max_packed_inp_len) if n >= 0), default=math.inf)
+    most = limits.max_qas_per_sample if limits.max_qas_per_sample >= 0 else math.inf
+    groups: list[list[Query]] = []
+    tokens = 0
+    for query in queries:
+        length = len(query.input_ids)
+        if not groups or tokens + length > most_tokens or len(groups[-1]) >= most:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(query)
+        tokens += length
+    return [tuple(group) for group in groups]

@@ -1,0 +1,46 @@
+"""The exceptions that users see; each message says where, what was expected, what was found and what to change.
+
+D2LError
+├── ConfigError      the run's configuration (all problems at once)
+├── DataError        a data file or a record in it
+├── ModelError       the base model, its tokenizer or its chat template
+├── CheckpointError  a checkpoint or an output folder
+└── NonFiniteError   training stopped before the step on a value that is not finite
+"""
+
+from collections.abc import Sequence
+
+
+class D2LError(Exception):
+    """Base of every error that a user can mend; `str(error)` is the whole message."""
+
+
+class ConfigError(D2LError):
+    """Every problem of a configuration, reported together.
+
+    Args:
+        problems: one line for each problem.
+        source: the file that was read, if any.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str | None = None) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        where = f" in {source}" if source else ""
+        super().__init__("\n".join([f"{count}{where}:", *(f"  {problem}" for problem in self.problems)]))
+
+
+class DataError(D2LError):
+    """A data file cannot be read, or a record in it cannot be used."""
+
+
+class ModelError(D2LError):
+    """The base model, its tokenizer or its chat template cannot be used."""
+
+
+class CheckpointError(D2LError):
+    """A checkpoint or output folder cannot be written, verified or read."""
+
+
+class NonFiniteError(D2LError):
+    """Training met a value that is not finite, or a step without a supervised token."""

@@ -1,0 +1,114 @@
+"""DocToLora: a frozen base that reads a document, the hypernetwork that makes a LoRA of it, and the base under that LoRA.
+
+The base is held once: the encoder pass runs it unbound and without gradients, the question pass runs it with the
+generated LoRA bound. Only the hypernetwork has parameters that train.
+
+Shape legend: Tc = packed document tokens, T = packed question tokens, V = vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from d2l.base.masks import Masks, packed_masks
+from d2l.config import RunConfig
+from d2l.data.packing import PackedBatch
+from d2l.hypernet.encoder import ContextEncoder
+from d2l.hypernet.heads import HypernetShape, Hypernetwork
+from d2l.hypernet.lora import Lora, Spans, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.perceiver import Segments
+from d2l.hypernet.targets import find_targets, target_sizes
+
+
+class DocToLora(nn.Module):
+    """The whole model.
+
+    Args:
+        base: a causal language model, frozen.
+        config: which LoRA to generate, and how.
+
+    Raises:
+        ModelError: a target module does not exist in every layer, or the base's layout is not known.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: RunConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.targets = find_targets(base, config.target_modules)
+        self.encoder = ContextEncoder(base, config.ctx_encoder_type, config.layer_idx)
+        sizes = target_sizes(self.targets)
+        feature_size, n_layers = self.encoder.feature_size, len(self.encoder.layers)
+        self.hypernet = Hypernetwork(HypernetShape.of(config, sizes, n_layers=n_layers, feature_size=feature_size))
+
+    def attention_mask(self, position_ids: Tensor) -> Masks:
+        """The masks that keep the documents or questions of a packed row apart, from positions int64 `[1, T]`."""
+        return packed_masks(self.base, position_ids)
+
+    def features(self, batch: PackedBatch) -> Tensor:
+        """Features of all chunks, `[1, layers, Tc, hidden]` or `[1, Tc, hidden]`; see `ContextEncoder`."""
+        mask = self.attention_mask(batch.ctx_position_ids)
+        return self.encoder(batch.ctx_ids, batch.ctx_position_ids, mask).float()
+
+    def latents(self, batch: PackedBatch) -> Tensor:
+        """The aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+        with self._hypernet_precision():
+            return self.hypernet.aggregator(self.features(batch), Segments.from_position_ids(batch.ctx_position_ids))
+
+    def lora(self, batch: PackedBatch) -> Lora:
+        """The merged LoRA of every context of a packed row: its chunks along the rank, then the learned bias."""
+        with self._hypernet_precision():
+            chunks = self.hypernet(self.features(batch), Segments.from_position_ids(batch.ctx_position_ids))
+        return merge_chunks(chunks, batch.n_ctx_chunks, self.hypernet.bias())
+
+    def logits(self, batch: PackedBatch, lora: Lora | None, positions: Tensor | None = None) -> Tensor:
+        """Logits of the questions under their contexts' LoRAs, or of the base alone.
+
+        Args:
+            lora: one LoRA for each context of the row; `None` for the unbound base.
+            positions: int64 `[N]`, where logits are wanted; default everywhere. The vocabulary of GPT-OSS is 201,088
+                wide, and a few percent of tokens carry labels.
+
+        Returns:
+            `[N or T, V]`, in the base's dtype.
+        """
+        arguments: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": self.attention_mask(batch.position_ids),
+            "use_cache": False,
+            "logits_to_keep": 0 if positions is None else positions,
+        }
+        if lora is None:
+            return self.base(**arguments).logits[0]
+        with bind(self.targets, lora, Spans.tokens(batch.context_lengths)):
+            return self.base(**arguments).logits[0]
+
+    def gradient_checkpointing_enable(self, kwargs: Mapping[str, Any]) -> None:
+        """Recompute the base's layers in the backward pass, each under the LoRA that its forward was bound to.
+
+        transformers checkpoints only modules in training mode, so the base is put into it; it is loaded without dropout.
+
+        Args:
+            kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is off unless said otherwise.
+        """
+        options: dict[str, Any] = {"use_reentrant": False, **kwargs}
+        if not options["use_reentrant"]:  # the reentrant kind takes no contexts
+            options["context_fn"] = checkpoint_contexts
+        checkpoint_layers(self.base, options)
+        self.base.train()
+
+    def _hypernet_precision(self) -> torch.autocast:
+        """bfloat16 matrix products for the float32 hypernetwork beside a bfloat16 base on a GPU; else float32."""
+        wanted = self.base.device.type == "cuda" and self.base.dtype == torch.bfloat16
+        return torch.autocast(self.base.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def checkpoint_layers(base: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Switch the base's gradient checkpointing on, under the name that this release of transformers has for it."""
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(kwargs))
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(kwargs))

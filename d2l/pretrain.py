@@ -1,0 +1,251 @@
+"""A tiny GPT-OSS that can read: trained from random weights to answer needle questions with the document in its prompt.
+
+Three tasks share every step. Random sequences, said three times, teach to find what followed a token the last time
+(Olsson et al. 2022, "In-context Learning and Induction Heads"); pairs restated in other orders, to do so for a key and
+its digits; documents with their questions, to do so in the chat format.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+
+from d2l.data.chat import ChatFormat, chat_format
+from d2l.data.needle import PAIR_KEYS, Split, split_of
+from d2l.folders import written_whole
+from d2l.paths import resource
+
+TEMPLATE = "chat_templates/needle.jinja"
+CONTROL_TOKENS = (
+    *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>"),
+    *("<|message|>", "<|call|>"),
+)
+WORDS = ("user", "assistant", "final", *"0123456789", *PAIR_KEYS)
+
+LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP_STEPS = 1.2e-3, (0.9, 0.98), 0.01, 30
+INITIALIZER_RANGE = 0.06
+REPEATED, REPEATED_LENGTHS, REPEATS = 32, (8, 16), 3  # sequences of a step, their lengths, how often each is said
+NEEDLES, RESTATED_TOKENS = 16, 36  # documents of a step
+PAIRS, DIGITS = 4, 2  # what is measured, and the most that is trained
+EVALUATE_STEPS, HELDOUT, PASSING = 25, 512, 0.985
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a measured step saw: the sum of the tasks' losses in nats, and the exact match on held-out documents."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Token ids int64 [n, T], and which of them are supervised, bool [n, T]."""
+
+    ids: Tensor
+    supervised: Tensor
+
+
+def reader_config() -> GptOssConfig:
+    """About 1M parameters, with every part that GPT-OSS has: sinks, sliding and full attention, routed experts."""
+    return GptOssConfig(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=16,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=len(CONTROL_TOKENS) + len(WORDS),
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=False,
+        bos_token_id=CONTROL_TOKENS.index("<|startoftext|>"),
+        eos_token_id=CONTROL_TOKENS.index("<|return|>"),
+        pad_token_id=CONTROL_TOKENS.index("<|endoftext|>"),
+        use_cache=False,
+    )
+
+
+def reader_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every word, digit and control token."""
+    tokens = [*CONTROL_TOKENS, *WORDS]
+    core = Tokenizer(models.WordLevel({token: place for place, token in enumerate(tokens)}, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(list(CONTROL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|startoftext|>",
+        eos_token="<|return|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Tasks:
+    """Draws batches of the three tasks from one generator.
+
+    Args:
+        chat: the format of questions and answers; its tokenizer is `reader_tokenizer()`.
+        seed: same seed, same batches.
+    """
+
+    def __init__(self, chat: ChatFormat, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._vocabulary = len(chat.tokenizer)
+        self._keys = torch.tensor(chat.encode_text(" ".join(PAIR_KEYS)))
+        self._digits = torch.tensor(chat.encode_text(" ".join("0123456789")))
+        turn = chat.encode([{"role": "user", "content": PAIR_KEYS[0]}, {"role": "assistant", "content": PAIR_KEYS[1]}])
+        question, answer = (turn.input_ids.index(int(key)) for key in self._keys[:2])
+        self._before, self._between, self._after = (
+            torch.tensor(part)
+            for part in (turn.input_ids[:question], turn.input_ids[question + 1 : answer], turn.input_ids[answer + 1 :])
+        )
+
+    def repeated(self, count: int) -> _Batch:
+        """Distinct random tokens, said several times; what follows a token the second time is supervised."""
+        length = self._draw(REPEATED_LENGTHS[0], REPEATED_LENGTHS[1] + 1)
+        ids = self._shuffled(count, self._vocabulary)[:, :length].repeat(1, REPEATS)
+        supervised = torch.ones_like(ids, dtype=torch.bool)
+        supervised[:, : length + 1] = False
+        return _Batch(ids, supervised)
+
+    def restated(self, count: int, pairs: int, digits: int) -> _Batch:
+        """Pairs, then the same pairs in other orders, whose digits are supervised."""
+        stated = self._pairs(count, pairs, digits, "train")
+        times = max(2, RESTATED_TOKENS // (pairs * (1 + digits)))
+        ids = torch.cat([self._reordered(stated).flatten(1) for _ in range(times)], dim=1)
+        supervised = (torch.arange(ids.shape[1]) % (1 + digits) > 0) & (
+            torch.arange(ids.shape[1]) >= pairs * (1 + digits)
+        )
+        return _Batch(ids, supervised.expand_as(ids))
+
+    def documents(
+        self, count: int, pairs: int, digits: int, split: Split = "train", turns: int | None = None
+    ) -> _Batch:
+        """Documents with questions, one turn for each (default: every pair), whose answers are supervised."""
+        stated = self._pairs(count, pairs, digits, split)
+        asked = self._reordered(stated)[:, :turns].unbind(1)
+        parts = [self._rows(self._before, count), stated.flatten(1)]
+        supervised = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
+        for turn, pair in enumerate(asked):
+            around = [self._rows(self._before, count)] if turn else []
+            around += [pair[:, :1], self._rows(self._between, count)]
+            answer = torch.cat([pair, self._rows(self._after, count)], dim=1)
+            parts += [*around, answer]
+            supervised += [torch.zeros(part.shape, dtype=torch.bool) for part in around]
+            supervised.append(torch.ones(answer.shape, dtype=torch.bool))
+        return _Batch(torch.cat(parts, dim=1), torch.cat(supervised, dim=1))
+
+    def _pairs(self, count: int, pairs: int, digits: int, split: Split) -> Tensor:
+        """Documents as token ids [count, pairs, 1 + digits], every pair of the split."""
+        allowed = _allowed(digits, split)  # [keys, values]
+        keys = self._shuffled(count, len(self._keys))[:, :pairs]
+        values = torch.multinomial(allowed[keys.flatten()].float(), 1, generator=self._generator).view(count, pairs)
+        places = 10 ** torch.arange(digits - 1, -1, -1)
+        return torch.cat([self._keys[keys][..., None], self._digits[values[..., None] // places % 10]], dim=-1)
+
+    def _reordered(self, stated: Tensor) -> Tensor:
+        order = self._shuffled(*stated.shape[:2])
+        return stated.gather(1, order[..., None].expand_as(stated))
+
+    def _shuffled(self, count: int, size: int) -> Tensor:
+        """Permutations of `size` numbers, [count, size]."""
+        return torch.rand(count, size, generator=self._generator).argsort(dim=1)
+
+    def _draw(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self._generator))
+
+    @staticmethod
+    def _rows(ids: Tensor, count: int) -> Tensor:
+        return ids.expand(count, -1)
+
+
+@cache
+def _allowed(digits: int, split: Split) -> Tensor:
+    """Which values a key may have in a split, bool [keys, 10^digits]."""
+    return torch.tensor(
+        [[split_of(f"{key} {value:0{digits}d}") == split for value in range(10**digits)] for key in PAIR_KEYS]
+    )
+
+
+def pretrain(seed: int, max_steps: int) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
+    """Train from random weights until held-out questions are answered, yielding every measurement with the model so far.
+
+    Args:
+        seed: of weights and data.
+        max_steps: at most.
+    """
+    chat = reader_chat()
+    tasks, heldout = Tasks(chat, seed), Tasks(chat, seed + 1).documents(HELDOUT, PAIRS, DIGITS, "heldout", turns=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    for step in range(1, max_steps + 1):
+        loss = sum((_loss(model, batch) for batch in _batches(tasks, step)), start=torch.zeros(()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % EVALUATE_STEPS == 0 or step == max_steps:
+            accuracy = _accuracy(model, heldout)
+            yield model, Progress(step, loss.item(), accuracy)
+            if accuracy >= PASSING:
+                return
+
+
+def reader_chat() -> ChatFormat:
+    """The chat format of the reader: harmony without a system message."""
+    return chat_format(reader_tokenizer(), template=resource(TEMPLATE).read_text(encoding="utf-8"))
+
+
+def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
+    """Write weights, config and tokenizer, as `save_pretrained` lays them out.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written.
+    """
+    with written_whole(folder, "model") as partial:
+        model.save_pretrained(partial)
+        tokenizer = reader_tokenizer()
+        tokenizer.chat_template = resource(TEMPLATE).read_text(encoding="utf-8")
+        tokenizer.save_pretrained(partial)
+
+
+def _batches(tasks: Tasks, step: int) -> tuple[_Batch, ...]:
+    """One batch of every task, with documents of all sizes up to the largest."""
+    digits = 1 + (step // 4) % DIGITS
+    return (
+        tasks.repeated(REPEATED),
+        tasks.restated(NEEDLES, 2 * (1 + step % 4), digits),
+        tasks.documents(NEEDLES, (2, PAIRS, 1, PAIRS)[step % 4], digits),
+    )
+
+
+def _loss(model: GptOssForCausalLM, batch: _Batch) -> Tensor:
+    """Mean cross-entropy of the supervised tokens, in nats."""
+    wanted = batch.supervised[:, 1:]
+    logits = model(input_ids=batch.ids[:, :-1]).logits[wanted]
+    return functional.cross_entropy(logits, batch.ids[:, 1:][wanted])
+
+
+@torch.no_grad()
+def _accuracy(model: GptOssForCausalLM, batch: _Batch) -> float:
+    """Share of rows whose supervised tokens are all the likeliest."""
+    right = model(input_ids=batch.ids[:, :-1]).logits.argmax(-1) == batch.ids[:, 1:]
+    return float((right | ~batch.supervised[:, 1:]).all(dim=1).float().mean())

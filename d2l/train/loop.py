@@ -1,0 +1,323 @@
+"""The training loop: packed batches in, one guarded optimizer step after another, checkpoints and metrics out.
+
+`Trainer` holds what a run consists of; `run` is the loop. Several processes (`accelerate launch`, `torchrun`) share
+each optimizer step: its micro-batches are dealt out by rank, and every loss is divided by counts of the whole step.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from d2l.config import RunConfig
+from d2l.data.packing import PackedBatch
+from d2l.data.tokenize import Row
+from d2l.errors import CheckpointError
+from d2l.hypernet.model import DocToLora
+from d2l.prepare import base_facts, epoch_batches
+from d2l.train.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint, step_folder
+from d2l.train.guards import require_finite_step
+from d2l.train.losses import Loss, Normalizer, compute_loss, label_positions
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured.
+
+    Attributes:
+        step: 1 for the first.
+        task_loss: cross-entropy or KL, in nats, as the config asks for.
+        grad_norm: of all hypernetwork gradients before clipping.
+        gen_lora_l1_norm: mean |A| + mean |B| of the generated LoRA, per context.
+        lr: the learning rate that the step used.
+        tokens: question tokens and document tokens of the step.
+        label_tokens: supervised tokens of the step.
+        seconds: wall time of the step.
+    """
+
+    step: int
+    task_loss: float
+    grad_norm: float
+    gen_lora_l1_norm: float
+    lr: float
+    tokens: int
+    label_tokens: int
+    seconds: float
+
+    def record(self, task: str) -> dict[str, float]:
+        """One line of metrics.jsonl; `task` is `ce_loss` or `kl_loss`."""
+        values = asdict(self)
+        return {task if name == "task_loss" else name: value for name, value in values.items()}
+
+
+def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
+    """Generate the LoRAs of a packed row's documents and take the loss of its questions under them."""
+    lora = model.lora(batch)
+    logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+    return compute_loss(
+        logits,
+        batch,
+        lora,
+        normalizer,
+        use_kl_loss=config.use_kl_loss,
+        use_per_ctx_average_loss=config.use_per_ctx_average_loss,
+        l1_coefficient=config.gen_lora_l1_reg_coef,
+    )
+
+
+def parameter_groups(hypernet: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: weights decay; scalers, biases, norms and latents (one dimension, or named so) do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in hypernet.named_parameters():
+        spared = parameter.ndim < 2 or any(word in name for word in ("scaler_", "bias", "latents_q", "norm"))
+        (kept if spared else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def processes() -> PartialState:
+    """The processes of this run, which the first call joins, and the device of this one.
+
+    On CPUs accelerate has to be told, or each of several processes takes itself for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """A process that trains by itself on a device of its own, whatever others there are; a twin does."""
+
+    device: torch.device
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+
+class Trainer:
+    """A run in progress: the model, its optimizer and schedule, and the position in the data.
+
+    Args:
+        model: on any device; moved to this process's.
+        rows: tokenized rows; packed anew, in another order, for every epoch.
+        config: the resolved configuration.
+        among: the processes that share each step; default: those of this run.
+    """
+
+    def __init__(
+        self,
+        model: DocToLora,
+        rows: Sequence[Row],
+        config: RunConfig,
+        among: "PartialState | OneProcess | None" = None,
+    ) -> None:
+        self.config, self.rows = config, rows
+        self.processes = among or processes()
+        self.model = model.to(self.processes.device)
+        self.model.hypernet.train()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model.hypernet, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+            scheduler_specific_kwargs=(
+                {"min_lr": config.min_lr} if config.lr_scheduler_type == "cosine_with_min_lr" else None
+            ),
+        )
+        self.step_number, self.epoch, self.position = 0, 0, 0
+        self._packed: tuple[int, Sequence[PackedBatch]] = (-1, [])
+
+    def step(self) -> StepMetrics:
+        """Take one optimizer step.
+
+        Raises:
+            NonFiniteError: before anything is changed, when the step would spoil the weights or teach nothing.
+        """
+        started = time.perf_counter()
+        batches = self._next_batches()
+        normalizer = Normalizer.of(batches, self.config.lora_r)
+        task, l1 = self._accumulate(batches, normalizer)
+        parameters = list(self.model.hypernet.parameters())
+        grad_norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        coefficient = self.config.gen_lora_l1_reg_coef
+        require_finite_step(
+            step=self.step_number + 1,
+            loss=task + coefficient * l1 if coefficient else task,
+            grad_norm=float(grad_norm),
+            label_tokens=normalizer.label_tokens,
+            records=[record for batch in batches for record in batch.record_ids],
+            parameters=self.model.hypernet.named_parameters(),
+        )
+        # only now: clipping by a norm that is not finite would spoil all gradients, and the guard could name no culprit
+        nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step_number += 1
+        return StepMetrics(
+            step=self.step_number,
+            task_loss=task,
+            grad_norm=float(grad_norm),
+            gen_lora_l1_norm=l1,
+            lr=lr,
+            tokens=sum(batch.n_tokens + batch.ctx_ids.shape[1] for batch in batches),
+            label_tokens=normalizer.label_tokens,
+            seconds=time.perf_counter() - started,
+        )
+
+    def checkpoint(self, **evidence: Any) -> Checkpoint:
+        """Everything needed to continue this run elsewhere; `evidence` is kept in its state as it is."""
+        trainer = {"rng.torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            trainer["rng.cuda"] = torch.cuda.get_rng_state()
+        for name, parameter in self.model.hypernet.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            trainer |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+        scheduler = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
+        state = {
+            "step": self.step_number,
+            "epoch": self.epoch,
+            "position": self.position,
+            "scheduler": scheduler,
+            "config": self.config.resolved(),
+            "base": base_facts(self.model.base.config),
+            **evidence,
+        }
+        return Checkpoint(hypernet=dict(self.model.hypernet.state_dict()), trainer=trainer, state=state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was taken: weights, moments, schedule, data position and random state.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over, or of another shape.
+        """
+        load_hypernet(self.model.hypernet, checkpoint.hypernet)
+        for name, parameter in self.model.hypernet.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {key: checkpoint.trainer.get(f"optimizer.{key}.{name}") for key in keys}
+            if checkpoint.state["step"] > 0 and any(value is None for value in moments.values()):
+                raise CheckpointError(f"the checkpoint lacks optimizer moments of {name}; resume from another one")
+            if checkpoint.state["step"] > 0:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in moments.items()
+                    if value is not None
+                }
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | checkpoint.state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self.step_number, self.epoch, self.position = (checkpoint.state[name] for name in ("step", "epoch", "position"))
+        torch.set_rng_state(checkpoint.trainer["rng.torch"])
+        if "rng.cuda" in checkpoint.trainer and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint.trainer["rng.cuda"])
+
+    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> tuple[float, float]:
+        """Gradients of the whole step; returns its task loss and L1 norm, summed over all processes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
+        sums = torch.zeros(2, device=device)
+        for batch in batches[rank::count]:
+            loss = batch_loss(self.model, batch.to(device), normalizer, self.config)
+            loss.total.backward()
+            sums += torch.stack([loss.task.detach(), loss.l1.detach()])
+        if count > 1:  # losses are divided by counts of all processes, so gradients add up
+            for parameter in self.model.hypernet.parameters():
+                parameter.grad = reduce(parameter.grad, reduction="sum")
+            sums = reduce(sums, reduction="sum")
+        task, l1 = sums.tolist()
+        return task, l1
+
+    def _next_batches(self) -> list[PackedBatch]:
+        """The micro-batches of the next step, for all processes; an epoch's rest joins the next epoch."""
+        wanted = self.config.gradient_accumulation_steps * self.processes.num_processes
+        batches: list[PackedBatch] = []
+        while len(batches) < wanted:
+            packed = self._epoch_batches()
+            taken = packed[self.position : self.position + wanted - len(batches)]
+            batches += taken
+            self.position += len(taken)
+            if self.position >= len(packed):
+                self.epoch, self.position = self.epoch + 1, 0
+        return batches
+
+    def _epoch_batches(self) -> Sequence[PackedBatch]:
+        """All packed rows of the current epoch, in its order."""
+        if self._packed[0] != self.epoch:
+            self._packed = (self.epoch, epoch_batches(self.config, self.rows, self.epoch))
+        return self._packed[1]
+
+
+def load_hypernet(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's parameters into a hypernetwork.
+
+    Raises:
+        CheckpointError: see `require_fitting`.
+    """
+    require_fitting(hypernet, tensors)
+    hypernet.load_state_dict(tensors)
+
+
+def require_fitting(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Compare a checkpoint's parameters with those of a hypernetwork, which may be on the meta device.
+
+    Raises:
+        CheckpointError: a parameter is missing, left over, or of another shape, and what that means.
+    """
+    own = hypernet.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    other = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    if missing or unexpected or other:
+        name = (other or missing or unexpected)[0]
+        found = list(tensors[name].shape) if name in tensors else "none"
+        expected = list(own[name].shape) if name in own else "none"
+        raise CheckpointError(
+            f"the checkpoint is of another model: {len(missing)} parameters missing, {len(unexpected)} left over, "
+            f"{len(other)} of another shape; {name}: expected {expected}, found {found}; use the config it was made with"
+        )
+
+
+def run(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
+    """Train to `max_steps`, yielding every step's metrics, and write them and checkpoints into the run's folder.
+
+    A checkpoint is written before the first step: a run that cannot save should fail now and not hours later.
+
+    Args:
+        trainer: new, or restored from a checkpoint of this folder.
+        folder: the run's folder, which exists.
+        evidence: JSON values to be kept in every checkpoint (fingerprint, preflight summary).
+
+    Raises:
+        NonFiniteError: before the step that would have spoilt the weights; the newest checkpoint stands.
+        CheckpointError: a checkpoint cannot be written.
+    """
+    config, main = trainer.config, trainer.processes.is_main_process
+    task = "kl_loss" if config.use_kl_loss else "ce_loss"
+    with (folder / METRICS).open("a", encoding="utf-8") as metrics_file:
+        if main and trainer.step_number == 0:
+            save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
+        while trainer.step_number < config.max_steps:
+            metrics = trainer.step()
+            if main:
+                metrics_file.write(json.dumps(metrics.record(task)) + "\n")
+                metrics_file.flush()
+                if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
+                    save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))
+                    prune_checkpoints(folder, config.save_total_limit)
+            yield metrics

@@ -1,0 +1,149 @@
+"""The training losses: cross-entropy or KL to a teacher, per token or per context, and L1 on the generated LoRA.
+
+Every sum is divided by a count of the whole optimizer step (`Normalizer`), never of one micro-batch, so that one batch
+of four contexts and four batches of one give the same gradient.
+
+Shape legend: N = label tokens of a micro-batch, V = vocabulary, K = teacher's top entries.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2l.data.packing import PackedBatch
+from d2l.data.tokenize import IGNORED
+from d2l.errors import DataError
+from d2l.hypernet.lora import Lora
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Counts of one optimizer step over all its micro-batches and ranks.
+
+    Attributes:
+        label_tokens: supervised tokens that can be predicted (the first token of a query cannot).
+        contexts: contexts, whether or not one of their tokens is supervised.
+        rank: the rank of the step's largest merged LoRA; the others count as padded to it with zeros.
+    """
+
+    label_tokens: int
+    contexts: int
+    rank: int
+
+    @classmethod
+    def of(cls, batches: Iterable[PackedBatch], lora_r: int) -> "Normalizer":
+        """The counts of the micro-batches of one step, for LoRAs of rank `lora_r` per chunk and for the bias."""
+        batches = list(batches)
+        chunks = max(max(batch.n_ctx_chunks) for batch in batches)
+        return cls(
+            label_tokens=sum(len(label_positions(batch)) for batch in batches),
+            contexts=sum(len(batch.n_ctx_chunks) for batch in batches),
+            rank=lora_r * (chunks + 1),
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The terms of a micro-batch's loss; `total` is what gradients are taken of.
+
+    Attributes:
+        task: cross-entropy or KL, normalised; scalar.
+        l1: L1 norm of the generated LoRA, normalised and not yet weighted; scalar.
+        total: `task + coefficient * l1`.
+    """
+
+    task: Tensor
+    l1: Tensor
+    total: Tensor
+
+
+def label_positions(batch: PackedBatch) -> Tensor:
+    """Positions in the packed row of the tokens that are to be predicted, int64 `[N]`, in order.
+
+    The first token of a query has no token before it in its own query, so a label there is never used.
+    """
+    return ((batch.labels[0] != IGNORED) & (batch.position_ids[0] > 0)).nonzero().squeeze(-1)
+
+
+def compute_loss(
+    logits: Tensor,
+    batch: PackedBatch,
+    lora: Lora,
+    normalizer: Normalizer,
+    *,
+    use_kl_loss: bool = False,
+    use_per_ctx_average_loss: bool = False,
+    l1_coefficient: float = 0.0,
+) -> Loss:
+    """The loss of one micro-batch.
+
+    Args:
+        logits: `[N, V]`, the predictions of the tokens at `label_positions(batch)`.
+        batch: the packed row.
+        lora: the merged LoRAs of the row's contexts.
+        normalizer: the counts of the whole step.
+        use_kl_loss: divergence from the teacher's stored top-K instead of cross-entropy.
+        use_per_ctx_average_loss: mean over tokens, then queries, then contexts, instead of over all tokens.
+        l1_coefficient: weight of the L1 term.
+
+    Raises:
+        DataError: KL without teacher logprobs, or with another number of rows than label tokens.
+    """
+    positions = label_positions(batch)
+    per_token = _teacher_divergence(logits, batch) if use_kl_loss else _cross_entropy(logits, batch, positions)
+    if use_per_ctx_average_loss:
+        task = _sum_of_context_means(per_token, batch, positions) / normalizer.contexts
+    else:
+        task = per_token.sum() / max(normalizer.label_tokens, 1)
+    l1 = lora_l1(lora, normalizer)
+    return Loss(task=task, l1=l1, total=task + l1_coefficient * l1)
+
+
+def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
+    """Mean over modules of mean |A| + mean |B|, per context of the step; scalar.
+
+    The mean runs over the rank that the step's longest document needs, zero rows of shorter ones included, as in the
+    reference; which micro-batch that document is in makes no difference.
+    """
+    return lora.l1() * (lora.n_contexts * lora.rank) / (normalizer.contexts * normalizer.rank)
+
+
+def _cross_entropy(logits: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """Cross-entropy in nats of every label token, float32 `[N]`."""
+    return torch.nn.functional.cross_entropy(logits.float(), batch.labels[0, positions], reduction="none")
+
+
+def _teacher_divergence(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """-Σ_k p_k log q_k over the teacher's stored top-K, not renormalised, float32 `[N]` (the reference's KL)."""
+    if batch.logprobs_vals is None or batch.logprobs_indices is None:
+        raise DataError(
+            f"use_kl_loss needs teacher logprobs, but records {list(batch.record_ids)} have none; "
+            "add logprobs_vals and logprobs_indices to the data, or set use_kl_loss: false"
+        )
+    if len(batch.logprobs_vals) != len(logits):
+        raise DataError(
+            f"teacher logprobs of records {list(batch.record_ids)}: expected one row for each of {len(logits)} "
+            f"label tokens, found {len(batch.logprobs_vals)}; generate them with the run's own template and supervision"
+        )
+    log_q = torch.log_softmax(logits.float(), dim=-1).gather(-1, batch.logprobs_indices)
+    return -(batch.logprobs_vals.exp() * log_q).sum(-1)
+
+
+def _sum_of_context_means(per_token: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """Σ over contexts of the mean over its queries of the mean over their label tokens; scalar.
+
+    A query is told by where positions restart, so it may hold several supervised spans; one without a label token has
+    no mean and is left out.
+    """
+    query = (batch.position_ids[0] == 0).cumsum(0)[positions] - 1  # [N] index of the query
+    n_queries = sum(batch.n_queries)
+    sums = per_token.new_zeros(n_queries).index_add(0, query, per_token)
+    tokens = torch.bincount(query, minlength=n_queries)
+    means = sums / tokens.clamp(min=1)
+    context = torch.repeat_interleave(torch.tensor(batch.n_queries, device=per_token.device))  # [queries]
+    labelled = torch.zeros(len(batch.n_queries), dtype=means.dtype, device=means.device)
+    labelled = labelled.index_add(0, context, (tokens > 0).to(means.dtype))
+    totals = torch.zeros_like(labelled).index_add(0, context, means)
+    return (totals / labelled.clamp(min=1)).sum()

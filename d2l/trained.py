@@ -1,0 +1,76 @@
+"""A trained checkpoint, ready for use: its base, hypernetwork, chat format and configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from d2l import prepare
+from d2l.config import RunConfig
+from d2l.data.chat import ChatFormat
+from d2l.errors import CheckpointError
+from d2l.hypernet.model import DocToLora
+from d2l.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from d2l.train.loop import load_hypernet
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What answers questions about documents.
+
+    Attributes:
+        model: in eval mode, on the base's device.
+        chat: how the questions of training were written.
+        config: that of training, but for where the base lies.
+    """
+
+    model: DocToLora
+    chat: ChatFormat
+    config: RunConfig
+
+
+def load_trained(place: Path, model: str | None = None) -> Trained:
+    """Load a checkpoint's base and put its hypernetwork around it.
+
+    Args:
+        place: a checkpoint folder, or a run's folder, whose newest whole checkpoint is taken.
+        model: where the base lies now, if not where it lay in training.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it was trained around another base.
+        ModelError: the base, its tokenizer or its chat template cannot be used.
+    """
+    folder = find_checkpoint(place)
+    checkpoint = load_checkpoint(folder)
+    config = _config(checkpoint, folder, model)
+    tokenizer = prepare.run_tokenizer(config)
+    base_config = prepare.run_base_config(config, tokenizer)
+    found = prepare.base_facts(base_config)
+    _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
+    chat = prepare.run_chat(config, tokenizer)
+    trained = prepare.run_model(config, prepare.run_base(config, base_config))
+    load_hypernet(trained.hypernet, checkpoint.hypernet)
+    return Trained(trained.to(trained.base.device).eval(), chat, config)
+
+
+def _config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:
+    values = dict(checkpoint.state.get("config", {}))
+    if model is not None:
+        values["model_name_or_path"] = model
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        problems = [f"  {it['loc'][0]}: {it['msg']}" for it in error.errors()]
+        raise CheckpointError("\n".join([f"{folder}: its configuration is of another version:", *problems])) from None
+
+
+def _require_same_base(folder: Path, name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint says of its base with the model at hand, before its weights are loaded."""
+    differences = [
+        f"  {key}: expected {value!r}, found {found[key]!r}" for key, value in expected.items() if found[key] != value
+    ]
+    if differences:
+        lines = [f"{folder} was trained around another base than {name}:", *differences]
+        raise CheckpointError("\n".join([*lines, "pass the base of its training: --model MODEL"]))

@@ -1,0 +1,95 @@
+"""Golden cases of the reference implementation: reading them, and filling a module's parameters by their rule."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+OUTPUTS = 5e-5  # tolerances, relative to the largest value of the reference
+GRADIENTS = 5e-4
+BFLOAT16 = 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case: `meta` is its JSON, `tensors` are named `in.*`, `out.*` and `grad.*`."""
+
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def seed(self) -> int:
+        return self.meta["seed"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.meta["config"]
+
+
+def load_case(shared: Path, name: str) -> Case:
+    folder = shared / "golden" / "reference"
+    return Case(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+
+
+def case_names(shared: Path, prefix: str) -> set[str]:
+    """Every case whose file name begins with `prefix`, so that a test can demand that its table is complete."""
+    return {path.stem for path in (shared / "golden" / "reference").glob(f"{prefix}*.safetensors")}
+
+
+def fill(key: str, seed: int, shape: tuple[int, ...], scale: float = 1.0, offset: float = 0.0) -> Tensor:
+    """float32 from an integer hash of the key, the seed and the place: exact on every platform (golden README)."""
+    low = 0xFFFFFFFF
+    x = torch.arange(prod(shape), dtype=torch.int64) * 2654435761 + (
+        zlib.crc32(key.encode()) ^ (seed * 0x9E3779B1 & low)
+    )
+    x = x & low
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+    x = x ^ (x >> 16)
+    unit = ((x >> 8).double() * 2.0**-23 - 1.0).float()
+    return (unit * scale + offset).reshape(shape)
+
+
+@torch.no_grad()
+def fill_parameters(module: nn.Module, rules: dict[str, dict[str, Any]], seed: int, prefix: str = "") -> None:
+    """Fills every parameter by its rule; a parameter without a rule, or a rule without a parameter, is an error."""
+    parameters = dict(module.named_parameters())
+    assert {prefix + name for name in parameters} == set(rules)
+    for name, parameter in parameters.items():
+        rule = rules[prefix + name]
+        assert list(parameter.shape) == rule["shape"], name
+        parameter.copy_(fill(prefix + name, seed, tuple(rule["shape"]), rule["scale"], rule["offset"]))
+
+
+def probe_loss(outputs: list[Tensor], seed: int, step: int = 1) -> Tensor:
+    """The scalar whose gradients the cases hold: every output times a fixed random tensor."""
+    terms = [(x.float() * fill("probe", seed + i * step, tuple(x.shape))).sum() for i, x in enumerate(outputs)]
+    return torch.stack(terms).sum()
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Equal shapes, and an absolute error of at most `tolerance` times the largest expected value."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
+    error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_gradients(module: nn.Module, case: Case) -> int:
+    """Compares the stored head and norm of each parameter's gradient; returns how many parameters were compared."""
+    names = [key.removeprefix("grad.").removesuffix(".l2") for key in case.tensors if key.endswith(".l2")]
+    for name in names:
+        grad = module.get_parameter(name).grad
+        assert grad is not None, name
+        head, norm = case[f"grad.{name}.head"], case[f"grad.{name}.l2"]
+        assert_close(grad.flatten()[: head.numel()], head, GRADIENTS, f"gradient of {name}")
+        assert_close(grad.norm()[None], norm, GRADIENTS, f"gradient norm of {name}")
+    return len(names)

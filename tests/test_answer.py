@@ -1,0 +1,278 @@
+"""Documents into LoRAs and questions into answers: the reference's numbers, chunks, limits, and no channel in the text."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from golden import assert_close, load_case
+from test_end_to_end import build
+from tiny_run import make_run
+from torch import Tensor
+
+from d2l.answer import answer_text, ask, generate, internalize, prompt_ids, stop_ids
+from d2l.config import RunConfig
+from d2l.data.chat import chat_format
+from d2l.data.document import decode_document
+from d2l.data.packing import collate
+from d2l.data.tokenize import Limits, Row, document_chunks
+from d2l.errors import CheckpointError, DataError, ModelError
+from d2l.hypernet.lora import Lora, Spans, bind
+from d2l.train.checkpoint import load_checkpoint, save_checkpoint, step_folder
+from d2l.trained import Trained, load_trained
+
+SHORT = "The ferry to Brennick leaves at nine."
+LONG = " ".join(f"On day {day} the ferry leaves at {day % 12}." for day in range(12))
+
+TURN = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained(run_folder: Path) -> Trained:
+    return load_trained(run_folder)
+
+
+def supervised(trained: Trained, supervision: Any) -> Trained:
+    return replace(trained, chat=chat_format(trained.chat.tokenizer, supervision=supervision))
+
+
+# Loading
+
+
+def test_the_newest_checkpoint_of_a_run_is_loaded_with_its_config(run_folder: Path, trained: Trained) -> None:
+    saved = load_checkpoint(step_folder(run_folder, 1))
+    own = trained.model.hypernet.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in saved.hypernet.items())
+    assert trained.config == RunConfig(**saved.state["config"])
+    assert not any(parameter.requires_grad for parameter in trained.model.base.parameters())
+    first = load_trained(step_folder(run_folder, 0)).model.hypernet.state_dict()
+    assert not any(first[f"scaler_B.{name}"].any() for name in trained.config.target_modules)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"hidden_size": 2880}, "hidden_size: expected 2880, found 64"),
+        ({"vocab_size": 201088, "num_hidden_layers": 24}, "num_hidden_layers: expected 24, found 4"),
+        ({"model_type": "llama"}, "model_type: expected 'llama', found 'gpt_oss'"),
+    ],
+)
+def test_another_base_is_refused_before_it_is_loaded(
+    tmp_path: Path, run_folder: Path, facts: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = load_checkpoint(step_folder(run_folder, 1))
+    state = {**saved.state, "base": {**saved.state["base"], **facts}}
+    save_checkpoint(tmp_path / "step-000001", replace(saved, state=state))
+    monkeypatch.setattr("d2l.prepare.run_base", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(CheckpointError, match=expected):
+        load_trained(tmp_path / "step-000001")
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, run_folder: Path) -> None:
+    saved = load_checkpoint(step_folder(run_folder, 1))
+    config = {**saved.state["config"], "lora_rank": 4, "lora_r": "eight"}
+    save_checkpoint(tmp_path / "other", replace(saved, state={"config": config}))
+    with pytest.raises(CheckpointError, match=r"another version:\n(.*\n)?  lora_r: .*integer"):
+        load_trained(tmp_path / "other")
+    save_checkpoint(tmp_path / "rank", replace(saved, state={"config": {**saved.state["config"], "lora_r": 2}}))
+    with pytest.raises(CheckpointError, match=r"of another model: .* expected .* found"):
+        load_trained(tmp_path / "rank")
+    with pytest.raises(CheckpointError, match="expected a run's folder or a step-NNNNNN folder"):
+        load_trained(tmp_path)
+    with pytest.raises(ModelError, match="no/such/model"):
+        load_trained(run_folder, "no/such/model")
+
+
+def test_a_base_that_has_moved(run_folder: Path, trained: Trained, tmp_path: Path) -> None:
+    from d2l.paths import resource
+
+    tiny = resource("configs/models/tiny_gpt_oss")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors"):
+        load_trained(run_folder, str(tmp_path))  # a folder without weights is not taken for the random base
+    moved = load_trained(run_folder, str(tiny))
+    assert moved.config.model_name_or_path == str(tiny)
+    assert torch.equal(internalize(moved, SHORT).A["q_proj"], internalize(trained, SHORT).A["q_proj"])
+
+
+# Documents
+
+
+def test_a_document_becomes_the_lora_that_training_made_of_it(trained: Trained) -> None:
+    for text, chunks in ((SHORT, 1), (LONG, 4)):
+        pieces = document_chunks(text, trained.chat, Limits.of(trained.config))
+        assert len(pieces) == chunks
+        lora = internalize(trained, text)
+        assert (lora.n_contexts, lora.rank) == (1, trained.config.lora_r * (chunks + 1))
+        packed = collate([Row(0, document_chunks("Another document.", trained.chat, Limits()), ()), Row(1, pieces, ())])
+        with torch.no_grad():
+            beside = trained.model.lora(packed)[1]
+        for name in lora.A:
+            torch.testing.assert_close(lora.A[name], beside.A[name][:, :, : lora.rank], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lora.B[name], beside.B[name][:, :, : lora.rank], rtol=1e-4, atol=1e-5)
+            assert not lora.A[name].requires_grad
+
+
+def test_a_document_over_the_limits_is_refused(trained: Trained) -> None:
+    few = replace(trained, config=trained.config.model_copy(update={"max_ctx_chunk_num": 2}))
+    with pytest.raises(DataError, match="max_ctx_chunk_num 2"):
+        internalize(few, LONG)
+    with pytest.raises(DataError, match=r"max_packed_ctx_len 600.*\n.*pass a shorter document"):
+        internalize(trained, LONG * 4)
+    with pytest.raises(DataError, match="no token"):
+        internalize(trained, "")
+
+
+def test_documents_are_utf8_text() -> None:
+    assert decode_document("\ufeffDas Fährschiff.\n".encode(), "it.txt") == "Das Fährschiff.\n"
+    for data, expected in (
+        (b"\x89PNG\r\n", "byte 0x89 at 0"),
+        ("Fähre".encode("latin-1"), "byte 0xe4 at 1"),
+        (b"PK\x03\x04\0\0", "zero byte at 4"),
+        (b"", "empty"),
+        (b" \n\t", "empty"),
+    ):
+        with pytest.raises(DataError, match=f"it.txt: .*{expected}"):
+            decode_document(data, "it.txt")
+
+
+# Prompts and answers
+
+
+@pytest.mark.parametrize("supervision", ["content", "sampled"])
+def test_a_prompt_ends_where_training_begins_to_supervise(trained: Trained, supervision: str) -> None:
+    chat = supervised(trained, supervision).chat
+    encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
+    begin = encoded.supervised.index(True)
+    assert prompt_ids(chat, "When?") == encoded.input_ids[:begin]
+    assert answer_text(chat, encoded.input_ids[begin:-1]) == "At nine."
+    assert encoded.input_ids[-1] in stop_ids(supervised(trained, supervision))
+
+
+@pytest.mark.parametrize(
+    ("supervision", "said", "expected"),
+    [
+        ("content", "At nine.", "At nine."),
+        ("content", " At nine. \n", "At nine."),
+        ("content", "At<|channel|>final<|message|>nine.", "nine."),
+        ("content", "At nine.<|channel|>final", "At nine."),
+        ("content", "<|startoftext|>At <|reserved_1014|>nine.", "At nine."),
+        ("sampled", "<|channel|>final<|message|>At nine.", "At nine."),
+        ("sampled", "<|channel|>analysis<|message|>Nine?<|end|>" + TURN + "Nine.", "Nine."),
+        ("sampled", "<|channel|>analysis<|message|>Is it final?", ""),
+        ("sampled", "<|channel|>final", ""),
+        ("sampled", "final At nine.", ""),
+    ],
+)
+def test_no_channel_leaks_into_an_answer(trained: Trained, supervision: str, said: str, expected: str) -> None:
+    chat = supervised(trained, supervision).chat
+    assert answer_text(chat, chat.encode_text(said)) == expected
+
+
+@pytest.fixture
+def scripted(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the base say a text, whatever it is asked; keeps what it was asked, and under which config."""
+    calls: list[tuple[list[int], Any]] = []
+
+    def script(text: str) -> list[tuple[list[int], Any]]:
+        def generated(prompts: Tensor, *, generation_config: Any, **_: Any) -> Tensor:
+            calls.append((prompts[0].tolist(), generation_config))
+            return torch.cat([prompts, torch.tensor([trained.chat.encode_text(text)])], dim=1)
+
+        monkeypatch.setattr(trained.model.base, "generate", generated)
+        return calls
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("supervision", "said", "expected"),
+    [
+        ("content", "At nine.<|end|>" + TURN + "Or ten.<|return|>", "At nine."),
+        ("content", "At nine.<|return|><|return|>", "At nine."),
+        ("sampled", "<|channel|>analysis<|message|>Hm.<|end|>" + TURN + "At nine.<|return|>x", "At nine."),
+    ],
+)
+def test_an_answer_ends_at_its_stop_token(
+    trained: Trained, scripted: Any, supervision: str, said: str, expected: str
+) -> None:
+    calls = scripted(said)
+    asked = supervised(trained, supervision)
+    assert ask(asked, None, "When does it leave?", 8) == expected
+    ((prompt, config),) = calls
+    header = "<|channel|>final<|message|>" if supervision == "content" else ""
+    assert trained.chat.decode(prompt).endswith(f"When does it leave?<|end|><|start|>assistant{header}")
+    assert config.max_new_tokens == 8
+    assert not config.do_sample
+
+
+def test_a_random_model_answers_deterministically_and_without_control_tokens(trained: Trained) -> None:
+    lora = internalize(trained, LONG)
+    answers = {ask(trained, lora, "When does the ferry leave?", 12) for _ in range(2)}
+    assert len(answers) == 1
+    assert "<|" not in answers.pop()
+
+
+def test_generation_is_greedy_whatever_the_model_s_files_say(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = torch.tensor([prompt_ids(trained.chat, "When?")])
+    lora = internalize(trained, SHORT)
+    expected = generate(trained.model, lora, prompt, stop=[], max_new_tokens=6)
+    defaults = trained.model.base.generation_config
+    for name, value in {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3}.items():
+        monkeypatch.setattr(defaults, name, value)
+    assert generate(trained.model, lora, prompt, stop=[int(expected[0, 1])], max_new_tokens=6).shape == (1, 2)
+    assert torch.equal(generate(trained.model, lora, prompt, stop=[], max_new_tokens=6), expected)
+
+
+def strong(lora: Lora) -> Lora:
+    """Strong enough to change the words of a random base, after one step of training."""
+    return replace(lora, scale=100 * lora.scale)
+
+
+@torch.no_grad()
+def test_cached_generation_is_the_argmax_of_whole_forwards(trained: Trained) -> None:
+    """Two contexts in one batch, longer than the sliding window, against a loop without a cache."""
+    model = trained.model
+    texts = (LONG, "Snow fell on the pass, and nobody came.")
+    loras = [strong(internalize(trained, text)) for text in texts]
+    batch = collate(
+        [Row(i, document_chunks(text, trained.chat, Limits.of(trained.config)), ()) for i, text in enumerate(texts)]
+    )
+    both = strong(model.lora(batch))
+    prompt = torch.tensor([prompt_ids(trained.chat, "When does the ferry leave?")] * 2)
+    found = generate(model, both, prompt, stop=[], max_new_tokens=5)
+    for row, lora in enumerate(loras):
+        ids = prompt[row : row + 1]
+        for _ in range(5):
+            with bind(model.targets, lora, Spans.rows([1])):
+                logits = model.base(input_ids=ids, use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        assert found[row].tolist() == ids[0, prompt.shape[1] :].tolist()
+    assert found[0].tolist() != found[1].tolist()
+
+
+@torch.no_grad()
+def test_generation_of_the_reference(shared: Path) -> None:
+    """Padded contexts there, packed ones here; the same LoRAs, prefill logits and greedy tokens."""
+    case = load_case(shared, "generate_01_llama")
+    model = build(case)
+    lengths = case["in.ctx_attn_mask"].sum(1).tolist()
+    chunks = [tuple(ids[:length].tolist()) for ids, length in zip(case["in.ctx_ids"], lengths, strict=True)]
+    first, second = case["in.n_ctx_chunks"].tolist()
+    assert first + second == len(chunks)
+    lora = model.lora(collate([Row(0, tuple(chunks[:first]), ()), Row(1, tuple(chunks[first:]), ())]))
+    assert_close(lora.A["q_proj"], case["out.combined.q_proj.A"], golden.OUTPUTS, "A")
+    assert_close(lora.B["q_proj"], case["out.combined.q_proj.B"], golden.OUTPUTS, "B")
+    prompts = case["in.input_ids"]
+    with bind(model.targets, lora, Spans.rows([1, 1])):
+        assert_close(model.base(input_ids=prompts).logits, case["out.logits"], golden.OUTPUTS, "logits")
+    found = generate(model, lora, prompts, stop=[], max_new_tokens=8)
+    assert torch.cat([prompts, found], dim=1).tolist() == case["out.sequences"].tolist()

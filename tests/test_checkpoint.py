@@ -1,0 +1,116 @@
+"""Checkpoint folders: whole or refused, never half, never written over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2l.errors import CheckpointError
+from d2l.train import checkpoint as module
+from d2l.train.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    step_folder,
+)
+
+
+def example(**hypernet: object) -> Checkpoint:
+    shared = torch.arange(6.0).reshape(2, 3)
+    tensors = {"a": shared, "transposed": shared.T, "row": shared[0], **hypernet}
+    return Checkpoint(hypernet=tensors, trainer={"step": torch.tensor(3)}, state={"step": 3, "config": {"lora_r": 8}})  # type: ignore[arg-type]
+
+
+def test_saved_is_loaded_shared_and_strided_tensors_included(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "step-000003", example())
+    loaded = load_checkpoint(tmp_path / "step-000003")
+    for name, value in example().hypernet.items():
+        torch.testing.assert_close(loaded.hypernet[name], value, rtol=0, atol=0)
+    assert loaded.state == example().state
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("text", "a str, expected a tensor"), ({"r": 8}, "a dict"), (torch.tensor([1.0, float("nan")]), "not finite")],
+)
+def test_what_is_no_finite_tensor_is_refused_and_nothing_left(tmp_path: Path, value: object, expected: str) -> None:
+    with pytest.raises(CheckpointError, match=expected):
+        save_checkpoint(tmp_path / "step-000003", example(bad=value))
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_that_is_no_json_is_refused_and_nothing_left(tmp_path: Path) -> None:
+    for state in ({"path": Path()}, {"loss": float("inf")}):
+        with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+            save_checkpoint(tmp_path / "step-000003", Checkpoint({}, {}, state))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "step-000003", example())
+    with pytest.raises(CheckpointError, match="never written over"):
+        save_checkpoint(tmp_path / "step-000003", example())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path / "step-000003", example())
+    assert not list(tmp_path.iterdir())
+
+
+def damage_size(folder: Path) -> None:
+    with (folder / "trainer.safetensors").open("ab") as file:
+        file.write(b"x")
+
+
+def damage_content(folder: Path) -> None:
+    data = bytearray((folder / "hypernet.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "hypernet.safetensors").write_bytes(data)
+
+
+def damage_list(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["state.json"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (damage_size, "bytes, found"),
+        (damage_content, "sha256"),
+        (damage_list, "does not list state.json"),
+        (lambda folder: (folder / "state.json").unlink(), "is missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), "is no checkpoint"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("[1]"), "cannot be read"),
+    ],
+)
+def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(tmp_path: Path, damage, expected: str) -> None:  # type: ignore[no-untyped-def]
+    for step in (1, 2):
+        save_checkpoint(step_folder(tmp_path, step), example())
+    damage(step_folder(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(step_folder(tmp_path, 2))
+    newest, refused = newest_checkpoint(tmp_path)
+    assert newest == step_folder(tmp_path, 1)
+    assert len(refused) == 1
+
+
+def test_pruning_keeps_the_newest_and_what_it_did_not_finish(tmp_path: Path) -> None:
+    for step in range(4):
+        save_checkpoint(step_folder(tmp_path, step), example())
+    (step_folder(tmp_path, 3) / MANIFEST).unlink()
+    prune_checkpoints(tmp_path, keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000001", "step-000002", "step-000003"]

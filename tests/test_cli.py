@@ -1,0 +1,372 @@
+"""The commands, with toy rules and a toy training run in place of the real ones."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import cli
+from checks.result import Fail, Pass, Report, Skip, Warn
+from checks.rule import Fault, Rule
+from d2l.errors import ConfigError, NonFiniteError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Subject:
+    defects: frozenset[str] = frozenset()
+    name: str = "toy.yaml"
+    fingerprint: str = "f" * 64
+
+
+@dataclass
+class World:
+    """What the commands find when they import, and what they did with it."""
+
+    rules: list = field(default_factory=list)
+    loaded: list = field(default_factory=list)
+    trained: list = field(default_factory=list)
+    records: list = field(default_factory=list)
+    load_error: Exception | None = None
+    train_error: Exception | None = None
+    asked: list = field(default_factory=list)
+    remarks: tuple = ()
+
+    def load_config(self, path, overrides, **options):
+        if self.load_error:
+            raise self.load_error
+        self.loaded.append((path, overrides, options))
+        return SimpleNamespace(remarks=self.remarks, max_steps=2)
+
+    def new_folder(self, config, *, numbered):
+        self.asked.append(numbered)
+        return Path("runs/toy-2" if numbered else "runs/toy")
+
+    def checkpoint_to_resume(self, config, place):
+        return Path("runs/resumed"), f"checkpoint of {place}"
+
+    def train(self, config, folder, *, preflight, checkpoint, on_step, on_tokenize):
+        self.trained.append((preflight, folder, checkpoint))
+        for done in (1, 1200):
+            on_tokenize(done, 1200)
+        for record in self.records:
+            on_step(record)
+        if self.train_error:
+            raise self.train_error
+
+
+def rule(code, result=None, **rest):
+    """A rule that gives this result (default: a pass) unless the defect `own` was planted."""
+
+    def run(subject):
+        if isinstance(result, BaseException):
+            raise result
+        sys.stdout.write("a library talks\n")
+        return FAIL if "own" in subject.defects else result or Pass("fine [ok]")
+
+    own = Fault("own", "the rule's own", lambda subject: replace(subject, defects=subject.defects | {"own"}))
+    name = f"toy-{code.lower()}"
+    return Rule(
+        code, name, **{"stage": "twin", "severity": "error", "source": "toy", "faults": (own,), "run": run} | rest
+    )
+
+
+FAIL = Fail("broken", "whole", "broken", "mend it")
+
+
+@pytest.fixture
+def world(monkeypatch):
+    world = World(rules=[rule("TOY201")])
+
+    def stand_in(name, **attributes):
+        module = ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    stand_in("checks.rules", RULES=world.rules)
+    stand_in(
+        "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
+    )
+    stand_in("d2l.config", load_config=world.load_config)
+    stand_in(
+        "d2l.train.run",
+        train=world.train,
+        new_folder=world.new_folder,
+        checkpoint_to_resume=world.checkpoint_to_resume,
+    )
+    return world
+
+
+def d2l(*arguments, **environment):
+    return CliRunner().invoke(cli.app, arguments, prog_name="d2l", env=environment or None)
+
+
+# What every command has in common
+
+
+@pytest.mark.parametrize("code", ["import cli", "import sys, cli; sys.argv = ['d2l', '--help']; cli.main()"])
+def test_nothing_heavy_is_imported_early(code):
+    probe = f"""
+import atexit, sys
+heavy = ("torch", "transformers", "datasets", "pydantic", "rich")
+atexit.register(lambda: print("HEAVY", [name for name in heavy if name in sys.modules]))
+{code}
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_checks_framework_does_not_import_torch():
+    probe = "import sys, checks.runner, checks.selftest, checks.report, checks.docs; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_version():
+    assert d2l("--version").stdout.startswith("d2l ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["preflght"], "preflight"),
+        (["preflight", "--fail-level", "never"], "'warn', 'error'"),
+        (["preflight", "--set", "lora_r"], "--set expects KEY=VALUE. Got 'lora_r'"),
+        (["preflight", "--set", "lora_r=1", "--set", "lora_r=2"], "--set lora_r is given twice"),
+        (["preflight", "--ignore", "TOY201"], "--ignore expects CODE=REASON"),
+        (["preflight", "--ignore", "TOY201="], "without a reason"),
+        (["preflight", "--select", "TOY202"], "did you mean TOY201"),
+        (["preflight", "--stage", "twins"], "no stage 'twins'"),
+        (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
+        (["preflight", "-o", "no/such/folder/report.json"], "folder of"),
+        (["explain", "TOY202"], "did you mean TOY201"),
+        (["train"], "CONFIG"),
+    ],
+)
+def test_usage_errors_exit_2_without_a_traceback(world, arguments, words):
+    result = d2l(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["preflight", "train"])
+def test_every_config_problem_on_stderr(world, command):
+    world.load_error = ConfigError(["line 1: bad", "line 2: worse"], "x.yaml")
+    result = d2l(command, "x.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "line 1: bad" in result.stderr
+    assert "line 2: worse" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["preflight", "train"])
+def test_interrupt_is_one_line_and_130(world, command):
+    world.rules[:] = [rule("TOY201", KeyboardInterrupt())]
+    result = d2l(command, "x.yaml")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_our_own_faults_are_not_hidden(world):
+    world.load_error = RuntimeError("ours")
+    assert isinstance(d2l("preflight").exception, RuntimeError)
+
+
+# preflight
+
+
+def test_preflight_passes_what_was_given(world):
+    arguments = ["x.yaml", "--model", "m", "--tokenizer", "t", "--data", "d", "--set", "a=1", "--set", "b=c=d"]
+    assert d2l("preflight", *arguments).exit_code == 0
+    (loaded,) = world.loaded
+    assert loaded == (Path("x.yaml"), {"a": "1", "b": "c=d"}, {"model": "m", "tokenizer": "t", "data": "d"})
+
+
+def test_preflight_without_a_config_leaves_the_default_to_the_config(world):
+    assert d2l("preflight").exit_code == 0
+    assert world.loaded[0][0] is None
+
+
+def test_preflight_text_on_stdout_is_plain(world):
+    world.remarks = ("a key has no effect",)
+    result = d2l("preflight")
+    assert "TOY201 toy-toy201  pass  fine [ok]\n" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "a library talks" not in result.stdout
+    assert "Note: a key has no effect\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "arguments", "code"),
+    [
+        (None, [], 0),
+        (FAIL, [], 1),
+        (FAIL, ["--ignore", "toy201=wanted"], 0),
+        (Warn("odd", "even", "odd", "round"), [], 0),
+        (Warn("odd", "even", "odd", "round"), ["--fail-level", "warn"], 1),
+        (ValueError("boom"), [], 3),
+        (Skip("no data"), [], 0),
+        (Skip("no data"), ["--select", "TOY201"], 4),
+        (Skip("no data"), ["--stage", "twin"], 4),
+        (None, ["--selftest"], 0),
+        (Skip("no data"), ["--selftest"], 5),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_preflight_exit_codes(world, found, arguments, code, form):
+    world.rules[:] = [rule("TOY201", found)]
+    result = d2l("preflight", "--format", form, *arguments)
+    assert result.exit_code == code
+    if form == "json":
+        assert json.loads(result.stdout)["summary"]["exit_code"] == code
+
+
+def test_preflight_json_is_all_of_stdout(world):
+    world.rules[:] = [rule("TOY201", FAIL), rule("TOY202", requires=("TOY201",))]
+    result = d2l("preflight", "--format", "json")
+    report = Report.from_json(json.loads(result.stdout))
+    assert [outcome.outcome for outcome in report.outcomes] == ["fail", "blocked"]
+
+
+def test_output_file_is_written_and_the_terminal_still_told(world, tmp_path):
+    result = d2l("preflight", "--format", "json", "-o", str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text())["summary"]["pass"] == 1
+    assert "1 passed" in result.stdout
+    d2l("preflight", "-o", str(tmp_path / "report.txt"))
+    assert (tmp_path / "report.txt").read_text() == d2l("preflight").stdout
+
+
+def test_an_existing_file_is_refused_before_anything_runs(world, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    result = d2l("preflight", "-o", str(tmp_path / "mine"))
+    assert result.exit_code == 2
+    assert "not overwritten" in result.stderr
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert world.loaded == []
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(world, tmp_path):
+    target = tmp_path / "report.txt"
+
+    def meanwhile(subject):
+        target.write_text("precious")
+        return Pass("fine")
+
+    world.rules[:] = [rule("TOY201", run=meanwhile)]
+    assert d2l("preflight", "-o", str(target)).exit_code == 2
+    assert target.read_text() == "precious"
+
+
+def test_selftest_json(world):
+    (fault,) = json.loads(d2l("preflight", "--selftest", "--format", "json").stdout)["faults"]
+    assert (fault["code"], fault["fault"], fault["result"]) == ("TOY201", "own", "caught")
+
+
+# explain and checks
+
+
+def test_explain_and_checks(world):
+    assert d2l("explain", "toy201").stdout.startswith("TOY201 toy-toy201\n")
+    assert d2l("checks").stdout.startswith("TOY201  twin    error    toy-toy201  ")
+    assert json.loads(d2l("checks", "--format", "json").stdout) == [
+        {
+            **{"code": "TOY201", "name": "toy-toy201", "stage": "twin", "severity": "error", "source": "toy"},
+            **{"requires": [], "faults": ["own"]},
+        }
+    ]
+
+
+# train
+
+RECORDS = [
+    {"step": 1, "ce_loss": 5.5, "grad_norm": 0.5, "gen_lora_l1_norm": 0.25, "tokens": 700, "seconds": 0.5},
+    {"step": 2, "ce_loss": 5.25, "grad_norm": 0.4, "gen_lora_l1_norm": 0.125, "tokens": 800, "seconds": 0.5},
+]
+
+
+def test_train_checks_first_then_shows_steps_and_what_came_out(world):
+    world.records = RECORDS
+    result = d2l("train", "x.yaml", "--max-steps", "2", "--output", "runs/toy")
+    assert result.exit_code == 0
+    assert world.loaded[0][2] == {"model": None, "tokenizer": None, "data": None, "max_steps": 2, "output": "runs/toy"}
+    ((preflight, *place),) = world.trained
+    assert preflight["summary"]["exit_code"] == 0
+    assert preflight["config"] == "x.yaml"
+    assert place == [Path("runs/toy"), None]
+    report, _, steps = result.stdout.partition("step 1/2")
+    assert "1 passed" in report
+    assert report.count("tokenized") == report.count("\ntokenized 1,200 records\n") == 1
+    assert "step 2/2  ce_loss 5.25  grad_norm 0.4  gen_lora_l1_norm 0.125  tokens 800\n" in steps
+    assert result.stdout.endswith(
+        """
+steps of this run  2
+ce_loss            5.25
+grad_norm          0.4
+gen_lora_l1_norm   0.125
+tokens             1,500
+run folder         runs/toy
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        ([], [Path("runs/toy-2"), None]),
+        (["--resume", "runs/old"], [Path("runs/resumed"), "checkpoint of runs/old"]),
+    ],
+)
+def test_train_continues_or_takes_a_new_folder(world, arguments, place):
+    assert d2l("train", "x.yaml", *arguments).exit_code == 0
+    assert list(world.trained[0][1:]) == place
+    assert world.asked == ([] if "--resume" in arguments else [True])
+
+
+@pytest.mark.parametrize("found", [FAIL, ValueError("boom")])
+def test_train_is_refused_by_a_red_report(world, found):
+    world.rules[:] = [rule("TOY201", found)]
+    result = d2l("train", "x.yaml")
+    assert result.exit_code == 10
+    assert world.trained == []
+    assert "d2l explain TOY201" in result.stdout
+    assert "refused" in result.stderr
+
+
+def test_train_goes_on_past_an_ignored_finding(world):
+    world.rules[:] = [rule("TOY201", FAIL)]
+    assert d2l("train", "x.yaml", "--ignore", "TOY201=wanted").exit_code == 0
+    assert "ignored (wanted)" in world.trained[0][0]["outcomes"][0]["message"]
+
+
+def test_train_stopped_on_a_non_finite_value_is_11(world):
+    world.train_error = NonFiniteError("step 3: loss nan")
+    result = d2l("train", "x.yaml")
+    assert result.exit_code == 11
+    assert result.stderr.endswith("Error: step 3: loss nan\n")
+
+
+def test_one_process_of_several_speaks(world):
+    world.records = RECORDS
+    assert d2l("train", "x.yaml", RANK="1").stdout == ""
+    assert "step 1/2" in d2l("train", "x.yaml", RANK="0").stdout
+
+
+def test_a_terminal_gets_bars():
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    with cli._steps(console, 2) as (show, on_tokenize):
+        on_tokenize(1200, 1200)
+        for record in RECORDS:
+            show(record)
+    assert "1200/1200" in console.file.getvalue()
+    assert "records tokenized" in console.file.getvalue()
+    assert "2/2" in console.file.getvalue()
+    assert "ce_loss 5.25" in console.file.getvalue()

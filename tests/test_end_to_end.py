@@ -1,0 +1,122 @@
+"""The whole model against the reference, number for number: features, merged LoRAs, logits, losses and gradients."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from golden import Case, assert_close, load_case
+from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from d2l.base.load import plan_load, random_base
+from d2l.config import RunConfig
+from d2l.data.packing import PackedBatch
+from d2l.hypernet.model import DocToLora
+from d2l.train.losses import Normalizer, compute_loss, label_positions
+
+CASES = ("e2e_01_llama_q", "e2e_02_llama_down_3chunks", "e2e_03_qwen3_q_o_exit", "e2e_04_gptoss_q", "checkpoint_llama")
+FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gpt_oss": GptOssConfig}
+L1_COEFFICIENT = 0.1  # of the cases' `*_l1` losses
+
+
+def run_config(case: Case) -> RunConfig:
+    values = {key: value for key, value in case.config.items() if key != "lora_alpha"}
+    if values["ctx_encoder_type"] != "early_exit":
+        values.pop("layer_idx")
+    return RunConfig(**values, attn_implementation="eager")
+
+
+def build(case: Case) -> DocToLora:
+    """The case's model: a base and a hypernetwork filled by the rule."""
+    config = run_config(case)
+    settings = dict(case.meta["base_config"])
+    base_config = FAMILIES[case.meta["base_family"]](**settings)
+    base = random_base(base_config, plan_load(config, base_config, device="cpu"), seed=0)
+    golden.fill_parameters(base, case.meta["base_weights_fill"], case.seed, case.meta["base_key_prefix"])
+    model = DocToLora(base, config)
+    if "hyper_weights_fill" in case.meta:
+        golden.fill_parameters(model.hypernet, case.meta["hyper_weights_fill"], case.seed)
+    return model
+
+
+def batch_of(case: Case) -> PackedBatch:
+    return PackedBatch(
+        ctx_ids=case["in.ctx_ids"],
+        ctx_position_ids=case["in.ctx_position_ids"],
+        input_ids=case["in.input_ids"],
+        position_ids=case["in.position_ids"],
+        labels=case["in.labels"],
+        n_ctx_chunks=tuple(case["in.n_ctx_chunks"].tolist()),
+        n_queries=tuple(case["in.n_queries"].tolist()),
+        logprobs_vals=case.tensors.get("in.logprobs_vals"),
+        logprobs_indices=case.tensors.get("in.logprobs_indices"),
+        record_ids=tuple(range(len(case["in.n_queries"]))),
+    )
+
+
+def test_the_table_is_complete(shared: Path) -> None:
+    names = golden.case_names(shared, "e2e_") | golden.case_names(shared, "checkpoint_")
+    assert names == set(CASES)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("e2e")])
+def test_features_loras_and_logits(shared: Path, name: str) -> None:
+    case = load_case(shared, name)
+    model, batch = build(case), batch_of(load_case(shared, name))
+    with torch.no_grad():
+        features = model.features(batch)
+        lora = model.lora(batch)
+        assert_close(features, case["out.ctx_features"], golden.OUTPUTS, "features")
+        for module in case.config["target_modules"]:
+            assert_close(lora.A[module], case[f"out.combined.{module}.A"], golden.OUTPUTS, f"A of {module}")
+            assert_close(lora.B[module], case[f"out.combined.{module}.B"], golden.OUTPUTS, f"B of {module}")
+        assert lora.scale == pytest.approx(case.config["lora_alpha"], rel=1e-6)
+        assert_close(model.logits(batch, lora)[None], case["out.logits"], golden.OUTPUTS, "logits")
+        assert_close(model.logits(batch, None)[None], case["out.base_logits"], golden.OUTPUTS, "base logits")
+        positions = torch.tensor([3, 0, 7])
+        torch.testing.assert_close(model.logits(batch, lora, positions), model.logits(batch, lora)[positions])
+
+
+def losses_of(case: Case, model: DocToLora, batch: PackedBatch, name: str) -> torch.Tensor:
+    """The case's loss of that name, by the production path."""
+    lora = model.lora(batch)
+    logits = model.logits(batch, lora, label_positions(batch) - 1)
+    loss = compute_loss(
+        logits,
+        batch,
+        lora,
+        Normalizer.of([batch], model.hypernet.shape.rank),
+        use_kl_loss=name.startswith("kl"),
+        use_per_ctx_average_loss="perctx" in name,
+        l1_coefficient=L1_COEFFICIENT if name.endswith("l1") else 0.0,
+    )
+    return loss.total
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["ce_token", "ce_perctx", "ce_token_l1", "ce_perctx_l1", "kl_token", "kl_perctx", "kl_token_l1", "kl_perctx_l1"],
+)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("e2e")])
+def test_losses_and_their_gradients(shared: Path, name: str, loss: str) -> None:
+    case = load_case(shared, name)
+    if loss not in case.meta["losses"]:
+        assert loss.startswith("kl"), "only teacher losses may be absent from a case"
+        return
+    model = build(case)
+    value = losses_of(case, model, batch_of(case), loss)
+    assert float(value.detach()) == pytest.approx(case.meta["losses"][loss], rel=golden.OUTPUTS)
+    value.backward()
+    prefix = f"grad.{loss}."
+    stored = {key.replace(f"{loss}.", "", 1): value for key, value in case.tensors.items() if key.startswith(prefix)}
+    compared = golden.assert_gradients(model.hypernet, replace(case, tensors=stored))
+    assert compared > 0 or not loss.startswith("ce") or not loss.endswith("l1")
+
+
+def test_evaluation_losses_of_the_reference_divide_by_all_positions_and_ours_do_not(shared: Path) -> None:
+    """`ce_token_eval` is Σ CE / T there, with T every position of the row; a mean over label tokens is the CE."""
+    for name in CASES[:4]:
+        meta: dict[str, Any] = load_case(shared, name).meta
+        assert meta["losses"]["ce_token_eval"] < meta["losses"]["ce_token"]

@@ -1,0 +1,327 @@
+"""What is planned, what is loaded, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+
+from d2l.base.files import local_source, save_mxfp4
+from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
+from d2l.base.masks import packed_masks
+from d2l.base.mxfp4 import PackedExperts
+from d2l.base.twin import twin_config
+from d2l.config import RunConfig
+from d2l.errors import ModelError
+from d2l.paths import resource
+
+GPT_OSS = read_base_config("openai/gpt-oss-20b")
+TWIN = twin_config(GPT_OSS)
+LLAMA = twin_config(AutoConfig.for_model("llama"))
+ENDING = "model.layers.1.mlp.experts"
+
+
+def plan(base_config=TWIN, device: str | None = "cpu", **values: object) -> LoadPlan:
+    return plan_load(RunConfig(**values), base_config, device)
+
+
+def logits(base: PreTrainedModel) -> torch.Tensor:
+    input_ids = torch.randint(100, (1, 20), generator=torch.Generator().manual_seed(3))
+    position_ids = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    masks = packed_masks(base, position_ids)
+    return base(input_ids=input_ids, position_ids=position_ids, attention_mask=masks, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A twin of gpt-oss-20b in the official layout, in several files."""
+    folder = tmp_path_factory.mktemp("twin")
+    save_mxfp4(random_base(TWIN, plan(), seed=7), folder, max_shard_size="300KB")
+    return folder
+
+
+def edited(checkpoint: Path, folder: Path, edit) -> Path:
+    """A copy of the checkpoint as a single file, after `edit(tensors)`."""
+    tensors = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((checkpoint / "config.json").read_text())
+    return folder
+
+
+# Configs
+
+
+def test_gpt_oss_20b_is_known_without_a_network() -> None:
+    assert (GPT_OSS.num_hidden_layers, GPT_OSS.hidden_size, GPT_OSS.vocab_size) == (24, 2880, 201088)
+    assert GPT_OSS.layer_types == ["sliding_attention", "full_attention"] * 12
+    assert GPT_OSS.quantization_config["quant_method"] == "mxfp4"
+    assert GPT_OSS.rope_parameters["truncate"] is False
+    assert GPT_OSS.eos_token_id == 200002
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_gpt_oss", "configs/models/tiny_gpt_oss", "file", "folder"])
+def test_the_tiny_model_is_found_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = resource("configs/models/tiny_gpt_oss")
+    monkeypatch.chdir(tmp_path)
+    name = {"file": str(shipped / "config.json"), "folder": str(shipped)}.get(name, name)
+    assert read_base_config(name).vocab_size == 1024
+    assert isinstance(load_base(name, TWIN, plan(), seed=0).model.layers[0].mlp.experts, PackedExperts)
+
+
+def test_the_tiny_model_is_random_in_a_checkout_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(resource("configs").parent)
+    assert load_base("configs/models/tiny_gpt_oss", TWIN, plan(), seed=0).config.model_type == "gpt_oss"
+
+
+def test_what_lies_here_goes_before_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs/models/tiny_gpt_oss").mkdir(parents=True)
+    Path("configs/models/tiny_gpt_oss/config.json").write_text(json.dumps(LLAMA.to_dict()))
+    assert read_base_config("configs/models/tiny_gpt_oss").model_type == "llama"
+    assert local_source("some/hub-id") is None
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "/nowhere/at/all"])
+def test_a_config_that_is_nowhere_is_an_error_with_advice(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name}.*config.json"):
+        read_base_config(name)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("base_config", "values", "expected"),
+    [
+        (GPT_OSS, {}, {"attention": "eager", "experts": "packed", "quantization": "mxfp4", "dtype": "float32"}),
+        (GPT_OSS, {"expert_weights": "packed"}, {"experts": "packed"}),
+        (GPT_OSS, {"expert_weights": "dequantize"}, {"experts": "dequantize", "quantization": "mxfp4"}),
+        (GPT_OSS, {"expert_weights": "native"}, {"experts": "native"}),
+        (GPT_OSS, {"quantize_ctx_encoder": True}, {"quantization": "bitsandbytes"}),
+        (GPT_OSS, {"attn_implementation": "flash_attention_2"}, {"attention": "flash_attention_2"}),
+        (GPT_OSS, {"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        (LLAMA, {}, {"attention": "sdpa", "experts": "dense", "quantization": "none"}),
+        (LLAMA, {"expert_weights": "packed"}, {"experts": "dense"}),
+        (AutoConfig.for_model("gptj"), {}, {"attention": "eager"}),
+    ],
+)
+def test_every_choice_is_stated(base_config, values: dict, expected: dict) -> None:
+    choices = plan(base_config, **values)
+    assert {name: getattr(choices, name).value for name in expected} == expected
+    for name in ("attention", "experts", "quantization", "dtype", "device"):
+        assert len(getattr(choices, name).reason) > 10, name
+    for name, value in values.items():  # what was asked for is named by the choice that it made
+        assert any(name in choice.reason for choice in vars(choices).values()) or value == choices.experts.value
+
+
+def test_sinks_are_the_reason_for_eager_attention() -> None:
+    assert "sinks" in plan(GPT_OSS).attention.reason
+    assert "sinks" not in plan(AutoConfig.for_model("gemma2")).attention.reason
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_the_dtype_follows_the_device(capability: tuple, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choices = plan(LLAMA, device=None)
+    assert (choices.device.value, choices.dtype.value) == ("cuda", dtype)
+    assert f"SM {capability[0]}{capability[1]}" in choices.dtype.reason
+
+
+# Random bases
+
+
+def test_a_random_base_is_frozen_and_the_same_for_the_same_seed() -> None:
+    state = torch.get_rng_state()
+    first, again, other = (random_base(TWIN, plan(), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(first), logits(again))
+    assert not torch.equal(logits(first), logits(other))
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not first.training
+    assert first.config.use_cache is False
+
+
+def test_packed_dequantized_and_native_experts_are_one_function() -> None:
+    packed, dense, native = (
+        random_base(TWIN, plan(expert_weights=kind), 0) for kind in ("packed", "dequantize", "native")
+    )
+    assert torch.equal(logits(packed), logits(native))
+    torch.testing.assert_close(logits(packed), logits(dense), atol=5e-5, rtol=1e-5)
+
+
+def gradients_by_layer(base: PreTrainedModel) -> list[torch.Tensor]:
+    """Of a loss with respect to the output of every layer's q_proj."""
+    projections = [layer.self_attn.q_proj for layer in base.model.layers]
+    changes = [torch.zeros(1, 20, projection.out_features, requires_grad=True) for projection in projections]
+    hooks = [
+        projection.register_forward_hook(lambda module, inputs, output, change=change: output + change)
+        for projection, change in zip(projections, changes, strict=True)
+    ]
+    loss = logits(base).log_softmax(-1)[..., 0].mean()
+    for hook in hooks:
+        hook.remove()
+    return list(torch.autograd.grad(loss, changes))
+
+
+def test_gradients_of_packed_experts_are_those_of_dense_ones_and_native_ones_are_not() -> None:
+    packed, dense, native = (
+        gradients_by_layer(random_base(TWIN, plan(expert_weights=kind), 0))
+        for kind in ("packed", "dequantize", "native")
+    )
+    for layer in range(TWIN.num_hidden_layers):
+        torch.testing.assert_close(packed[layer], dense[layer], atol=1e-6, rtol=1e-3)
+        assert native[layer].norm() > 0  # through the residual stream: a norm alone does not tell
+        assert torch.cosine_similarity(native[layer].flatten(), dense[layer].flatten(), dim=0) < 0.95
+
+
+def test_biases_and_norms_of_a_random_base_are_not_constant() -> None:
+    layer = random_base(TWIN, plan(), 0).model.layers[0]
+    for parameter in (layer.self_attn.q_proj.bias, layer.input_layernorm.weight, layer.mlp.experts.down_proj_bias):
+        assert parameter.std() > 0.05
+
+
+def test_rotary_frequencies_stay_in_float32() -> None:
+    base = random_base(TWIN, plan(dtype="bfloat16"), 0)
+    assert base.dtype == torch.bfloat16
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert logits(base).isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "no_such_attention"])
+def test_an_attention_that_cannot_be_built_is_an_error_of_the_model(attention: str) -> None:
+    with pytest.raises(ModelError, match=attention):
+        random_base(TWIN, plan(attn_implementation=attention), 0)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("experts", ["packed", "dequantize"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_the_official_layout_is_read_back_exactly(checkpoint: Path, experts: str, dtype: str) -> None:
+    choices = plan(expert_weights=experts, dtype=dtype)
+    base_config = read_base_config(str(checkpoint))
+    base_config.use_cache = True
+    loaded = load_base(str(checkpoint), base_config, choices, seed=0)
+    written = random_base(TWIN, plan(expert_weights=experts), seed=7)
+    for name, tensor in written.state_dict().items():
+        expected = tensor.to(choices.torch_dtype) if tensor.is_floating_point() else tensor
+        assert torch.equal(loaded.state_dict()[name], expected), name
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, written.model.rotary_emb.inv_freq)
+    if dtype == "float32":
+        assert torch.equal(logits(loaded), logits(written))
+    assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    assert loaded.config.use_cache is False
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("experts", ["packed", "dequantize"])
+def test_a_base_from_the_hub_keeps_its_name(checkpoint: Path, experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters name their base by it; the folder of the cache means nothing on another machine."""
+    monkeypatch.setattr("d2l.base.files.snapshot_download", lambda name, **options: str(checkpoint))
+    loaded = load_base("someone/twin", TWIN, plan(expert_weights=experts), seed=0)
+    assert loaded.name_or_path == loaded.config.name_or_path == "someone/twin"
+
+
+def test_transformers_itself_reads_what_we_write(checkpoint: Path) -> None:
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        quantization_config=Mxfp4Config(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = random_base(TWIN, plan(expert_weights="dequantize"), seed=7)
+    assert torch.equal(logits(theirs.float()), logits(ours))  # older releases dequantize to bfloat16 whatever the dtype
+
+
+def test_a_dense_checkpoint_is_read_back(tmp_path: Path) -> None:
+    written = random_base(LLAMA, plan(LLAMA), seed=0)
+    written.save_pretrained(tmp_path)
+    loaded = load_base(str(tmp_path), read_base_config(str(tmp_path)), plan(LLAMA), seed=1)
+    assert torch.equal(logits(loaded), logits(written))
+
+
+def drop_scales(tensors: dict) -> None:
+    del tensors[f"{ENDING}.gate_up_proj_scales"]
+
+
+def add_stranger(tensors: dict) -> None:
+    tensors["model.stranger"] = torch.zeros(2)
+
+
+def widen(tensors: dict) -> None:
+    tensors[f"{ENDING}.down_proj_scales"] = torch.zeros(8, 64, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop_scales, "1 missing .*gate_up_proj_scales"),
+        (add_stranger, "1 unexpected .*stranger"),
+        (widen, "down_proj_scales"),
+    ],
+)
+def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path, edit, message: str) -> None:
+    folder = edited(checkpoint, tmp_path, edit)
+    with pytest.raises(ModelError, match=message):
+        load_base(str(folder), TWIN, plan(), seed=0)
+    with pytest.raises(ModelError):
+        load_base(str(folder), TWIN, plan(expert_weights="dequantize"), seed=0)
+
+
+def test_weights_without_their_quantization_config_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Otherwise transformers takes random experts and only warns."""
+    folder = edited(checkpoint, tmp_path, lambda tensors: None)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    base_config = read_base_config(str(folder))
+    assert plan(base_config).experts.value == "dense"
+    with pytest.raises(ModelError, match=r"8 missing .*experts.* 16 unexpected"):
+        load_base(str(folder), base_config, plan(base_config), seed=0)
+
+
+def test_a_dequantized_model_saved_in_the_original_format_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """The documented trap: dequantize, save_pretrained, reload gives random experts."""
+    base = load_base(str(checkpoint), TWIN, plan(expert_weights="dequantize"), seed=0)
+    base.save_pretrained(tmp_path)
+    base_config = read_base_config(str(tmp_path))
+    with pytest.raises(ModelError, match="save_original_format=False"):
+        load_base(str(tmp_path), base_config, plan(base_config), seed=0)
+
+
+def test_a_missing_file_and_a_damaged_file_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = edited(checkpoint, tmp_path, lambda tensors: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="missing or damaged"):
+        load_base(str(folder), TWIN, plan(), seed=0)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        load_base(str(folder), TWIN, plan(), seed=0)
+
+
+def test_weights_that_cannot_be_fetched_are_an_error_with_advice() -> None:
+    with pytest.raises(ModelError, match="hf download nobody/nothing"):
+        load_base("nobody/nothing", TWIN, plan(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"expert_weights": "native"}, "no backward"), ({"quantize_ctx_encoder": True}, "BitsAndBytesConfig")],
+)
+def test_plans_that_cannot_train_are_not_carried_out(values: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_base("tiny", TWIN, plan(**values), seed=0)
+
+
+def test_plans_are_values() -> None:
+    assert plan() == plan()
+    assert replace(plan(), device=Choice("cuda:1", "rank 1")).device.value == "cuda:1"

@@ -1,0 +1,313 @@
+"""The loop: what a run writes, that it goes on as if it had never stopped, its schedule, and the step it refuses."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import random_rows, run_config, tiny_model
+from torch import Tensor
+
+from d2l import prepare
+from d2l.config import RunConfig
+from d2l.data.packing import collate
+from d2l.data.tokenize import IGNORED, Row
+from d2l.errors import CheckpointError, NonFiniteError
+from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, step_folder
+from d2l.train.loop import METRICS, StepMetrics, Trainer, load_hypernet, parameter_groups, run
+
+SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def trainer(config: RunConfig, rows: Sequence[Row] | None = None) -> Trainer:
+    return Trainer(tiny_model(config, **SHALLOW), random_rows() if rows is None else rows, config)
+
+
+def weights(trained: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trained.model.hypernet.state_dict().items()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def without_time(metrics: Sequence[StepMetrics]) -> list[dict[str, float]]:
+    return [{name: value for name, value in vars(step).items() if name != "seconds"} for step in metrics]
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# What a run writes
+
+
+@pytest.mark.parametrize(("kl", "task"), [(False, "ce_loss"), (True, "kl_loss")])
+def test_one_line_of_metrics_for_every_step(tmp_path: Path, kl: bool, task: str) -> None:
+    config = run_config(use_kl_loss=kl, max_steps=3)
+    taken = list(run(trainer(config, random_rows(top_k=3 if kl else None)), tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert lines == [step.record(task) for step in taken]
+    keys = "step", task, "grad_norm", "gen_lora_l1_norm", "lr", "tokens", "label_tokens", "seconds"
+    assert all(tuple(line) == keys for line in lines)
+    assert len(keys) == len(fields(StepMetrics))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["seconds"] > 0 and line[task] > 0 and line["gen_lora_l1_norm"] > 0 for line in lines)
+
+
+def test_tokens_are_those_of_questions_and_documents() -> None:
+    rows = random_rows(2)
+    batch = collate(rows)
+    taken = trainer(
+        run_config(max_packed_inp_len=500, max_packed_ctx_len=500, gradient_accumulation_steps=1), rows
+    ).step()
+    questions = sum(len(query.input_ids) for row in rows for query in row.queries)
+    assert taken.tokens == questions + sum(len(chunk) for row in rows for chunk in row.chunks)
+    assert taken.label_tokens == batch.n_labels == sum(query.n_labels for row in rows for query in row.queries)
+
+
+def test_a_checkpoint_is_written_before_the_first_step(tmp_path: Path) -> None:
+    new = trainer(run_config())
+    before = weights(new)
+    next(run(new, tmp_path, fingerprint="abc"))
+    assert steps_in(tmp_path) == ["step-000000"]
+    checkpoint = load_checkpoint(step_folder(tmp_path, 0))
+    assert_equal(dict(checkpoint.hypernet), before)
+    assert checkpoint.state["fingerprint"] == "abc"
+    assert checkpoint.state["config"] == new.config.resolved()
+    assert checkpoint.state["base"] == prepare.base_facts(new.model.base.config)
+
+
+def test_a_run_that_cannot_save_fails_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    new = trainer(run_config())
+    with pytest.raises(CheckpointError):
+        next(run(new, tmp_path))
+    assert new.step_number == 0
+    assert (tmp_path / METRICS).read_text() == ""
+
+
+def test_checkpoints_are_saved_at_their_steps_and_the_last_and_pruned(tmp_path: Path) -> None:
+    seen = [steps_in(tmp_path) for _ in run(trainer(run_config(max_steps=5, save_steps=2)), tmp_path)]
+    zero, two, four, five = (f"step-{step:06d}" for step in (0, 2, 4, 5))
+    assert seen == [[zero], [zero, two], [zero, two], [two, four], [four, five]]  # save_total_limit: 2
+
+
+def test_a_run_at_its_end_takes_no_step(tmp_path: Path) -> None:
+    done = trainer(run_config(max_steps=1))
+    assert len(list(run(done, tmp_path))) == 1
+    assert list(run(done, tmp_path)) == []
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "stop", "checkpointing"),
+    [
+        (1, 2, False),  # within the first epoch, which has three batches
+        (1, 3, False),  # at its end
+        (2, 1, False),  # before a step that takes batches of two epochs
+        (2, 2, False),  # after it
+        (2, 2, True),
+    ],
+)
+def test_a_resumed_run_goes_on_exactly_as_one_that_never_stopped(
+    tmp_path: Path, accumulation: int, stop: int, checkpointing: bool
+) -> None:
+    config = run_config(max_steps=4, gradient_accumulation_steps=accumulation, gradient_checkpointing=checkpointing)
+    assert len(prepare.epoch_batches(config, random_rows(), 0)) == 3
+    whole = trainer(config)
+    expected = [whole.step() for _ in range(4)]
+    assert whole.epoch > 0
+
+    first = trainer(config)
+    metrics = [first.step() for _ in range(stop)]
+    save_checkpoint(tmp_path / "step", first.checkpoint())
+    second = trainer(config)
+    second.step()  # in other states than new, all of which have to be replaced
+    second.restore(load_checkpoint(tmp_path / "step"))
+    torch.manual_seed(123)
+    metrics += [second.step() for _ in range(4 - stop)]
+
+    assert without_time(metrics) == without_time(expected)
+    assert_equal(weights(second), weights(whole))
+    ours, theirs = second.checkpoint(), whole.checkpoint()
+    assert_equal(*({k: v for k, v in c.trainer.items() if "rng" not in k} for c in (ours, theirs)))
+    assert ours.state == theirs.state
+
+
+def test_the_random_state_is_restored(tmp_path: Path) -> None:
+    first = trainer(run_config())
+    save_checkpoint(tmp_path / "step", first.checkpoint())
+    expected = torch.rand(3)
+    first.restore(load_checkpoint(tmp_path / "step"))
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_several_trainers_in_one_process_do_not_disturb_each_other() -> None:
+    config = run_config()
+    alone = trainer(config)
+    expected = [alone.step() for _ in range(2)]
+    one, other = trainer(config), trainer(config)
+    taken = [(one.step(), other.step()) for _ in range(2)]
+    assert without_time([a for a, _ in taken]) == without_time([b for _, b in taken]) == without_time(expected)
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    ours = trainer(run_config())
+    tensors = dict(ours.checkpoint().hypernet)
+    name = "scaler_A.q_proj"
+    with pytest.raises(CheckpointError, match=rf"1 of another shape; {name}: expected \[1, 2, 2, 1\], found \[3\]"):
+        load_hypernet(ours.model.hypernet, tensors | {name: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=rf"1 parameters missing, 1 left over, .*{name}: expected .*found none"):
+        load_hypernet(ours.model.hypernet, {("x" if key == name else key): value for key, value in tensors.items()})
+
+
+def test_a_checkpoint_without_moments_is_refused() -> None:
+    ours = trainer(run_config())
+    ours.step()
+    whole = ours.checkpoint()
+    name = "head.weight"
+    lacking = {key: value for key, value in whole.trainer.items() if key != f"optimizer.exp_avg_sq.{name}"}
+    with pytest.raises(CheckpointError, match=f"lacks optimizer moments of {name}"):
+        trainer(run_config()).restore(Checkpoint(whole.hypernet, lacking, whole.state))
+
+
+# Data
+
+
+def test_every_row_is_used_once_an_epoch_and_orders_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(12)
+    new = trainer(run_config(gradient_accumulation_steps=1, max_packed_inp_len=20, max_packed_ctx_len=24), rows)
+    epochs: list[list[int]] = [[], [], []]
+    while new.epoch < 3:
+        epoch = new.epoch
+        epochs[epoch] += [record for batch in new._next_batches() for record in batch.record_ids]
+    assert [sorted(records) for records in epochs] == [list(range(12))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+# Optimizer
+
+
+def expected_lr(kind: str, step: int, *, peak: float, warmup: int, total: int, floor: float) -> float:
+    """Of the step after `step` steps."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (total - warmup)
+    if kind == "linear":
+        return peak * (1 - progress)
+    if kind == "constant_with_warmup":
+        return peak
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup"),
+    [("cosine_with_min_lr", 0), ("cosine_with_min_lr", 2), ("constant_with_warmup", 2), ("linear", 2)],
+)
+def test_the_learning_rate_follows_its_schedule(kind: str, warmup: int) -> None:
+    config = run_config(lr_scheduler_type=kind, learning_rate=0.01, min_lr=0.002, warmup_steps=warmup, max_steps=5)
+    new = trainer(config, random_rows(1))
+    taken = [new.step().lr for _ in range(5)]
+    curve = {"peak": 0.01, "warmup": warmup, "total": 5, "floor": 0.002}
+    assert taken == pytest.approx([expected_lr(kind, step, **curve) for step in range(5)], rel=1e-6)  # type: ignore[arg-type]
+    assert new.scheduler.get_last_lr()[0] == pytest.approx(expected_lr(kind, 5, **curve), abs=1e-9)  # type: ignore[arg-type]
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    hypernet = tiny_model(run_config(num_blocks=2, num_self_attn_per_block=1, num_pre_head_layers=2)).hypernet
+    decayed, kept = parameter_groups(hypernet, weight_decay=0.3)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in hypernet.named_parameters()}
+    groups = [[names.pop(id(parameter)) for parameter in group["params"]] for group in (decayed, kept)]
+    assert not names, "a parameter in no group"
+    assert {"head.weight", "layers.0.layers.1.weight"} <= set(groups[0])
+    assert all(name.endswith(".weight") and hypernet.get_parameter(name).ndim >= 2 for name in groups[0])
+    spared = ("scaler_A.", "scaler_B.", "bias_A.", "bias_B.", "latents_q", "norm.weight", ".bias")
+    for part in spared:
+        assert any(part in name for name in groups[1]), part
+        assert not any(part in name for name in groups[0]), part
+    for name in groups[1]:
+        parameter = hypernet.get_parameter(name)
+        assert parameter.ndim < 2 or any(part in name for part in spared), name
+
+
+def test_gradients_are_clipped_after_their_norm_is_measured() -> None:
+    config = run_config(max_grad_norm=1e-3)
+    clipped = trainer(config)
+    expected = trainer(run_config(max_grad_norm=1e6)).step().grad_norm
+    assert clipped.step().grad_norm == pytest.approx(expected)
+    assert expected > 1e-2
+    left = [parameter.grad for parameter in clipped.model.hypernet.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(torch.nn.utils.get_total_norm(left), torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+# The step that is refused
+
+
+@pytest.mark.parametrize("place", ["head.weight", "scaler_B.q_proj"])
+def test_a_value_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path, place: str) -> None:
+    new = trainer(run_config(max_steps=4, save_steps=1))
+    steps = run(new, tmp_path)
+    next(steps)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        new.model.hypernet.get_parameter(place).view(-1)[0] = math.nan
+    before, moments = weights(new), new.checkpoint().trainer
+    with pytest.raises(NonFiniteError, match=r"^step 2 \(records [\d, ]+\): the loss is nan"):
+        next(steps)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    for name, value in weights(new).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert_equal(dict(new.checkpoint().trainer), dict(moments))
+    assert new.step_number == 1
+
+
+def test_the_parameter_whose_gradient_is_not_finite_is_named_and_no_other(tmp_path: Path) -> None:
+    new = trainer(run_config())
+    new.model.hypernet.get_parameter("scaler_A.q_proj").register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(
+        NonFiniteError, match=r"gradient norm is nan.*not finite in the gradients of scaler_A\.q_proj\n"
+    ):
+        next(run(new, tmp_path))
+
+
+def test_a_step_without_a_label_is_refused(tmp_path: Path) -> None:
+    def mute(row: Row) -> Row:
+        queries = tuple(type(q)(q.input_ids, (IGNORED,) * len(q.input_ids)) for q in row.queries)
+        return Row(row.record, row.chunks, queries)
+
+    with pytest.raises(NonFiniteError, match="expected at least one supervised token, found 0"):
+        next(run(trainer(run_config(), [mute(row) for row in random_rows()]), tmp_path))
+
+
+# Learning
+
+
+def test_the_loss_of_needles_falls() -> None:
+    config = run_config(
+        tokenizer_name_or_path="configs/models/tiny_gpt_oss",
+        train_ds_names="needle",
+        needle_documents=2,
+        needle_pairs=1,
+        needle_filler_tokens=0,
+        max_packed_inp_len=150,
+        max_packed_ctx_len=150,
+        gradient_accumulation_steps=1,
+        gen_lora_l1_reg_coef=0.0,
+        learning_rate=0.02,
+        lr_scheduler_type="constant_with_warmup",
+    )
+    tokenizer = prepare.run_tokenizer(config)
+    rows = prepare.run_rows(config, prepare.run_chat(config, tokenizer), prepare.run_records(config)).rows
+    new = Trainer(tiny_model(config, awake=False, vocab_size=len(tokenizer), **SHALLOW), rows, config)
+    losses = [new.step().task_loss for _ in range(24)]
+    assert losses[-1] < 0.6 * losses[0]  # 0.3, measured

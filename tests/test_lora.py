@@ -1,0 +1,512 @@
+"""The LoRA value, merging, targets and binding: against loops and the reference, under recompute and generation."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from golden import BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from d2l.errors import ModelError
+from d2l.hypernet.lora import Lora, Spans, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.targets import find_targets, target_sizes
+
+COMBINE = ["combine_01_1", "combine_02_2_1", "combine_03_3_1_2_scalers", "combine_04_2_1_nobias"]
+LORA = [
+    "lora_01_padded",
+    "lora_02_packed",
+    "lora_03_packed_nobias",
+    "lora_04_packed_bf16_base",
+    "lora_05_padded_single",
+]
+E2E = ["e2e_01_llama_q", "e2e_02_llama_down_3chunks", "e2e_03_qwen3_q_o_exit", "e2e_04_gptoss_q"]
+
+few = settings(derandomize=True, deadline=None, max_examples=15)
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
+ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
+MLP = ("down_proj", "gate_proj", "up_proj")
+
+
+def tiny_base(family: str = "GptOss") -> PreTrainedModel:
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**SIZES, **(EXPERTS if family == "GptOss" else {}))
+    base = AutoModelForCausalLM.from_config(config)
+    return base.requires_grad_(False).eval()
+
+
+def random_lora(sizes: dict[str, tuple[int, int]], n: int, *, layers: int = 3, rank: int = 4, seed: int = 0) -> Lora:
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(d: int) -> Tensor:
+        return torch.randn(n, layers, rank, d, generator=generator).mul_(0.2).requires_grad_()
+
+    return Lora({k: leaf(i) for k, (i, _) in sizes.items()}, {k: leaf(o) for k, (_, o) in sizes.items()}, scale=2.0)
+
+
+def leaves(*loras: Lora) -> list[Tensor]:
+    return [x for lora in loras for side in (lora.A, lora.B) for x in side.values()]
+
+
+def hooks(base: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in base.modules() if isinstance(module, nn.Linear))
+
+
+class TestMerging:
+    @pytest.mark.parametrize("name", COMBINE)
+    def test_parity(self, shared: Path, name: str) -> None:
+        case = load_case(shared, name)
+        config, modules = case.config, case.config["modules"]
+        inputs = {key: x.requires_grad_() for key, x in case.tensors.items() if key.startswith("in.") and "proj" in key}
+        chunks = Lora({m: inputs[f"in.{m}.A"] for m in modules}, {m: inputs[f"in.{m}.B"] for m in modules}, 1.0)
+        bias = None
+        if config["bias"]:
+            bias_rows = [{m: inputs[f"in.{m}.bias_{side}"][None] for m in modules} for side in "AB"]
+            bias = Lora(*bias_rows, 1.0)
+        merged = merge_chunks(
+            chunks,
+            config["n_chunks"],
+            bias,
+            scalers=case.tensors.get("in.scalers"),
+            bias_scaler=config["bias_scaler"],
+        )
+        outputs = [side[m] for m in modules for side in (merged.A, merged.B)]
+        probe_loss(outputs, case.seed, step=0).backward()
+        for m in modules:
+            assert_close(merged.A[m], case[f"out.{m}.A"], OUTPUTS)
+            assert_close(merged.B[m], case[f"out.{m}.B"], OUTPUTS)
+        for key, x in inputs.items():
+            assert_close(x.grad, case[key.replace("in.", "grad.")], GRADIENTS, key)
+
+    def test_no_case_is_left_out(self, shared: Path) -> None:
+        assert case_names(shared, "combine_") == set(COMBINE)
+
+    @few
+    @given(n_chunks=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any), with_bias=st.booleans())
+    def test_equals_a_loop(self, n_chunks: list[int], with_bias: bool) -> None:
+        chunks = random_lora({"q_proj": (5, 7)}, sum(n_chunks), rank=2)
+        bias = random_lora({"q_proj": (5, 7)}, 1, rank=2, seed=1) if with_bias else None
+        merged = merge_chunks(chunks, n_chunks, bias)
+        assert (merged.n_contexts, merged.rank) == (len(n_chunks), 2 * (max(n_chunks) + 1))
+        first = 0
+        for context, count in enumerate(n_chunks):
+            for layer in range(3):
+                rows = [row for chunk in range(first, first + count) for row in chunks.A["q_proj"][chunk, layer]]
+                rows += list(bias.A["q_proj"][0, layer]) if bias else []
+                rows += [torch.zeros(5)] * (merged.rank - len(rows))
+                assert torch.equal(merged.A["q_proj"][context, layer], torch.stack(rows))
+            first += count
+
+    def test_a_wrong_number_of_chunks_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="adds up to 3, but the LoRA has 2"):
+            merge_chunks(random_lora({"q_proj": (5, 7)}, 2), [2, 1])
+
+
+class TestValue:
+    @pytest.mark.parametrize("name", E2E)
+    def test_l1_is_the_reference_term(self, shared: Path, name: str) -> None:
+        """The golden losses with and without the term differ by 0.1 times it."""
+        case = load_case(shared, name)
+        modules = case.config["target_modules"]
+        lora = Lora(*({m: case[f"out.combined.{m}.{side}"] for m in modules} for side in "AB"), 1.0)
+        losses = case.meta["losses"]
+        assert 0.1 * lora.l1().item() == pytest.approx(losses["ce_token_l1"] - losses["ce_token"], rel=1e-4)
+
+    def test_index_and_slice(self) -> None:
+        lora = random_lora({"q_proj": (5, 7)}, 3)
+        assert (lora.n_contexts, lora.rank) == (3, 4)
+        assert torch.equal(lora[-1].B["q_proj"], lora.B["q_proj"][2:])
+        assert torch.equal(lora[1:].A["q_proj"], lora.A["q_proj"][1:])
+        assert lora[0].scale == lora.scale
+        with pytest.raises(IndexError):
+            lora[3]
+
+    def test_zeroed(self) -> None:
+        zeroed = random_lora({"q_proj": (5, 7)}, 2).zeroed()
+        assert not any(x.any() for x in leaves(zeroed))
+        assert zeroed.A["q_proj"].shape == (2, 3, 4, 5)
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("family", "names"),
+        [
+            ("GptOss", ATTENTION),
+            ("Llama", ATTENTION + MLP),
+            ("Qwen3", ATTENTION + MLP),
+            ("Mistral", ATTENTION + MLP),
+            ("Gemma2", ATTENTION + MLP),
+            ("Gemma3Text", ATTENTION + MLP),
+        ],
+    )
+    def test_families(self, family: str, names: Sequence[str]) -> None:
+        base = tiny_base(family)
+        targets = find_targets(base, names)
+        assert list(targets) == list(names)
+        for name, linears in targets.items():
+            expected = [m for path, m in base.named_modules() if path.endswith(f".{name}") and ".layers." in path]
+            assert all(a is b for a, b in zip(linears, expected, strict=True))
+            assert len(linears) == 3
+        assert target_sizes(targets)["q_proj"] == (16, 32)
+
+    def test_experts_are_parameters(self) -> None:
+        with pytest.raises(ModelError) as error:
+            find_targets(tiny_base(), ["q_proj", "gate_up_proj", "lora_proj"])
+        message = str(error.value)
+        assert "gate_up_proj: 0 Linears of that name in every layer; it is a parameter [4, 16, 48]" in message
+        assert "lora_proj: 0 Linears of that name in every layer\n" in message
+        assert "Linears in every layer: k_proj, o_proj, q_proj, v_proj" in message
+        assert "q_proj: " not in message
+
+    def test_a_layer_that_lacks_the_module_is_named(self) -> None:
+        base = tiny_base("Llama")
+        base.model.layers[1].self_attn.q_proj = nn.Identity()
+        with pytest.raises(ModelError, match=r"q_proj: 0 Linears of that name in layers 1 of 3"):
+            find_targets(base, ["q_proj"])
+
+    def test_a_name_that_occurs_twice_is_refused(self) -> None:
+        base = tiny_base("Llama")
+        base.model.layers[2].mlp.q_proj = nn.Linear(1, 1)
+        with pytest.raises(ModelError, match=r"q_proj: 2 Linears of that name in layers 2 of 3"):
+            find_targets(base, ["q_proj"])
+
+    def test_sizes_that_differ_between_layers_are_refused(self) -> None:
+        base = tiny_base("Llama")
+        base.model.layers[2].self_attn.q_proj = nn.Linear(16, 64)
+        with pytest.raises(ModelError, match=r"\(16, 32\) and \(16, 64\)"):
+            target_sizes(find_targets(base, ["q_proj"]))
+
+
+def delta_by_loop(x: Tensor, A: Tensor, B: Tensor, owners: Sequence[int], scale: float) -> Tensor:
+    """Token by token: x [N, d_in], A [n, R, d_in], B [n, R, d_out] → [N, d_out]."""
+    return torch.stack([scale * ((A[owner] @ token) @ B[owner]) for token, owner in zip(x, owners, strict=True)])
+
+
+class TestDelta:
+    @pytest.mark.parametrize("name", LORA)
+    def test_parity(self, shared: Path, name: str) -> None:
+        case = load_case(shared, name)
+        x, weight, bias = case["in.x"], case["in.weight"], case.tensors.get("in.bias")
+        linear = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+        x, A, B = (case[f"in.{key}"].requires_grad_() for key in "xAB")
+        lora = Lora({"q_proj": A[:, None]}, {"q_proj": B[:, None]}, case.config["scaling"])
+        n_queries, lengths = case.config["n_qs"], case.config["seq_lens"]
+        if "packed" in name:
+            queries = iter(lengths)
+            spans = Spans.tokens([sum(next(queries) for _ in range(n)) for n in n_queries])
+        else:
+            spans = Spans.rows(n_queries)
+
+        with bind({"q_proj": [linear]}, lora, spans):
+            y = linear(x)
+        probe_loss([y], case.seed).backward()
+
+        exact = weight.dtype == torch.float32
+        assert y.dtype == weight.dtype
+        assert_close(y, case["out.y"], OUTPUTS if exact else BFLOAT16)
+        for key, leaf in {"x": x, "A": A, "B": B}.items():
+            assert leaf.grad.dtype == leaf.dtype
+            assert_close(leaf.grad, case[f"grad.{key}"], GRADIENTS if exact else BFLOAT16, key)
+
+    def test_no_case_is_left_out(self, shared: Path) -> None:
+        assert case_names(shared, "lora_") == set(LORA)
+
+    @few
+    @given(
+        counts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any),
+        tokens_per_row=st.integers(1, 3),
+        packed=st.booleans(),
+    )
+    def test_equals_a_loop(self, counts: list[int], tokens_per_row: int, packed: bool) -> None:
+        """Empty contexts, equal and ragged spans, packed and padded inputs, inputs without a batch axis."""
+        torch.manual_seed(0)
+        linear, lora = nn.Linear(5, 7).requires_grad_(False), random_lora({"q_proj": (5, 7)}, len(counts), layers=1)
+        tokens = 1 if packed else tokens_per_row
+        spans = Spans.tokens(counts) if packed else Spans.rows(counts)
+        rows = torch.randn(sum(counts), tokens, 5, requires_grad=True)
+        x = rows.reshape(1, -1, 5) if packed else rows
+        owners = [context for context, count in enumerate(counts) for _ in range(count * tokens)]
+        probe = torch.randn(sum(counts) * tokens, 7)
+
+        with bind({"q_proj": [linear]}, lora, spans):
+            y, flat = linear(x), linear(x.reshape(-1, 5))
+        assert y.shape == (*x.shape[:-1], 7)
+        assert torch.equal(y.reshape(-1, 7), flat)
+        gradients = torch.autograd.grad((flat * probe).sum(), [rows, *leaves(lora)])
+
+        A, B = lora.A["q_proj"][:, 0], lora.B["q_proj"][:, 0]
+        z = linear(rows.reshape(-1, 5)) + delta_by_loop(rows.reshape(-1, 5), A, B, owners, lora.scale)
+        torch.testing.assert_close(flat, z)
+        expected = torch.autograd.grad((z * probe).sum(), [rows, *leaves(lora)])
+        for actual, oracle in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(actual, oracle, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("counts", [[32] * 8, [4, 60, 1, 63, 30, 34, 50, 14]])
+    def test_nothing_is_kept_per_token_but_the_rank(self, counts: list[int]) -> None:
+        """Tensors saved for the backward: the input, A, B and N · R values, never N · R · d."""
+        linear = nn.Linear(24, 40).requires_grad_(False)
+        lora, saved = random_lora({"q_proj": (24, 40)}, 8, layers=1), []
+        x = torch.randn(1, 256, 24, requires_grad=True)
+
+        def save(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            bind({"q_proj": [linear]}, lora, Spans.tokens(counts)),
+        ):
+            linear(x)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in saved}
+        factors = sum(t.numel() for t in leaves(lora))
+        assert sum(storages.values()) <= linear.weight.numel() + x.numel() + factors + 2 * 256 * lora.rank
+
+    @pytest.mark.parametrize("counts", [(6, 6), (8, 4)])
+    def test_zeroed_is_the_base_bit_for_bit(self, counts: tuple[int, int]) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            linear, x = nn.Linear(16, 12, dtype=dtype), torch.randn(1, 12, 16, dtype=dtype)
+            lora = random_lora({"q_proj": (16, 12)}, 2, layers=1)
+            with bind({"q_proj": [linear]}, lora.zeroed(), Spans.tokens(counts)):
+                assert torch.equal(linear(x), linear.forward(x))
+
+    def test_a_linear_that_overrides_forward_is_honoured(self) -> None:
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        linear, lora = Doubled(5, 7), random_lora({"q_proj": (5, 7)}, 1, layers=1)
+        x = torch.randn(1, 3, 5)
+        plain = linear(x)
+        with bind({"q_proj": [linear]}, lora, Spans.tokens([3])):
+            delta = linear(x) - plain
+        expected = delta_by_loop(x[0], lora.A["q_proj"][:, 0], lora.B["q_proj"][:, 0], [0, 0, 0], lora.scale)
+        torch.testing.assert_close(delta[0], expected)
+
+    @pytest.mark.parametrize(
+        ("spans", "message"),
+        [(Spans.tokens([2, 3]), "covers 5 tokens"), (Spans.rows([3, 1]), "covers 4 rows")],
+    )
+    def test_an_input_that_the_spans_do_not_cover_is_refused(self, spans: Spans, message: str) -> None:
+        linear, lora = nn.Linear(5, 7), random_lora({"q_proj": (5, 7)}, 2, layers=1)
+        with bind({"q_proj": [linear]}, lora, spans), pytest.raises(ValueError, match=message):
+            linear(torch.randn(1, 6, 5))
+
+    @pytest.mark.parametrize(
+        ("lora", "spans"),
+        [
+            (random_lora({"k_proj": (5, 7)}, 1, layers=1), Spans.tokens([3])),
+            (random_lora({"q_proj": (5, 7)}, 1, layers=2), Spans.tokens([3])),
+            (random_lora({"q_proj": (5, 7)}, 2, layers=1), Spans.tokens([3])),
+        ],
+    )
+    def test_a_lora_that_does_not_fit_is_refused(self, lora: Lora, spans: Spans) -> None:
+        with pytest.raises(ValueError, match="cannot bind"):
+            bind({"q_proj": [nn.Linear(5, 7)]}, lora, spans)
+
+
+NAMES = ["q_proj", "o_proj"]
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
+
+
+@pytest.fixture
+def base() -> PreTrainedModel:
+    return tiny_base()
+
+
+def lora_for(base: PreTrainedModel, n: int = 2, seed: int = 0) -> Lora:
+    return random_lora(target_sizes(find_targets(base, NAMES)), n, seed=seed)
+
+
+def logits(base: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    return base(input_ids=ids, use_cache=False).logits
+
+
+class TestScope:
+    def test_unbound_is_the_base_before_and_after(self, base: PreTrainedModel) -> None:
+        targets, plain = find_targets(base, NAMES), logits(base)
+        with bind(targets, lora_for(base), Spans.tokens([5, 7])):
+            bound = logits(base)
+        assert not torch.allclose(bound, plain, atol=1e-2)
+        assert torch.equal(logits(base), plain)
+        assert hooks(base) == 0
+
+    def test_an_exception_restores_the_base(self, base: PreTrainedModel) -> None:
+        targets, plain = find_targets(base, NAMES), logits(base)
+        with pytest.raises(KeyError), bind(targets, lora_for(base), Spans.tokens([5, 7])):
+            raise KeyError
+        with pytest.raises(ValueError, match="covers"), bind(targets, lora_for(base), Spans.tokens([5, 8])):
+            logits(base)
+        assert torch.equal(logits(base), plain)
+        assert hooks(base) == 0
+
+    def test_the_innermost_binding_acts_alone(self, base: PreTrainedModel) -> None:
+        targets = find_targets(base, NAMES)
+        outer, inner = (bind(targets, lora_for(base, seed=seed), Spans.tokens([5, 7])) for seed in (1, 2))
+        with outer:
+            alone = logits(base)
+        with inner:
+            expected = logits(base)
+        with outer:
+            with inner, inner:
+                assert torch.equal(logits(base), expected)
+            assert torch.equal(logits(base), alone)
+        assert hooks(base) == 0
+
+    def test_bindings_of_two_threads_do_not_mix(self, base: PreTrainedModel) -> None:
+        targets = find_targets(base, NAMES)
+        bindings = [bind(targets, lora_for(base, seed=seed), Spans.tokens([5, 7])) for seed in (1, 2)]
+        expected = []
+        for binding in bindings:
+            with binding:
+                expected.append(logits(base))
+        meeting, results = threading.Barrier(2), {}
+
+        def work(i: int) -> None:
+            with bindings[i]:
+                meeting.wait()
+                results[i] = logits(base)
+                meeting.wait()
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(results[i], expected[i]) for i in range(2))
+
+    def test_contexts_are_served_their_own_lora(self, base: PreTrainedModel) -> None:
+        """Padded rows of two contexts in one batch equal each context alone."""
+        targets, lora = find_targets(base, NAMES), lora_for(base)
+        rows = torch.cat([IDS, IDS + 5, IDS + 9])
+        with bind(targets, lora, Spans.rows([1, 2])):
+            together = logits(base, rows)
+        for row, context in enumerate([0, 1, 1]):
+            with bind(targets, lora[context], Spans.rows([1])):
+                torch.testing.assert_close(together[row], logits(base, rows[row : row + 1])[0], rtol=1e-4, atol=1e-5)
+
+
+def generate(base: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
+    return base.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, **options
+    )
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("rows", [(1, 1), (1, 2)])
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_with_a_cache(self, base: PreTrainedModel, rows: tuple[int, int], beams: int) -> None:
+        """A batch of contexts generates what each generates alone, step by step with another input length."""
+        targets, lora = find_targets(base, NAMES), lora_for(base)
+        prompts = torch.cat([IDS + 3 * i for i in range(sum(rows))])
+        with bind(targets, lora, Spans.rows(rows)):
+            together = generate(base, prompts, do_sample=False, num_beams=beams)
+        plain = generate(base, prompts, do_sample=False, num_beams=beams)
+        owners = [context for context, count in enumerate(rows) for _ in range(count)]
+        for row, context in enumerate(owners):
+            with bind(targets, lora[context], Spans.rows([1])):
+                alone = generate(base, prompts[row : row + 1], do_sample=False, num_beams=beams)
+            assert torch.equal(together[row], alone[0])
+        assert not torch.equal(together, plain)
+
+    def test_greedy_without_a_cache_is_the_same(self, base: PreTrainedModel) -> None:
+        targets, lora = find_targets(base, NAMES), lora_for(base)
+        with torch.inference_mode(), bind(targets, lora, Spans.rows([1, 1])):
+            cached = generate(base, torch.cat([IDS, IDS + 5]), do_sample=False)
+            ids = torch.cat([IDS, IDS + 5])
+            for _ in range(5):
+                ids = torch.cat([ids, logits(base, ids)[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(cached, ids)
+
+
+def in_another_thread(work: Callable[[], None]) -> None:
+    """As CUDA's autograd does: the thread of the backward has bound nothing itself."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not errors, errors
+
+
+class TestRecompute:
+    """Checkpointed forwards under different LoRAs, then one backward: gradients as without checkpointing."""
+
+    def gradients(self, base: PreTrainedModel, scene: str, lora: Lora, other: Lora) -> list[Tensor]:
+        targets, spans = find_targets(base, NAMES), Spans.tokens([5, 7])
+        for leaf in leaves(lora, other):
+            leaf.grad = None
+        with bind(targets, lora, spans):
+            first = logits(base).square().mean()
+        with bind(targets, other, spans):
+            loss = first - logits(base, IDS + 3).pow(3).mean()
+        if scene == "another binding at backward":
+            with bind(targets, lora_for(base, seed=9), spans):
+                loss.backward()
+        elif scene == "another thread":
+            with bind(targets, lora_for(base, seed=9), spans):
+                in_another_thread(loss.backward)
+        elif scene == "twice":
+            loss.backward(retain_graph=True)
+            loss.backward()
+        else:
+            loss.backward()
+        return [leaf.grad.clone() for leaf in leaves(lora, other)]
+
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its heir is newer than 5.10
+    @pytest.mark.parametrize(
+        "scene", ["two forwards, one backward", "another binding at backward", "another thread", "twice"]
+    )
+    def test_gradients_are_exact(self, base: PreTrainedModel, scene: str) -> None:
+        lora, other = lora_for(base, seed=1), lora_for(base, seed=2)
+        base.train()
+        expected = self.gradients(base, scene, lora, other)
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        actual = self.gradients(base, scene, lora, other)
+        for a, b in zip(actual, expected, strict=True):
+            assert b.abs().max() > 0
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        assert hooks(base) == 0
+
+    def test_an_unbound_forward_is_recomputed_unbound(self) -> None:
+        """A LoRA that is bound only at backward time must not reach the recompute."""
+        linear, lora = nn.Linear(5, 7), random_lora({"q_proj": (5, 7)}, 1, layers=1)
+        x = torch.randn(1, 3, 5, requires_grad=True)
+
+        def squared(x: Tensor) -> Tensor:
+            return linear(x).square()
+
+        (expected,) = torch.autograd.grad(squared(x).sum(), x)
+        y = checkpoint(squared, x, use_reentrant=False, context_fn=checkpoint_contexts)
+        with bind({"q_proj": [linear]}, lora, Spans.tokens([3])):
+            (actual,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(actual, expected)

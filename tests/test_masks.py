@@ -1,0 +1,184 @@
+"""Documents packed into one row behave as if each were alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from d2l.base.masks import attention_layout, packed_masks
+from d2l.errors import ModelError
+
+WINDOW = 4
+LENGTHS = (11, 1, 9)  # documents longer than the window, and one of a single token
+COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+def config(kind: str) -> PreTrainedConfig:
+    match kind:
+        case "gpt_oss":
+            return GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
+        case "llama":
+            return LlamaConfig(**COMMON)
+        case "qwen3":
+            return Qwen3Config(**COMMON)
+        case "qwen3_mixed":
+            return Qwen3Config(**COMMON, use_sliding_window=True, sliding_window=WINDOW, layer_types=MIXED)
+        case "mistral":
+            return MistralConfig(**COMMON, sliding_window=WINDOW)
+        case "gemma2":
+            return Gemma2Config(**COMMON, sliding_window=WINDOW, layer_types=MIXED)
+        case "gemma3":
+            return Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=MIXED)
+    raise AssertionError(kind)
+
+
+CASES = [
+    ("gpt_oss", "eager"),
+    ("llama", "eager"),
+    ("llama", "sdpa"),
+    ("qwen3", "sdpa"),
+    ("qwen3_mixed", "eager"),
+    ("qwen3_mixed", "sdpa"),
+    ("mistral", "eager"),
+    ("mistral", "sdpa"),
+    ("gemma2", "eager"),
+    ("gemma3", "eager"),
+    ("gemma3", "sdpa"),
+]
+
+
+def model(kind: str, attention: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config(kind), attn_implementation=attention).eval()
+
+
+def positions(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@torch.no_grad()
+def logits(base: PreTrainedModel, input_ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    position_ids = positions(lengths)
+    masks = packed_masks(base, position_ids)
+    return base(input_ids=input_ids, position_ids=position_ids, attention_mask=masks, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize(("kind", "attention"), CASES)
+def test_a_packed_document_neither_sees_another_nor_differs_from_itself_alone(kind: str, attention: str) -> None:
+    base = model(kind, attention)
+    input_ids = torch.randint(64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    packed = logits(base, input_ids, LENGTHS)
+    for index, length in enumerate(LENGTHS):
+        start = sum(LENGTHS[:index])
+        own = slice(start, start + length)
+        edited = torch.randint(64, input_ids.shape, generator=torch.Generator().manual_seed(2 + index))
+        edited[:, own] = input_ids[:, own]
+        torch.testing.assert_close(logits(base, edited, LENGTHS)[own], packed[own], atol=1e-6, rtol=0)
+        # alone, the model builds its own masks: an independent opinion on the window
+        alone = base(input_ids=input_ids[:, own], use_cache=False).logits[0].detach()
+        torch.testing.assert_close(packed[own], alone, atol=2e-5, rtol=1e-5)
+
+
+def test_gpt_oss_leaks_without_our_masks() -> None:
+    """The fault that the test above must be able to see: the model's own masks ignore `position_ids`."""
+    base = model("gpt_oss", "eager")
+    input_ids = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(1))
+    edited = torch.cat([63 - input_ids[:, :11], input_ids[:, 11:]], dim=1)
+    arguments = {"position_ids": positions((11, 9)), "use_cache": False}
+    with torch.no_grad():
+        first, second = (base(input_ids=ids, **arguments).logits[0, 11:] for ids in (input_ids, edited))
+    assert (first - second).abs().max() > 0.1
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.sampled_from(["eager", "sdpa"]), st.integers(1, 5))
+def test_masks_agree_with_a_loop_over_pairs(lengths: list[int], attention: str, window: int) -> None:
+    small = Qwen3Config(**COMMON, use_sliding_window=True, sliding_window=window, layer_types=MIXED)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(small, attn_implementation=attention)
+    masks = packed_masks(base, positions(tuple(lengths)))
+    assert isinstance(masks, dict)
+    documents = [document for document, length in enumerate(lengths) for _ in range(length)]
+    for kind, reach in (("full_attention", len(documents)), ("sliding_attention", window)):
+        expected = torch.tensor(
+            [
+                [documents[i] == documents[j] and j <= i and i - j < reach for j in range(len(documents))]
+                for i in range(len(documents))
+            ]
+        )
+        mask = masks[kind]
+        if mask is None:  # sdpa's own causal attention
+            allowed = torch.ones_like(expected).tril()
+        elif attention == "sdpa":
+            allowed = mask[0, 0]
+        else:
+            allowed = mask[0, 0] == 0
+            assert torch.equal(mask[0, 0][~allowed], torch.full_like(mask[0, 0][~allowed], torch.finfo(mask.dtype).min))
+        assert torch.equal(allowed, expected), kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "window"),
+    [
+        ("gpt_oss", ("sliding_attention", "full_attention"), WINDOW),
+        ("llama", ("full_attention",), None),
+        ("qwen3", ("full_attention",), None),
+        ("mistral", ("sliding_attention",), WINDOW),
+        ("gemma3", ("sliding_attention", "full_attention"), WINDOW),
+    ],
+)
+def test_layout(kind: str, kinds: tuple[str, ...], window: int | None) -> None:
+    layout = attention_layout(config(kind))
+    assert (layout.kinds, layout.window, len(layout.layer_types)) == (kinds, window, 4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("qwen3_next", "linear_attention"),
+        ("mamba", "layers of type"),
+        ("llama4_text", "chunked_attention"),
+        ("rwkv", "no attention to mask"),
+        ("bloom", "takes no position_ids"),
+        ("gemma3", "multimodal"),
+        ("t5", "not a causal language model"),
+    ],
+)
+def test_layouts_that_no_mask_can_separate_are_refused_by_name(model_type: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as refusal:
+        attention_layout(AutoConfig.for_model(model_type))
+    assert model_type in str(refusal.value)
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    both_ways = Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=MIXED, use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="later tokens"):
+        attention_layout(both_ways)

@@ -1,0 +1,62 @@
+"""The wheel holds everything that a command needs, and works from any directory."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script `d2l` of a fresh environment that holds the wheel; dependencies come from the one that runs the tests."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("d2l_preflight-*.whl")
+    environment = folder / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    site = next(environment.glob("lib/python*/site-packages"))
+    own = next(path for path in map(Path, sys.path) if path.name == "site-packages")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    # A plain path entry: the packages of `own` are found behind those of the wheel, its .pth files are not read.
+    (site / "dependencies.pth").write_text(f"{own}\n")
+    return environment / "bin" / "python"
+
+
+def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-m", "cli", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    where = [str(installed), "-c", "import d2l, cli; print(d2l.__file__, cli.__file__)"]
+    places = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert all("environment" in place for place in places)
+    listed = run(installed, tmp_path, "checks", "--format", "json")
+    assert listed.returncode == 0, listed.stderr
+    assert json.loads(listed.stdout)
+    report = run(installed, tmp_path, "preflight", "configs/gpt_oss_20b.yaml", "--select", "TGT101", "--format", "json")
+    assert report.returncode == 0, report.stderr
+    assert json.loads(report.stdout)["outcomes"][0]["outcome"] == "pass"
+    labels = run(installed, tmp_path, "preflight", "--select", "LBL101", "--format", "json")
+    assert labels.returncode == 0, labels.stderr
+    assert not list(tmp_path.iterdir())

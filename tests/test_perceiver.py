@@ -1,0 +1,223 @@
+"""The Perceiver: parity with the reference, chunks that never see each other, and padding that is never read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import (
+    GRADIENTS,
+    OUTPUTS,
+    assert_close,
+    assert_gradients,
+    case_names,
+    fill_parameters,
+    load_case,
+    probe_loss,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from d2l.errors import ModelError
+from d2l.hypernet.perceiver import Attention, Perceiver, Segments
+
+CASES = [
+    "perceiver_01_l2l_packed",
+    "perceiver_02_l2l_padded",
+    "perceiver_03_l2l_packed_m2_b3_s1",
+    "perceiver_04_l2l_padded_m2_b3_s1_shared",
+    "perceiver_05_exit_packed_b3",
+    "perceiver_06_exit_padded_m2_s1",
+    "perceiver_07_exit_packed_norank",
+    "perceiver_08_l2l_packed_m2_norank",
+]
+LAYERS, FEATURES = 2, 6
+few = settings(derandomize=True, deadline=None, max_examples=8)
+
+
+def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True) -> Perceiver:
+    torch.manual_seed(0)
+    return Perceiver(
+        feature_size=FEATURES,
+        latent_size=4,
+        n_layers=LAYERS,
+        n_modules=2,
+        rank=3,
+        n_latent_queries=2,
+        num_blocks=2,
+        num_self_attn_per_block=1,
+        shared_weights=True,
+        per_rank_gen=per_rank_gen,
+        layer_to_layer=layer_to_layer,
+    )
+
+
+def features(lengths: tuple[int, ...], *, layer_to_layer: bool = True) -> Tensor:
+    """Packed features of chunks of these lengths."""
+    shape = (1, LAYERS, sum(lengths), FEATURES) if layer_to_layer else (1, sum(lengths), FEATURES)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(lengths)))
+
+
+def padded(packed: Tensor, lengths: tuple[int, ...], width: int, value: float) -> Tensor:
+    """The same chunks as right-padded rows, by a loop."""
+    rows = torch.full((len(lengths), *packed.shape[1:-2], width, FEATURES), value)
+    for row, chunk in zip(rows, packed[0].split(lengths, dim=-2), strict=True):
+        row[..., : chunk.shape[-2], :] = chunk
+    return rows
+
+
+class TestParity:
+    @pytest.mark.parametrize("name", CASES)
+    def test_outputs_and_gradients(self, shared: Path, name: str) -> None:
+        case = load_case(shared, name)
+        config = case.config
+        perceiver = Perceiver(
+            feature_size=config["feature_size"],
+            latent_size=config["output_size"],
+            n_layers=config["num_layers"],
+            n_modules=config["num_modules"],
+            rank=config["lora_r"],
+            n_latent_queries=config["n_latent_queries"],
+            num_blocks=config["num_blocks"],
+            num_self_attn_per_block=config["num_self_attn_per_block"],
+            shared_weights=config["shared_weights"],
+            per_rank_gen=config["per_rank_gen"],
+            layer_to_layer=config["layer_to_layer_ctx_encoder"],
+        )
+        assert list(perceiver.state_dict()) == case.meta["state_dict_keys"]
+        fill_parameters(perceiver, case.meta["weights_fill"], case.seed)
+        if case.meta["mode"] == "packed":
+            segments = Segments.from_position_ids(case["in.ctx_position_ids"])
+        else:
+            segments = Segments.from_mask(case["in.ctx_attn_mask"])
+        inputs = case["in.ctx_features"].requires_grad_()
+
+        latents = perceiver(inputs, segments)
+        probe_loss([latents], case.seed).backward()
+
+        assert_close(latents, case["out.lora_emb"], OUTPUTS)
+        assert_close(inputs.grad, case["grad.ctx_features"], GRADIENTS, "gradient of the features")
+        assert assert_gradients(perceiver, case) == 7
+
+    def test_no_case_is_left_out(self, shared: Path) -> None:
+        assert case_names(shared, "perceiver_") == set(CASES)
+
+
+class TestChunks:
+    @few
+    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), layer_to_layer=st.booleans())
+    def test_packed_equals_alone(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
+        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+        together = perceiver(x, Segments(lengths))
+        for latents, chunk in zip(together, x.split(lengths, dim=-2), strict=True):
+            alone = perceiver(chunk, Segments((chunk.shape[-2],)))[0]
+            torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
+
+    @few
+    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), layer_to_layer=st.booleans())
+    def test_padding_is_never_read(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
+        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+        rows = padded(x, lengths, width=7, value=float("nan")).requires_grad_()
+        latents = perceiver(rows, Segments(lengths, width=7))
+        latents.sum().backward()
+        torch.testing.assert_close(latents, perceiver(x, Segments(lengths)))
+        assert rows.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in perceiver.parameters())
+
+    def test_layers_of_features_stay_apart(self) -> None:
+        perceiver, x = tiny(), features((3, 4))
+        before = perceiver(x, Segments((3, 4)))
+        x[:, 1] += 1
+        after = perceiver(x, Segments((3, 4)))
+        assert torch.equal(before[:, 0], after[:, 0])
+        assert not torch.allclose(before[:, 1], after[:, 1])
+
+    @pytest.mark.parametrize("lengths", [(0, 3), (3, 0), (0,)])
+    @pytest.mark.parametrize("layer_to_layer", [True, False])
+    def test_a_chunk_without_tokens_is_finite(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
+        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+        latents = perceiver(x, Segments(lengths))
+        rows = perceiver(padded(x, lengths, width=5, value=float("nan")), Segments(lengths, width=5))
+        (latents.sum() + rows.sum()).backward()
+        assert latents.isfinite().all()
+        torch.testing.assert_close(latents, rows)
+        assert (
+            Segments(lengths).pad(torch.ones(1, sum(lengths), 2))[1].any(1).all()
+        )  # kernels differ on an empty softmax
+        assert all(p.grad.isfinite().all() for p in perceiver.parameters())
+
+    def test_no_score_between_chunks_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Keys reach to the end of the longest chunk, and the mask has one row per chunk: never [sum T, sum T]."""
+        seen = []
+
+        def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            seen.append((key.shape[2], attn_mask.numel() if attn_mask is not None else 0))
+            return attend(query, key, value, attn_mask=attn_mask)
+
+        attend = F.scaled_dot_product_attention
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+        lengths = (5, 2, 4)
+        tiny()(features(lengths), Segments(lengths))
+        assert max(keys for keys, _ in seen) == max(lengths)
+        assert max(mask for _, mask in seen) == LAYERS * len(lengths) * max(lengths)
+
+
+class TestShapes:
+    @pytest.mark.parametrize("layer_to_layer", [True, False])
+    def test_without_ranks_the_output_has_four_axes(self, layer_to_layer: bool) -> None:
+        x = features((2, 3), layer_to_layer=layer_to_layer)
+        assert tiny(layer_to_layer=layer_to_layer)(x, Segments((2, 3))).shape == (2, LAYERS, 2, 3, 4)
+        flat = tiny(layer_to_layer=layer_to_layer, per_rank_gen=False)(x, Segments((2, 3)))
+        assert flat.shape == (2, LAYERS, 2, 4)
+
+    def test_another_number_of_layers_is_refused(self) -> None:
+        with pytest.raises(ModelError, match=r"features of 1 layers, but the base has 2"):
+            tiny()(features((3,))[:, :1], Segments((3,)))
+
+    def test_bfloat16_features_and_autocast(self) -> None:
+        perceiver, x = tiny(), features((3, 2))
+        expected = perceiver(x, Segments((3, 2)))
+        assert_close(perceiver(x.bfloat16(), Segments((3, 2))), expected, 5e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            narrow = perceiver(x, Segments((3, 2)))
+        assert narrow.dtype == torch.float32
+        assert (narrow - expected).abs().mean() < 0.1
+
+
+class TestSegments:
+    @pytest.mark.parametrize(
+        ("segments", "expected"),
+        [
+            (Segments.from_position_ids(torch.tensor([[0, 1, 2, 0, 0, 1]])), Segments((3, 1, 2))),
+            (Segments.from_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])), Segments((2, 0, 3), width=3)),
+            (Segments.from_mask(torch.tensor([[True, False]])), Segments((1,), width=2)),
+        ],
+    )
+    def test_read_from_tensors(self, segments: Segments, expected: Segments) -> None:
+        assert segments == expected
+
+    @pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]]])
+    def test_left_padding_is_refused(self, mask: list[list[int]]) -> None:
+        with pytest.raises(ValueError, match="right-padded"):
+            Segments.from_mask(torch.tensor(mask))
+
+    @pytest.mark.parametrize("segments", [Segments((2, 3)), Segments((4,), width=6)])
+    def test_features_of_another_length_are_refused(self, segments: Segments) -> None:
+        with pytest.raises(ValueError, match="must have"):
+            tiny()(features((4,)), segments)
+
+
+def test_attention_equals_a_loop_over_heads() -> None:
+    """16 query heads, 4 key heads: query head h attends with key head h // 4."""
+    torch.manual_seed(0)
+    attention, latents, context = Attention(4), torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    q, k, v = attention.q_proj(latents), attention.k_proj(context), attention.v_proj(context)
+    mixed = torch.zeros_like(q)
+    for b in range(2):
+        for head in range(16):
+            columns, shared_columns = slice(head * 128, (head + 1) * 128), slice(head // 4 * 128, (head // 4 + 1) * 128)
+            keys, values = k[b, mask[b], shared_columns], v[b, mask[b], shared_columns]
+            mixed[b, :, columns] = (q[b, :, columns] @ keys.T / 128**0.5).softmax(-1) @ values
+    torch.testing.assert_close(attention(latents, context, mask), attention.o_proj(mixed))

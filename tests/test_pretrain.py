@@ -1,0 +1,112 @@
+"""The tiny reader: what its tasks hold, that its format is the run's own, and that what is saved can be loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cli
+from d2l import prepare
+from d2l.config import RunConfig
+from d2l.data.needle import PAIR_KEYS, Split, needle_records, split_of
+from d2l.pretrain import TEMPLATE, Tasks, pretrain, reader_chat, reader_config
+
+KEYS = set(PAIR_KEYS)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REPEATED", "NEEDLES", "HELDOUT"):
+        monkeypatch.setattr(f"d2l.pretrain.{name}", 4)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Tasks:
+    return Tasks(reader_chat(), seed=3)
+
+
+def words(ids: torch.Tensor) -> list[str]:
+    return [str(token) for token in reader_chat().tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+
+def stated_pairs(text: list[str], digits: int) -> list[tuple[str, str]]:
+    return [(key, "".join(text[place + 1 : place + 1 + digits])) for place, key in enumerate(text) if key in KEYS]
+
+
+@pytest.mark.parametrize(("pairs", "digits", "split"), [(1, 1, "train"), (4, 2, "train"), (4, 2, "heldout")])
+def test_documents_ask_in_the_chat_format_what_they_state(tasks: Tasks, pairs: int, digits: int, split: Split) -> None:
+    batch = tasks.documents(5, pairs, digits, split)
+    chat = reader_chat()
+    for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
+        document = words(ids)[3 : 3 + pairs * (1 + digits)]
+        stated = dict(stated_pairs(document, digits))
+        assert len(stated) == pairs
+        assert {split_of(f"{key} {value}") for key, value in stated.items()} == {split}
+        asked = [words(ids)[place - 1] for place, token in enumerate(words(ids)) if token == "<|end|>"]
+        assert sorted(asked) == sorted(stated)
+        turns = []
+        for number, key in enumerate(asked):
+            question = f"{' '.join(document)}\n\n{key}" if number == 0 else key
+            answer = " ".join((key, *stated[key]))
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        encoded = chat.encode(turns)
+        assert encoded.input_ids == ids.tolist()
+        assert encoded.supervised == supervised.tolist()
+
+
+def test_restated_pairs_say_the_same_in_other_orders(tasks: Tasks) -> None:
+    batch = tasks.restated(8, 4, 2)
+    orders = set()
+    for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
+        told = stated_pairs(words(ids), 2)
+        blocks = [told[start : start + 4] for start in range(0, len(told), 4)]
+        assert len(blocks) == 3
+        assert all(sorted(block) == sorted(blocks[0]) for block in blocks)
+        orders |= {tuple(block.index(pair) for pair in blocks[0]) for block in blocks[1:]}
+        expected = [place >= 12 and word not in KEYS for place, word in enumerate(words(ids))]
+        assert supervised.tolist() == expected
+    assert len(orders) > 1
+
+
+def test_repeated_sequences_are_supervised_where_they_can_be_known(tasks: Tasks) -> None:
+    batch = tasks.repeated(4)
+    length = batch.ids.shape[1] // 3
+    assert torch.equal(batch.ids[:, :length], batch.ids[:, length : 2 * length])
+    assert all(len(set(row.tolist())) == length for row in batch.ids[:, :length])
+    assert batch.supervised.sum(1).tolist() == [2 * length - 1] * 4  # not the token at which the repeat begins
+
+
+def test_the_reader_has_about_a_million_parameters_and_all_of_gpt_oss() -> None:
+    model, _ = next(pretrain(seed=0, max_steps=1))
+    assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
+    assert set(reader_config().layer_types) == {"sliding_attention", "full_attention"}
+    assert any(name.endswith("sinks") for name, _ in model.named_parameters())
+
+
+def test_a_step_is_the_same_for_the_same_seed_and_changes_every_weight() -> None:
+    (first, one), (second, other) = (next(pretrain(seed=1, max_steps=1)) for _ in range(2))
+    assert one == other
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert next(pretrain(seed=2, max_steps=1))[1] != one
+
+
+def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
+    folder = tmp_path / "reader"
+    result = CliRunner().invoke(cli.app, ["pretrain-tiny", "-o", str(folder), "--max-steps", "1"], prog_name="d2l")
+    assert result.exit_code == 1  # a step is not enough, and it says so
+    assert "stayed below" in result.stderr
+    config = RunConfig(model_name_or_path=str(folder), chat_template=TEMPLATE, target_modules=("v_proj",))
+    tokenizer = prepare.run_tokenizer(config)
+    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
+    trained, _ = next(pretrain(seed=0, max_steps=1))
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in base.state_dict().items())
+    chat = prepare.run_chat(config, tokenizer)
+    assert chat.fingerprint == reader_chat().fingerprint
+    record = needle_records(1, 2, 2, 0, seed=0, style="pairs")[0]
+    ids = chat.encode_text(record.context)
+    assert len(ids) == 2 * 3
+    assert chat.decode(ids) == record.context
+    again = CliRunner().invoke(cli.app, ["pretrain-tiny", "-o", str(folder)], prog_name="d2l")
+    assert again.exit_code == 2
+    assert "never written over" in again.stderr

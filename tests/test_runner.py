@@ -1,0 +1,393 @@
+"""The runner and the selftest, on toy rules that look at one number."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checks.result import (
+    Fail,
+    NotApplicable,
+    Outcome,
+    Pass,
+    Report,
+    Skip,
+    UsageError,
+    Warn,
+    jsonable,
+)
+from checks.rule import Fault, Rule, find_rule
+from checks.runner import run
+from checks.selftest import Trial, run_selftest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the toy rules examine: names of the defects that it has."""
+
+    defects: frozenset[str] = frozenset()
+    name: str = "toy.yaml"
+    fingerprint: str = "f" * 64
+
+
+def defect(name):
+    return Fault(name, f"has {name}", lambda subject: replace(subject, defects=subject.defects | {name}))
+
+
+def looks_for(code, *names, stage="twin", severity="error", requires=(), faults=None, finding=Fail):
+    """A rule that is red on a subject with one of these defects."""
+
+    def check(subject):
+        found = sorted(subject.defects & set(names))
+        if found:
+            return finding(f"found {found[0]}", "nothing", found[0], f"remove {found[0]}", {"defects": found})
+        return Pass("nothing found", {"looked_for": list(names)})
+
+    faults = tuple(defect(name) for name in names) if faults is None else faults
+    return Rule(code, f"toy-{code.lower()}", stage, severity, "toy", check, requires, faults)
+
+
+def says(code, result, **rest):
+    """A rule that always gives this result, or raises it."""
+
+    def check(subject):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return Rule(code, f"toy-{code.lower()}", "twin", "error", "toy", check, **rest)
+
+
+CFG = looks_for("CFG101", "typo", stage="static")
+HYP = looks_for("HYP201", "rank")
+ATT = looks_for("ATT202", "leak", requires=("HYP201",))
+LOG = looks_for("LOG203", "noise", severity="warning")
+RULES = (CFG, HYP, ATT, LOG)
+CLEAN = Subject()
+FAIL = Fail("broken", "whole", "broken", "mend it")
+
+
+def kinds(report):
+    return {outcome.code: outcome.outcome for outcome in report.outcomes}
+
+
+def test_everything_runs_in_order_and_values_compare():
+    report = run(CLEAN, RULES)
+    assert [outcome.code for outcome in report.outcomes] == ["CFG101", "HYP201", "ATT202", "LOG203"]
+    assert report.outcomes[0] == Outcome(
+        "CFG101", "toy-cfg101", "static", "error", "pass", "nothing found", evidence={"looked_for": ["typo"]}
+    )
+    assert report == run(CLEAN, RULES)
+    assert (report.config, report.fingerprint) == ("toy.yaml", "f" * 64)
+    assert report.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("result", "severity", "kind"),
+    [
+        (Pass("fine"), "error", "pass"),
+        (FAIL, "error", "fail"),
+        (FAIL, "warning", "warn"),
+        (Warn("odd", "even", "odd", "round it"), "error", "warn"),
+        (Skip("no data"), "error", "skip"),
+        (ValueError("boom"), "error", "crash"),
+        (None, "error", "crash"),
+        (Pass("fine", {"module": math}), "error", "crash"),
+    ],
+)
+def test_outcome_of_every_result(result, severity, kind):
+    (outcome,) = run(CLEAN, [replace(says("TOY101", result), severity=severity)]).outcomes
+    assert outcome.outcome == kind
+
+
+def test_a_finding_keeps_its_words():
+    (outcome,) = run(CLEAN, [says("TOY101", FAIL)]).outcomes
+    assert (outcome.message, outcome.expected, outcome.actual, outcome.remedy) == (
+        "broken",
+        "whole",
+        "broken",
+        "mend it",
+    )
+
+
+def test_a_crash_names_the_error_and_keeps_the_traceback_and_the_others():
+    report = run(CLEAN, [says("TOY101", KeyError("x")), HYP])
+    crash, after = report.outcomes
+    assert crash.message == "crashed: KeyError: 'x'"
+    assert "Traceback" in crash.evidence["traceback"]
+    assert "KeyError: 'x'" in crash.evidence["traceback"]
+    assert after.outcome == "pass"
+
+
+def test_an_interrupt_is_not_a_crash():
+    def check(subject):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(CLEAN, [replace(HYP, run=check)])
+
+
+@pytest.mark.parametrize("root", [FAIL, ValueError("boom")])
+def test_dependents_are_blocked_by_the_root_cause(root):
+    rules = [says("ONE101", root), looks_for("TWO102", requires=("ONE101",)), looks_for("TRE103", requires=("TWO102",))]
+    report = run(CLEAN, rules)
+    assert [outcome.blocked_by for outcome in report.outcomes] == [None, "ONE101", "ONE101"]
+    assert [outcome.outcome for outcome in report.outcomes[1:]] == ["blocked", "blocked"]
+    assert report.outcomes[2].message == "blocked by ONE101"
+
+
+@pytest.mark.parametrize("harmless", [Pass("fine"), Skip("no data"), Warn("odd", "even", "odd", "round it")])
+def test_what_did_not_fail_blocks_nothing(harmless):
+    report = run(CLEAN, [says("ONE101", harmless), looks_for("TWO102", requires=("ONE101",))])
+    assert report.outcomes[1].outcome == "pass"
+
+
+def test_an_unselected_requirement_is_taken_to_be_fine():
+    report = run(Subject(frozenset({"rank"})), RULES, select=["ATT202"])
+    assert kinds(report) == {"ATT202": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "select", "codes"),
+    [
+        ((), (), ["CFG101", "HYP201", "ATT202", "LOG203"]),
+        (("static",), (), ["CFG101"]),
+        (("twin", "static"), (), ["CFG101", "HYP201", "ATT202", "LOG203"]),
+        ((), ("att202", "CFG101"), ["CFG101", "ATT202"]),
+        ((), ("Toy-ATT202",), ["ATT202"]),
+        (("twin",), ("LOG203",), ["LOG203"]),
+    ],
+)
+def test_selection(stages, select, codes):
+    report = run(CLEAN, RULES, stages=stages, select=select)
+    assert [outcome.code for outcome in report.outcomes] == codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"select": ["ATT20"]}, ["'ATT20'", "did you mean", "ATT202 toy-att202"]),
+        ({"select": ["zzzzzzzz"]}, ["d2l checks"]),
+        ({"ignore": {"LOG20": "known"}}, ["did you mean LOG203"]),
+        ({"ignore": {"LOG203": " "}}, ["LOG203", "--ignore LOG203=REASON"]),
+        ({"ignore": {"LOG203": "a", "toy-log203": "b"}}, ["LOG203", "twice"]),
+        ({"stages": ["twins"]}, ["'twins'", "static, twin, data, device"]),
+        ({"stages": ["static"], "select": ["ATT202"]}, ["ATT202", "stage twin", "--stage twin"]),
+        ({"stages": ["device"]}, ["nothing would be checked", "device"]),
+    ],
+)
+def test_usage_errors_say_what_to_write(arguments, words):
+    with pytest.raises(UsageError) as error:
+        run(CLEAN, RULES, **arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_no_rules_is_no_all_clear():
+    with pytest.raises(UsageError, match="nothing would be checked"):
+        run(CLEAN, [])
+
+
+def test_an_ignored_finding_stays_visible_and_lets_dependents_run():
+    report = run(Subject(frozenset({"rank", "leak"})), RULES, ignore={"hyp201": "wanted"})
+    _, ignored, dependent, _ = report.outcomes
+    assert (ignored.outcome, ignored.message) == ("warn", "ignored (wanted): found rank")
+    assert ignored.remedy == "remove rank"
+    assert dependent.outcome == "fail"
+    assert report.exit_code() == 1
+
+
+@pytest.mark.parametrize("fail_level", ["warn", "error"])
+def test_ignoring_every_finding_passes_at_every_fail_level(fail_level):
+    reasons = {"HYP201": "wanted", "LOG203": "quiet"}
+    report = run(Subject(frozenset({"rank", "noise"})), RULES, ignore=reasons)
+    assert kinds(report) == {"CFG101": "pass", "HYP201": "warn", "ATT202": "pass", "LOG203": "warn"}
+    assert report.exit_code(fail_level) == 0
+    assert report.unused_ignores == ()
+
+
+def test_an_ignored_crash_is_a_warning():
+    report = run(CLEAN, [says("TOY101", ValueError("boom"))], ignore={"TOY101": "reported"})
+    assert report.outcomes[0].message == "ignored (reported): crashed: ValueError: boom"
+    assert report.exit_code() == 0
+
+
+def test_ignoring_what_passes_is_reported():
+    rules = [CFG, says("SKP102", Skip("no data")), LOG]
+    report = run(CLEAN, rules, ignore={"LOG203": "a", "SKP102": "b"}, select=["CFG101", "SKP102", "LOG203"])
+    assert report.unused_ignores == ("LOG203",)
+    assert run(CLEAN, rules, ignore={"LOG203": "a"}, select=["CFG101"]).unused_ignores == ()
+
+
+@pytest.mark.parametrize(
+    ("results", "select", "fail_level", "code"),
+    [
+        ([Pass("fine")], False, "warn", 0),
+        ([Warn("odd", "", "", "")], False, "error", 0),
+        ([Warn("odd", "", "", "")], False, "warn", 1),
+        ([FAIL], False, "error", 1),
+        ([FAIL, ValueError()], False, "error", 3),
+        ([Skip("no data")], False, "warn", 0),
+        ([Skip("no data")], True, "error", 4),
+        ([Skip("no data"), FAIL], True, "error", 1),
+        ([Skip("no data"), ValueError()], True, "error", 3),
+    ],
+)
+def test_exit_codes(results, select, fail_level, code):
+    rules = [says(f"TOY10{index}", result) for index, result in enumerate(results)]
+    chosen = {"select": [rule.code for rule in rules]} if select else {}
+    assert run(CLEAN, rules, **chosen).exit_code(fail_level) == code
+    stages = {"stages": ["twin"]} if select else {}
+    assert run(CLEAN, rules, **stages).exit_code(fail_level) == code
+
+
+def test_the_observer_hears_of_every_rule_that_runs():
+    heard = []
+    run(Subject(frozenset({"rank"})), RULES, observe=lambda rule: heard.append(rule.code))
+    assert heard == ["CFG101", "HYP201", "LOG203"]
+
+
+def test_json_has_exactly_the_agreed_keys():
+    report = run(Subject(frozenset({"rank"})), RULES, ignore={"CFG101": "why"})
+    document = report.to_json()
+    assert list(document) == ["schema", "version", "config", "fingerprint", "outcomes", "summary"]
+    assert list(document["outcomes"][1]) == [
+        *("code", "name", "stage", "severity", "outcome", "message", "expected", "actual", "evidence", "remedy"),
+        *("blocked_by", "seconds"),
+    ]
+    assert {key: value for key, value in document["summary"].items() if key != "seconds"} == {
+        **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "blocked": 1, "crash": 0},
+        "exit_code": 1,
+        "unused_ignores": ["CFG101"],
+    }
+    assert document["schema"] == 1
+
+
+def test_another_schema_is_refused():
+    with pytest.raises(ValueError, match="schema 1"):
+        Report.from_json({"schema": 2})
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.dictionaries(st.text(), values))
+def test_any_evidence_survives_strict_json(evidence):
+    report = run(CLEAN, [says("TOY101", Pass("fine", evidence)), says("TOY102", FAIL)], ignore={"TOY101": "x"})
+    text = json.dumps(report.to_json(), allow_nan=False)
+    assert Report.from_json(json.loads(text)) == report
+
+
+def test_evidence_holds_numbers_that_json_cannot():
+    evidence = {
+        "nan": math.nan,
+        "inf": [math.inf, -math.inf],
+        "tensor": torch.tensor([1.0, math.nan]),
+        "scalar": np.float32(0.5),
+        1: {"b", "a"},
+    }
+    assert jsonable(evidence) == {
+        "nan": "nan",
+        "inf": ["inf", "-inf"],
+        "tensor": [1.0, "nan"],
+        "scalar": 0.5,
+        "1": ["a", "b"],
+    }
+
+
+def test_find_rule_takes_code_and_name_in_any_case():
+    assert find_rule(RULES, " att202") is ATT
+    assert find_rule(RULES, "TOY-ATT202") is ATT
+
+
+# Selftest
+
+
+def trials(rules, subject=CLEAN, **arguments):
+    return {(trial.code, trial.fault): trial for trial in run_selftest(subject, rules, **arguments).trials}
+
+
+def test_every_fault_is_caught_by_exactly_its_rule():
+    selftest = run_selftest(CLEAN, RULES)
+    assert selftest.trials == (
+        Trial("CFG101", "typo", "caught", "found typo"),
+        Trial("HYP201", "rank", "caught", "found rank"),
+        Trial("ATT202", "leak", "caught", "found leak"),
+        Trial("LOG203", "noise", "caught", "found noise"),
+    )
+    assert selftest.exit_code() == 0
+
+
+def crashes_on(name):
+    def check(subject):
+        assert name not in subject.defects
+        return Pass("fine")
+
+    return replace(looks_for("TOY204"), run=check, faults=(defect(name),))
+
+
+@pytest.mark.parametrize(
+    ("rule", "result", "words"),
+    [
+        (looks_for("TOY204", faults=(defect("unseen"),)), "missed", "TOY204 says pass: nothing found"),
+        (looks_for("TOY204", "rank"), "missed", "so is HYP201 fail"),
+        (looks_for("TOY204", "own", finding=Warn), "missed", "TOY204 says warn"),
+        (looks_for("TOY204", "own", requires=("HYP201",), faults=(defect("rank"),)), "missed", "blocked by HYP201"),
+        (crashes_on("own"), "missed", "TOY204 says crash"),
+        (says("TOY204", FAIL, faults=(defect("own"),)), "missed", "does not pass on the clean subject"),
+        (says("TOY204", Skip("no data"), faults=(defect("own"),)), "not_applied", "no data"),
+        (looks_for("TOY204", "own", severity="warning"), "caught", "found own"),
+    ],
+)
+def test_selftest_verdicts(rule, result, words):
+    selftest = run_selftest(CLEAN, [*RULES, rule])
+    trial = selftest.trials[-1]
+    assert trial.result == result
+    assert words in trial.detail
+    assert selftest.exit_code() == (0 if result == "caught" else 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(NotApplicable("one layer only"), "one layer only"), (KeyError("x"), "planting crashed")]
+)
+def test_a_fault_that_cannot_be_planted_is_an_error(error, words):
+    def plant(subject):
+        raise error
+
+    rule = looks_for("TOY204", faults=(Fault("own", "", plant),))
+    trial = trials([rule])["TOY204", "own"]
+    assert trial.result == "not_applied"
+    assert words in trial.detail
+    assert run_selftest(CLEAN, [rule]).exit_code() == 5
+
+
+def test_blocked_others_do_not_spoil_a_trial():
+    assert trials(RULES)["HYP201", "rank"].result == "caught"  # ATT202 is blocked by it
+
+
+def test_selected_faults_are_still_tried_against_all_rules():
+    both = looks_for("TOY204", "rank")
+    assert list(trials([HYP, both], select=["TOY204"])) == [("TOY204", "rank")]
+    assert trials([HYP, both], select=["TOY204"])["TOY204", "rank"].result == "missed"
+
+
+def test_the_device_stage_is_left_out_unless_asked_for():
+    device = looks_for("DEV401", "memory", stage="device")
+    assert run_selftest(CLEAN, [HYP, device]).left_out == ("DEV401",)
+    assert trials([HYP, device], stages=["device"])["DEV401", "memory"].result == "caught"
+
+
+def test_selftest_json():
+    document = run_selftest(CLEAN, [HYP]).to_json()
+    assert [set(fault) for fault in document["faults"]] == [{"code", "fault", "result", "seconds", "detail"}]
+    assert document["summary"]["caught"] == 1
+    assert document["summary"]["exit_code"] == 0

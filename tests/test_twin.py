@@ -1,0 +1,158 @@
+"""A twin is of its model's kind in everything that decides which code runs, and tiny."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from d2l.base.load import plan_load, quantization_method, random_base, read_base_config, skeleton
+from d2l.base.masks import attention_layout, packed_masks
+from d2l.base.twin import TWIN_CANNOT_SHOW, WINDOW, twin_config
+from d2l.config import RunConfig
+from d2l.errors import ModelError
+
+FAMILIES = (
+    "gpt_oss",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+)
+
+
+def family(model_type: str) -> PreTrainedConfig:
+    return read_base_config("openai/gpt-oss-20b") if model_type == "gpt_oss" else AutoConfig.for_model(model_type)
+
+
+def module_kinds(config: PreTrainedConfig) -> set[str]:
+    return {type(module).__name__ for module in skeleton(config).modules()}
+
+
+def biased_linears(config: PreTrainedConfig) -> set[str]:
+    return {
+        name.rpartition(".")[2]
+        for name, module in skeleton(config).named_modules()
+        if getattr(module, "bias", None) is not None
+    }
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_decides_which_code_runs_stays(model_type: str) -> None:
+    real = family(model_type)
+    twin = twin_config(real)
+    assert type(twin) is type(real)
+    assert module_kinds(twin) == module_kinds(real)
+    assert biased_linears(twin) == biased_linears(real)
+    assert quantization_method(twin) == quantization_method(real)
+    for name in ("tie_word_embeddings", "num_experts_per_tok", "hidden_act", "rms_norm_eps"):
+        assert getattr(twin, name, None) == getattr(real, name, None), name
+    rope, real_rope = getattr(twin, "rope_parameters", None) or {}, getattr(real, "rope_parameters", None) or {}
+    assert rope.keys() == real_rope.keys()
+    assert rope.get("rope_type") == real_rope.get("rope_type")
+    assert rope.get("factor") == real_rope.get("factor")
+    layout, real_layout = attention_layout(twin), attention_layout(real)
+    assert layout.kinds == real_layout.kinds
+    assert layout.layer_types == real_layout.layer_types[: len(layout.layer_types)]
+    assert len(layout.layer_types) >= 4
+    assert (layout.window is None) == (real_layout.window is None)
+    ratio = twin.num_attention_heads // (getattr(twin, "num_key_value_heads", None) or twin.num_attention_heads)
+    assert ratio == real.num_attention_heads // (getattr(real, "num_key_value_heads", None) or real.num_attention_heads)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_twin_is_tiny_and_its_effects_are_of_order_one(model_type: str) -> None:
+    twin = twin_config(family(model_type))
+    config = RunConfig(dtype="float32")
+    base = random_base(twin, plan_load(config, twin, "cpu"), seed=0)
+    assert sum(tensor.numel() for tensor in (*base.parameters(), *base.buffers())) < 2_000_000
+    input_ids = torch.randint(twin.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = base(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=packed_masks(base, position_ids),
+            use_cache=False,
+        ).logits
+    assert 0.3 < logits.std() < 5
+
+
+def test_gpt_oss_in_numbers() -> None:
+    twin = twin_config(family("gpt_oss"))
+    assert (twin.num_hidden_layers, twin.layer_types) == (4, ["sliding_attention", "full_attention"] * 2)
+    assert (twin.num_attention_heads, twin.num_key_value_heads, twin.head_dim) == (16, 2, 16)
+    assert (twin.num_local_experts, twin.num_experts_per_tok) == (8, 4)
+    assert twin.hidden_size % 32 == 0
+    assert twin.intermediate_size % 32 == 0
+    assert len({twin.hidden_size, twin.intermediate_size, 2 * twin.intermediate_size}) == 3  # any transpose shows
+    assert (twin.sliding_window, twin.vocab_size) == (WINDOW, 128)
+    assert twin.rope_parameters["rope_type"] == "yarn"
+    assert twin.max_position_embeddings == 32 * twin.rope_parameters["original_max_position_embeddings"]
+
+
+def test_every_layer_type_is_in_the_twin() -> None:
+    late = AutoConfig.for_model(
+        "gemma3_text", num_hidden_layers=12, layer_types=["sliding_attention"] * 8 + ["full_attention"] * 4
+    )
+    assert twin_config(late).layer_types == ["sliding_attention"] * 8 + ["full_attention"]
+    shallow = AutoConfig.for_model("llama", num_hidden_layers=2)
+    assert twin_config(shallow).num_hidden_layers == 2
+
+
+def test_longrope_keeps_one_factor_for_each_rotated_pair() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    real = AutoConfig.for_model(
+        "phi3", rope_parameters=rope, max_position_embeddings=131072, original_max_position_embeddings=4096
+    )
+    twin = twin_config(real)
+    rotated = twin.hidden_size // twin.num_attention_heads
+    assert len(twin.rope_parameters["long_factor"]) == rotated // 2
+    random_base(twin, plan_load(RunConfig(), twin, "cpu"), seed=0)
+
+
+def test_a_config_that_cannot_be_shrunk_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(values: dict) -> PreTrainedConfig:
+        raise ValueError(f"hidden_size must not be {values['hidden_size']}")
+
+    monkeypatch.setattr(LlamaConfig, "from_dict", refuse)
+    with pytest.raises(ModelError, match="model_type llama: hidden_size must not be 64"):
+        twin_config(LlamaConfig())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_twin_of_gpt_oss_costs_milliseconds() -> None:
+    """Of processor time on one thread, the least of several: other processes cannot make it fail."""
+    twin = twin_config(family("gpt_oss"))
+    plan = plan_load(RunConfig(dtype="float32"), twin, "cpu")
+    input_ids, position_ids = torch.zeros(1, 40, dtype=torch.long), torch.arange(40)[None]
+    building, running = [], []
+    for _ in range(6):
+        start = time.process_time()
+        base = random_base(twin, plan, seed=0)
+        middle = time.process_time()
+        with torch.no_grad():
+            base(input_ids=input_ids, position_ids=position_ids, attention_mask=packed_masks(base, position_ids))
+        building.append(middle - start)
+        running.append(time.process_time() - middle)
+    assert min(building) < 0.1
+    assert min(running) < 0.06
+
+
+def test_limits_are_stated() -> None:
+    assert all(any(word in line for line in TWIN_CANNOT_SHOW) for word in ("memory", "bfloat16", "CUDA"))

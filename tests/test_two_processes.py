@@ -1,0 +1,39 @@
+"""Two processes on CPUs train as one does with as many micro-batches, and agree on the folder and on when to stop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import random_rows, tiny_model
+from two_processes import config_for
+
+from d2l.train.checkpoint import load_checkpoint, step_folder
+from d2l.train.loop import METRICS, Trainer, run
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    folder = tmp_path / "run"
+    notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [note["folder"] for note in notes] == [str(folder)] * 2
+    assert all(note["refused"].startswith("step 4 ") and "the loss is nan" in note["refused"] for note in notes)
+
+    config = config_for(processes=1)
+    alone = Trainer(tiny_model(config), random_rows(), config)
+    expected = [step.record("ce_loss") for step in run(alone, tmp_path)]
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    assert len(lines) == len(expected) == 3
+    for ours, theirs in zip(lines, expected, strict=True):
+        assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=1e-5)
+    trained = load_checkpoint(step_folder(folder, 3))
+    for name, value in alone.model.hypernet.state_dict().items():
+        torch.testing.assert_close(trained.hypernet[name], value, rtol=1e-5, atol=1e-5, msg=name)

@@ -168,7 +168,7 @@ def test_usage(arguments: list[str], words: str) -> None:
     refused(d2l(*arguments), words)
 
 
-def test_a_mistake_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_a_mistake_is_said_before_anything_heavy_is_imported(document: Path, tmp_path: Path) -> None:
     probe = """
 import atexit, sys, cli
 atexit.register(lambda: print("HEAVY", [name for name in ("torch", "transformers", "peft") if name in sys.modules]))
@@ -177,7 +177,7 @@ cli.main()
 """
     for arguments in (
         ["ask", "run", "absent.txt", "When?"],
-        ["internalize", "run", "doc", "-o", str(tmp_path)],
+        ["internalize", "run", str(document), "-o", str(tmp_path)],
         ["-h"],
     ):
         command = [sys.executable, "-c", probe, *arguments]

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test lint types layers fuzz bench docs clean
+.PHONY: install run test lint types golden fuzz prove study bench docs clean
 
 install: $(VENV)/installed
 
@@ -30,11 +30,21 @@ types: install
 test: lint types
 	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
+golden: install # needs ../shared; the last lines are the counts
+	$(BIN)/pytest -n 0 -m golden
+
 fuzz: install
 	$(BIN)/pytest -m slow tests/test_fuzz.py
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md
+
+prove: install # under 30 minutes on 2 cores
+	$(BIN)/python benchmarks/prove.py
+
+study: install # hours: every variant and seed; goes on from what benchmarks/targets.json holds
+	$(BIN)/python benchmarks/targets.py --output benchmarks/targets.json
+	$(BIN)/python benchmarks/targets_page.py benchmarks/targets.json
 
 bench: install
 	$(BIN)/python benchmarks/packing.py

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+import cli_data
 import cli_learn
 import cli_use
 from checks.result import FailLevel, Report, UsageError
@@ -187,6 +188,7 @@ def checks(output_format: FormatOption = "text") -> None:
 
 cli_use.add_commands(app)
 cli_learn.add_commands(app)
+cli_data.add_commands(app)
 
 
 def main() -> None:
@@ -271,7 +273,7 @@ def _progress() -> "Iterator[tuple[Observer, Callable[[int, int], None]]]":
 
 
 def _load(path: Path | None, settings: Mapping[str, str], **options: Any) -> "RunConfig":
-    from d2l.config import load_config
+    from d2l.config_file import load_config
 
     config = load_config(path, settings, **options)
     for remark in config.remarks:

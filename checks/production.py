@@ -27,8 +27,9 @@ from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.reference_import import import_reference
 from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from d2l.train.loop import OneProcess, Trainer, batch_loss
+from d2l.train.loop import Trainer, batch_loss
 from d2l.train.losses import Normalizer
+from d2l.train.processes import OneProcess
 
 
 class Production:
@@ -56,7 +57,7 @@ class Production:
     def build(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
         return DocToLora(base, config)
 
-    def targets(self, base: PreTrainedModel, names: Sequence[str]) -> Mapping[str, Sequence[nn.Linear]]:
+    def targets(self, base: PreTrainedModel, names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
         return find_targets(base, names)
 
     def chat(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

@@ -88,8 +88,8 @@ class Implementation(Protocol):
     def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
         """The whole model around a base."""
 
-    def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Linear]]:
-        """The Linears that would be adapted: for each name one in every layer."""
+    def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
+        """The modules that would be adapted: for each name one in every layer."""
 
     def chat(self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormat":
         """The chat format of the run."""

@@ -3,6 +3,7 @@
 PEFT scales a delta by `lora_alpha / r`, ours is scaled directly: with `lora_alpha = scale · R` both are the same.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -13,7 +14,24 @@ from transformers import PreTrainedModel
 from d2l.errors import CheckpointError
 from d2l.folders import require_absent, written_whole
 from d2l.hypernet.lora import Lora
-from d2l.hypernet.targets import find_targets
+from d2l.hypernet.targets import MLP_BLOCK, find_targets
+
+NO_FORMAT = (
+    f"PEFT and vLLM have no adapter format for {MLP_BLOCK}, which runs beside a whole block and changes no weight"
+)
+
+
+def require_exportable(names: Collection[str]) -> None:
+    """Refuse target modules for which no adapter format exists.
+
+    Raises:
+        CheckpointError: says which and why.
+    """
+    if MLP_BLOCK in names:
+        raise CheckpointError(
+            f"no adapter can be written for target_modules [{', '.join(names)}]: {NO_FORMAT}\nuse the checkpoint with "
+            "`d2l ask` and `d2l eval`; for an adapter train Linears, such as target_modules: [o_proj, v_proj]"
+        )
 
 
 def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path, base_model_name: str) -> int:
@@ -29,18 +47,20 @@ def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path, base_model_n
         The adapter's rank.
 
     Raises:
-        CheckpointError: the folder exists or cannot be written, or the LoRA is not finite.
+        CheckpointError: the folder exists or cannot be written, the LoRA is not finite, or no adapter format has such
+            a target.
         ModelError: the base lacks a target module.
     """
     if lora.n_contexts != 1:
         raise ValueError(f"an adapter holds the LoRA of one context, this one has {lora.n_contexts}")
     require_absent(folder)
+    require_exportable(lora.A)
     lora = _without_padding(lora)
     paths = {module: path for path, module in base.named_modules()}
     tensors: dict[str, Tensor] = {}
-    for name, linears in find_targets(base, list(lora.A)).items():
-        for linear, a, b in zip(linears, lora.A[name][0], lora.B[name][0], strict=True):
-            prefix = f"base_model.model.{paths[linear]}"
+    for name, modules in find_targets(base, list(lora.A)).items():
+        for module, a, b in zip(modules, lora.A[name][0], lora.B[name][0], strict=True):
+            prefix = f"base_model.model.{paths[module]}"
             tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b.mT}
     if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise CheckpointError(f"cannot write {folder}: {broken[0]} holds values that are not finite")

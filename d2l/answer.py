@@ -10,31 +10,41 @@ from transformers import GenerationConfig
 
 from d2l.data.chat import ChatFormat
 from d2l.data.harmony import CONTROL_TOKENS, final_text, speaks_harmony
+from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import DoesNotFitError, Limits, Row, document_chunks
+from d2l.data.tokenize import Ids, Row, document_chunks
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora, Spans, bind
 from d2l.hypernet.model import DocToLora
 from d2l.trained import Trained
 
 _FINAL = "<|channel|>final<|message|>"  # the header of what the user sees, in harmony
+_THINK, _END_THINK = "<think>", "</think>"  # around thoughts; tokens of such models, but seldom special ones
 _PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."})
 
 
 @torch.no_grad()
 def internalize(trained: Trained, document: str) -> Lora:
-    """Read a document into a LoRA of one context, in as few chunks as the limits of training allow.
+    """Read a document into a LoRA of one context.
+
+    Raises:
+        DataError: the document is empty or over a limit.
+    """
+    batch = collate([Row(record=0, chunks=document_in_chunks(trained, document), queries=())])
+    return trained.model.lora(batch.to(trained.model.base.device))
+
+
+def document_in_chunks(trained: Trained, document: str) -> tuple[Ids, ...]:
+    """The token chunks in which a document is read: as few as the limits of training allow.
 
     Raises:
         DataError: the document is empty or over a limit.
     """
     try:
-        chunks = document_chunks(document, trained.chat, Limits.of(trained.config))
+        return document_chunks(document, trained.chat, Limits.of(trained.config, trained.model.base.config))
     except DoesNotFitError as error:
         advice = "the limits are those of the training: pass a shorter document, or train with higher ones"
         raise DataError(f"the document does not fit the checkpoint: {error}\n{advice}") from error
-    batch = collate([Row(record=0, chunks=chunks, queries=())])
-    return trained.model.lora(batch.to(trained.model.base.device))
 
 
 def ask(trained: Trained, lora: Lora | None, question: str, max_new_tokens: int) -> str:
@@ -69,7 +79,10 @@ def answer_text(chat: ChatFormat, ids: Sequence[int]) -> str:
         other = {token for name, token in chat.tokenizer.get_added_vocab().items() if name not in CONTROL_TOKENS}
         text = chat.decode([token for token in ids if token not in other])
         return final_text(text, prefilled="final" if _is_prefilled(chat) else None).strip()
-    return str(chat.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    text = str(chat.tokenizer.decode(list(ids), skip_special_tokens=True))
+    if {_THINK, _END_THINK} <= chat.tokenizer.get_added_vocab().keys():
+        text = text.rpartition(_END_THINK)[2].partition(_THINK)[0]
+    return text.strip()
 
 
 def stop_ids(trained: Trained) -> list[int]:

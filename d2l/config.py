@@ -1,27 +1,39 @@
-"""The run's configuration: one flat YAML with the field names of the reference implementation, frozen once read.
+"""The run's configuration: flat, with the field names of the reference implementation, frozen once made.
 
-`load_config` reports every mistake at once, each with its line and the nearest valid key. What comes back is what runs
-and what is saved; nothing changes it later.
+What is in it is what runs and what is saved; nothing changes it later. `d2l.config_file` reads it.
 """
 
-import difflib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from d2l.errors import ConfigError
-from d2l.paths import local_or_shipped, resource
-from d2l.reference_keys import HAS_NO_EFFECT, UNSUPPORTED
-
-DEFAULT_CONFIG = "configs/tiny_gpt_oss.yaml"
 NEEDLE = "needle"
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=-1, description="tokens; -1 means no limit")]
+Digits = Annotated[int, Field(ge=1, le=4)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Stage(BaseModel):
+    """One stage of a curriculum of generated needles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: Count
+    digits: Digits
+    filler_tokens: Annotated[int, Field(ge=0)] = 0
+    min_filler_tokens: Annotated[int, Field(ge=0)] | None = None  # where each document draws its own
+    passing: Annotated[float, Field(gt=0, le=1, description="exact match that ends the stage")] = 0.9
+    documents: Count | None = None  # default: needle_documents
+
+    @field_validator("min_filler_tokens")
+    @classmethod
+    def _least_is_not_above_most(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value > info.data.get("filler_tokens", value):
+            raise ValueError(f"must not be above filler_tokens ({info.data['filler_tokens']})")
+        return value
 
 
 class RunConfig(BaseModel):
@@ -52,6 +64,9 @@ class RunConfig(BaseModel):
     target_modules: tuple[str, ...] = Field(("q_proj",), min_length=1)
     latent_size: Count = 512
     n_latent_queries: Count = 208
+    perceiver_heads: Annotated[int, Field(ge=4, multiple_of=4, description="query heads; four share a key")] = 16
+    perceiver_head_dim: Count = 128
+    perceiver_query_scale: Annotated[float, Field(gt=0, description="of the initial query weights")] = 1.0
     num_blocks: Count = 8
     num_self_attn_per_block: Annotated[int, Field(ge=0)] = 0
     shared_weights: bool = False
@@ -65,9 +80,10 @@ class RunConfig(BaseModel):
     max_train_samples_per_ds: Count | None = None
     needle_documents: Count = 64
     needle_pairs: Count = 2
-    needle_digits: Annotated[int, Field(ge=1, le=4)] = 2
+    needle_digits: Digits = 2
     needle_style: Literal["sentences", "pairs"] = "sentences"
     needle_filler_tokens: Annotated[int, Field(ge=0, description="words of filler text")] = 16
+    curriculum: tuple[Stage, ...] = Field((), description="needles in stages; instead of needle_pairs and the like")
     max_ctx_len: Length = -1
     max_qas_len: Length = 2048
     max_qas_per_sample: Length = -1
@@ -92,9 +108,12 @@ class RunConfig(BaseModel):
     adam_beta2: Fraction = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    lr_scheduler_type: Literal["cosine_with_min_lr", "constant_with_warmup", "linear"] = "cosine_with_min_lr"
+    lr_scheduler_type: Literal["cosine_with_min_lr", "constant_with_warmup", "linear", "warmup_stable_decay"] = (
+        "cosine_with_min_lr"
+    )
     min_lr: Annotated[float, Field(ge=0)] = 1e-7
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_steps: Annotated[int, Field(ge=0, description="the last ones, of warmup_stable_decay")] = 0
     max_steps: Count = 1000
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
@@ -127,6 +146,15 @@ class RunConfig(BaseModel):
             raise ValueError("a module is named twice")
         return tuple(sorted(value))  # the reference sorts modules by name; every shape follows that order
 
+    @field_validator("curriculum")
+    @classmethod
+    def _curriculum_is_of_needles(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        if value and info.data.get("train_ds_names") != (NEEDLE,):
+            raise ValueError(f"its stages are generated: needs train_ds_names: [{NEEDLE}] and nothing else")
+        if value and info.data.get("max_train_samples_per_ds") is not None:
+            raise ValueError("each stage has needle_documents documents; remove max_train_samples_per_ds")
+        return value
+
     @field_validator("min_ctx_chunk_len")
     @classmethod
     def _chunks_have_room(cls, value: int, info: ValidationInfo) -> int:
@@ -155,141 +183,3 @@ class RunConfig(BaseModel):
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.resolved(), sort_keys=False)
-
-
-def load_config(
-    path: Path | None = None,
-    overrides: Mapping[str, str] | None = None,
-    *,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    data: str | None = None,
-    max_steps: int | None = None,
-    output: str | None = None,
-) -> RunConfig:
-    """Read a YAML file, put what the command line says on top, and check everything at once.
-
-    Args:
-        path: the YAML file; `None` for the embedded tiny GPT-OSS. A relative path that does not exist below the working
-            directory may name a shipped config (`configs/gpt_oss_20b.yaml`).
-        overrides: `key → value` from `--set`, values in YAML.
-        model, tokenizer, data, max_steps, output: the command line's own options; they win over `overrides`.
-
-    Raises:
-        ConfigError: with every problem, its line in the file and the nearest valid key.
-    """
-    path = find_config(path)
-    values, lines, problems = _read_yaml(path)
-    for key, text in (overrides or {}).items():
-        try:
-            values[key], lines[key] = yaml.safe_load(text), "--set"
-        except yaml.YAMLError as error:
-            problems.append(f"--set {key}: {text!r} is not a YAML value ({str(error).splitlines()[0]})")
-    options = {
-        "model_name_or_path": ("--model", model),
-        "tokenizer_name_or_path": ("--tokenizer", tokenizer),
-        "train_ds_names": ("--data", None if data is None else [data]),
-        "max_steps": ("--max-steps", max_steps),
-        "output_dir": ("--output", output),
-    }
-    for key, (option, value) in options.items():
-        if value is not None:
-            values[key], lines[key] = value, option
-
-    remarks: list[str] = []
-    known = _drop_reference_only(values, lines, problems, remarks)
-    try:
-        config = RunConfig(**known, remarks=tuple(remarks))
-    except ValidationError as error:
-        problems += [_describe(item, lines) for item in error.errors()]
-    if problems:
-        raise ConfigError(sorted(problems, key=_by_line), str(path))
-    return config
-
-
-def find_config(path: Path | None) -> Path:
-    """The file that a config argument names: as it stands, else the shipped one of that name.
-
-    Raises:
-        ConfigError: neither exists.
-    """
-    if path is None:
-        return resource(DEFAULT_CONFIG)
-    found = local_or_shipped(str(path))
-    if found is not None and found.is_file():
-        return found
-    shipped = sorted(item.name for item in resource("configs").glob("*.yaml"))
-    raise ConfigError(
-        [f"config file {path} does not exist; shipped configs are {', '.join(f'configs/{n}' for n in shipped)}"]
-    )
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Top-level values, where each key stands (`line 3`), and the problems of the file itself."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot read {path}: {error}"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', error)}"], str(path)) from None
-    if root is None:
-        return {}, {}, []
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(["line 1: expected `key: value` lines, found something else"], str(path))
-    lines: dict[str, str] = {}
-    problems = []
-    for key_node, _ in root.value:
-        where = f"line {key_node.start_mark.line + 1}"
-        if key_node.value in lines:
-            problems.append(f"{where}: {key_node.value} is set a second time (first on {lines[key_node.value]})")
-        lines.setdefault(key_node.value, where)
-    return values, lines, problems
-
-
-def _drop_reference_only(
-    values: Mapping[str, Any], lines: Mapping[str, str], problems: list[str], remarks: list[str]
-) -> dict[str, Any]:
-    """Split off the keys of the reference that d2l does not have: noted where harmless, a problem where they matter."""
-    known = {}
-    for key, value in values.items():
-        if key in UNSUPPORTED:
-            neutral, reason = UNSUPPORTED[key]
-            if value in neutral:
-                remarks.append(f"{key}: {value} (a key of the reference) changes nothing and is left out")
-            else:
-                problems.append(f"{lines[key]}: {key}: {value} of the reference is not supported: {reason}")
-        elif key in HAS_NO_EFFECT:
-            remarks.append(f"{key}: {value} (a key of the reference) has no effect here: {HAS_NO_EFFECT[key]}")
-        else:
-            known[str(key)] = value
-    return known
-
-
-def _by_line(problem: str) -> tuple[bool, int]:
-    """The file's problems in the order of its lines, then those of the command line."""
-    where, _, _ = problem.partition(":")
-    number = where.removeprefix("line ")
-    return (not number.isdigit(), int(number) if number.isdigit() else 0)
-
-
-def _describe(error: Any, lines: Mapping[str, str]) -> str:
-    """One problem of pydantic as one line: where, what, and what to write instead."""
-    key, inner = str(error["loc"][0]), ".".join(str(part) for part in error["loc"][1:])
-    where = lines.get(key, "default")
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`d2l preflight --help` and README list the keys"
-        return f"{where}: unknown key {key}; {hint}"
-    name = f"{key}[{inner}]" if inner else key
-    message = str(error["msg"]).removeprefix("Value error, ")
-    hint = ""
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        near = difflib.get_close_matches(
-            error["input"], str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "), n=1
-        )
-        hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{where}: {name}: {message}, found {error['input']!r}{hint}"

@@ -4,84 +4,35 @@ A number without controls proves little: `none` shows what the base knows anyway
 away, and `in_prompt` what this base could answer at best.
 """
 
-import math
 import random
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import torch
 
-from d2l.answer import answer_text, generate, internalize, prompt_ids, stop_ids
+from d2l.answer import answer_text, document_in_chunks, generate, internalize, prompt_ids, stop_ids
+from d2l.data.limits import Limits
 from d2l.data.packing import collate
 from d2l.data.records import Record
-from d2l.data.tokenize import Limits, Row, tokenize_record
+from d2l.data.tokenize import Row, tokenize_record
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
+from d2l.scores import Answered, Condition, Group, Score, by_chunks, by_length, exact_match, rouge_l, scores, token_f1
 from d2l.train.losses import label_positions
 from d2l.trained import Trained
-
-Condition = Literal["document", "other", "none", "in_prompt"]
-CONDITIONS: tuple[Condition, ...] = get_args(Condition)
-RESAMPLES = 1000
-INTERVAL = (2.5, 97.5)  # percentiles: a 95% confidence interval
-
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One question under one condition.
-
-    Attributes:
-        record, query: index of the document and of its question.
-        exact: 1.0 where the answer is the expected one, else 0.0; both normalised as SQuAD does.
-        f1: overlap of their words, 0 to 1.
-        nll: negative log-likelihood of the expected answer's tokens, in nats; tokens: how many they are.
-    """
-
-    record: int
-    query: int
-    condition: Condition
-    answer: str
-    exact: float
-    f1: float
-    nll: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the bounds of its 95% confidence interval, from resampled documents."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a condition reached. `relative_f1` is its F1 over that of the document in the prompt; None where that is 0."""
-
-    exact: Estimate
-    f1: Estimate
-    perplexity: Estimate
-    relative_f1: float | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every answer, and the scores over them."""
+    """Every answer, the scores over them, and those of documents of about equal length, and of as many chunks."""
 
-    answers: tuple[Answered, ...]
-    scores: Mapping[Condition, Score]
     documents: int
     questions: int
+    scores: Mapping[Condition, Score]
+    by_length: tuple[Group, ...]
+    by_chunks: tuple[Group, ...]
+    answers: tuple[Answered, ...]
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -107,36 +58,42 @@ def evaluate(
         DataError: there is no second document, or a record does not fit the limits that the model was trained with.
     """
     others = _other_documents(records, random.Random(f"{seed} other"))
-    loras = [internalize(trained, record.context) for record in records]
+    documents = [_measured(trained, index, record) for index, record in enumerate(records)]  # one may be too long
     answers: list[Answered] = []
     for index, record in enumerate(records):
-        bound: dict[Condition, Lora | None] = {"document": loras[index], "other": loras[others[index]], "none": None}
-        for condition, lora in bound.items():
-            answers += _ask_all(trained, lora, record, index, condition, max_new_tokens)
-        asked = _with_document_in_prompts(record)
-        answers += _ask_all(trained, None, asked, index, "in_prompt", max_new_tokens)
+        own, other = (internalize(trained, records[it].context) for it in (index, others[index]))
+        asked: dict[Condition, tuple[Lora | None, Record]] = {
+            "document": (own, record),
+            "other": (other, record),
+            "none": (None, record),
+            "in_prompt": (None, _with_document_in_prompts(record)),
+        }
+        for condition, (lora, questions) in asked.items():
+            answers += _ask_all(trained, lora, questions, documents[index], condition, max_new_tokens)
         on_progress(index + 1, len(records))
-    generator = np.random.default_rng(seed)
     return Evaluation(
-        answers=tuple(answers),
-        scores=_scores(answers, generator),
         documents=len(records),
         questions=sum(len(record.prompts) for record in records),
+        scores=scores(answers, seed),
+        by_length=by_length(answers, seed),
+        by_chunks=by_chunks(answers, seed),
+        answers=tuple(answers),
     )
 
 
-def normalized(text: str) -> str:
-    """Lower case without punctuation, articles and superfluous space: the comparison of SQuAD (Rajpurkar et al. 2016)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+@dataclass(frozen=True)
+class _Document:
+    """Which one it is, its tokens without what is put around every chunk, and the chunks in which it is read."""
+
+    index: int
+    tokens: int
+    chunks: int
 
 
-def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words, after normalising; 1 where both are empty."""
-    said, wanted = normalized(answer).split(), normalized(expected).split()
-    if not said or not wanted:
-        return float(said == wanted)
-    shared = (Counter(said) & Counter(wanted)).total()
-    return 2 * shared / (len(said) + len(wanted))
+def _measured(trained: Trained, index: int, record: Record) -> _Document:
+    chunks = document_in_chunks(trained, record.context)
+    around = sum(map(len, trained.chat.context_affixes()))
+    return _Document(index, sum(map(len, chunks)) - around * len(chunks), len(chunks))
 
 
 def _other_documents(records: Sequence[Record], generator: random.Random) -> list[int]:
@@ -158,19 +115,22 @@ def _with_document_in_prompts(record: Record) -> Record:
 
 
 def _ask_all(
-    trained: Trained, lora: Lora | None, record: Record, index: int, condition: Condition, max_new_tokens: int
+    trained: Trained, lora: Lora | None, record: Record, document: _Document, condition: Condition, max_new_tokens: int
 ) -> list[Answered]:
     """Answers to all questions of one record, with the likelihood of the expected ones."""
     said = _generated(trained, lora, record.prompts, max_new_tokens)
     likelihoods = _likelihoods(trained, lora, record)
     return [
         Answered(
-            record=index,
+            record=document.index,
             query=query,
+            document_tokens=document.tokens,
+            chunks=document.chunks,
             condition=condition,
             answer=answer,
-            exact=float(normalized(answer) == normalized(expected)),
+            exact=exact_match(answer, expected),
             f1=token_f1(answer, expected),
+            rouge_l=rouge_l(answer, expected),
             nll=nll,
             tokens=tokens,
         )
@@ -215,34 +175,3 @@ def _likelihoods(trained: Trained, lora: Lora | None, record: Record) -> list[tu
         loss = torch.nn.functional.cross_entropy(logits, batch.labels[0, positions], reduction="sum")
         results.append((float(loss), len(positions)))
     return results
-
-
-def _scores(answers: Sequence[Answered], generator: np.random.Generator) -> dict[Condition, Score]:
-    """Scores of every condition, over the same resamples of documents."""
-    documents = 1 + max(answer.record for answer in answers)
-    draws = generator.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
-    tables = {}
-    for condition in CONDITIONS:
-        table = np.zeros((documents, 5))  # sums of each document: questions, exact, f1, nll, tokens
-        for answer in answers:
-            if answer.condition == condition:
-                table[answer.record] += (1, answer.exact, answer.f1, answer.nll, answer.tokens)
-        tables[condition] = table
-    ceiling = _ratio(tables["in_prompt"], draws, 2, 0).value
-    scores: dict[Condition, Score] = {}
-    for condition, table in tables.items():
-        f1, nll = _ratio(table, draws, 2, 0), _ratio(table, draws, 3, 4)
-        scores[condition] = Score(
-            exact=_ratio(table, draws, 1, 0),
-            f1=f1,
-            perplexity=Estimate(math.exp(nll.value), math.exp(nll.low), math.exp(nll.high)),
-            relative_f1=f1.value / ceiling if ceiling else None,
-        )
-    return scores
-
-
-def _ratio(table: np.ndarray, draws: np.ndarray, above: int, below: int) -> Estimate:
-    """The sum of one column over that of another, and its percentiles over resampled documents."""
-    resampled = draws @ table  # [resamples, columns]; a draw says how often each document is in it
-    low, high = np.percentile(resampled[:, above] / resampled[:, below], INTERVAL)
-    return Estimate(float(table[:, above].sum() / table[:, below].sum()), float(low), float(high))

@@ -1,4 +1,4 @@
-"""Output folders: written beside their place and renamed, so that nobody ever sees half of one; never written over."""
+"""Output folders and files: written beside their place and renamed, so that nobody sees half of one; never written over."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2l.errors import CheckpointError
+from d2l.errors import CheckpointError, DataError
 
 
 def require_absent(folder: Path) -> None:
@@ -40,3 +40,35 @@ def written_whole(folder: Path, what: str) -> Iterator[Path]:
         raise CheckpointError(f"cannot write the {what} {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new_file(path: Path) -> None:
+    """Refuse a place that is taken, or whose folder does not exist.
+
+    Raises:
+        DataError: which of both.
+    """
+    if path.exists():
+        raise DataError(f"{path} exists and is never written over: remove it or choose another name")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: the folder {path.parent} does not exist: make it or choose another name")
+
+
+@contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """Yields the name of a new file beside `path`, which takes its place when the block ends without an error.
+
+    Raises:
+        DataError: the place is taken, or writing failed; nothing is left behind.
+    """
+    require_new_file(path)
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        require_new_file(path)  # it may have come meanwhile
+        partial.rename(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)

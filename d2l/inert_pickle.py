@@ -247,5 +247,8 @@ def _not_an_archive(path: Path, error: Exception) -> str:
     if start.startswith(b"PK"):
         return f"{path}: the archive is cut off or damaged ({error}): fetch the file again"
     if start.startswith(b"\x80"):
-        return f"{path}: a bare pickle, torch's format before 1.6, which is not read: save it again with a newer torch"
+        return (
+            f"{path}: expected an archive of torch.save, found a bare pickle, which nothing was read of; it may be of torch "
+            f"before 1.6. Only if you trust who made it, load it with torch and save it again"
+        )
     return f"{path}: expected an archive of torch.save, such as the pytorch_model.bin of the reference; {error}"

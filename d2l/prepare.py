@@ -5,8 +5,10 @@ Training and the checks both come through here, so what is diagnosed is what run
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from d2l.base.files import is_config_only
 from d2l.base.load import load_base, plan_load, read_base_config
 from d2l.base.masks import attention_layout
-from d2l.config import NEEDLE, RunConfig
+from d2l.config import NEEDLE, RunConfig, Stage
 from d2l.data.cache import cached_rows, default_folder
 from d2l.data.chat import ChatFormat, chat_format, load_tokenizer
+from d2l.data.limits import Limits
 from d2l.data.needle import needle_records
 from d2l.data.packing import PackedBatches, pack
 from d2l.data.records import Record, read_records
 from d2l.data.shards import row_sizes
-from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized, tokenize_records
+from d2l.data.teachers import require_teachers
+from d2l.data.tokenize import OnProgress, Row, Tokenized, tokenize_records
 from d2l.errors import DataError, ModelError
 from d2l.hypernet.model import DocToLora
 from d2l.paths import local_or_shipped
@@ -93,17 +97,38 @@ def run_records(config: RunConfig) -> tuple[Record, ...]:
     records: list[Record] = []
     for name in config.train_ds_names:
         if name == NEEDLE:
-            records += needle_records(
-                documents=config.needle_documents,
-                pairs=config.needle_pairs,
-                digits=config.needle_digits,
-                filler_tokens=config.needle_filler_tokens,
-                seed=config.seed,
-                style=config.needle_style,
-            )[: config.max_train_samples_per_ds]
+            for number, stage in enumerate(run_stages(config)):
+                records += needle_records(
+                    documents=_documents(config, stage),
+                    pairs=stage.pairs,
+                    digits=stage.digits,
+                    filler_tokens=stage.filler_tokens,
+                    seed=config.seed + number,
+                    style=config.needle_style,
+                    min_filler_tokens=stage.min_filler_tokens,
+                )[: config.max_train_samples_per_ds]
         else:
             records += read_records([name], config.max_train_samples_per_ds)
     return tuple(records)
+
+
+def run_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of the run's generated needles; a single one without a curriculum."""
+    single = Stage(pairs=config.needle_pairs, digits=config.needle_digits, filler_tokens=config.needle_filler_tokens)
+    return config.curriculum or (single,)
+
+
+def stage_rows(config: RunConfig, rows: Sequence[Row]) -> list[range]:
+    """Which of a run's rows belong to each stage of its curriculum; all of them to one stage without a curriculum."""
+    if not config.curriculum:
+        return [range(len(rows))]
+    firsts = accumulate((_documents(config, stage) for stage in config.curriculum), initial=0)
+    borders = [bisect_left(range(len(rows)), first, key=lambda row: rows[row].record) for first in firsts]
+    return [range(*pair) for pair in pairwise(borders)]
+
+
+def _documents(config: RunConfig, stage: Stage) -> int:
+    return config.needle_documents if stage.documents is None else stage.documents
 
 
 def run_rows(
@@ -118,26 +143,33 @@ def run_rows(
         on_progress: called after every record.
 
     Raises:
-        DataError: no row is left, teacher logprobs do not match, or the cache cannot be written.
+        DataError: no row is left, teacher logprobs are missing or do not match, or the cache cannot be written.
     """
-    limits = Limits.of(config)
+    base_config = read_base_config(config.model_name_or_path)
+    if config.use_kl_loss:
+        require_teachers(records, max(base_config.vocab_size, len(chat.tokenizer)))
+    limits = Limits.of(config, base_config)
     if not config.cache or len(records) < CACHED_FROM:
         return tokenize_records(records, chat, limits, config.seed, on_progress)
     folder = default_folder() if config.cache_dir is None else Path(config.cache_dir)
     return cached_rows(records, chat, limits, config.seed, folder, on_progress)
 
 
-def epoch_batches(config: RunConfig, rows: Sequence[Row], epoch: int) -> PackedBatches:
+def epoch_batches(config: RunConfig, rows: Sequence[Row], epoch: int, among: range | None = None) -> PackedBatches:
     """The packed batches of an epoch, in its own order, each made when it is asked for.
+
+    Args:
+        among: the rows to take; default: all.
 
     Raises:
         DataError: no row fits the packed lengths.
     """
-    sizes = row_sizes(rows)
+    among = range(len(rows)) if among is None else among
+    sizes = row_sizes(rows)[among.start : among.stop]
     packing = pack(sizes, config.max_packed_inp_len, config.max_packed_ctx_len, seed=config.seed + epoch)
     if not packing.groups:
         raise DataError(f"no row fits max_packed_inp_len and max_packed_ctx_len: {packing.oversized[0].reason}")
-    return PackedBatches(rows, packing.groups)
+    return PackedBatches(rows, [[among[row] for row in group] for group in packing.groups])
 
 
 def run_base(config: RunConfig, base_config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,7 +7,6 @@ its digits; documents with their questions, to do so in the chat format.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
+from d2l.config import Stage
 from d2l.data.chat import ChatFormat, chat_format
-from d2l.data.needle import PAIR_KEYS, Split, split_of
+from d2l.data.needle import PAIR_FILLER, PAIR_KEYS, Split, needle_records
 from d2l.folders import written_whole
 from d2l.paths import resource
 
@@ -26,14 +26,14 @@ CONTROL_TOKENS = (
     *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>"),
     *("<|message|>", "<|call|>"),
 )
-WORDS = ("user", "assistant", "final", *"0123456789", *PAIR_KEYS)
+WORDS = ("user", "assistant", "final", *"0123456789", *PAIR_KEYS, *PAIR_FILLER)
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP_STEPS = 1.2e-3, (0.9, 0.98), 0.01, 30
 INITIALIZER_RANGE = 0.06
-REPEATED, REPEATED_LENGTHS, REPEATS = 32, (8, 16), 3  # sequences of a step, their lengths, how often each is said
-NEEDLES, RESTATED_TOKENS = 16, 36  # documents of a step
-PAIRS, DIGITS = 4, 2  # what is measured, and the most that is trained
+REPEATED, REPEATED_LENGTHS, REPEATS = 32, (8, 17), 3  # sequences of a step, their lengths, how often each is said
+NEEDLES, RESTATED_TOKENS, FILLER = 16, 36, 15  # documents of a step; tokens of restated pairs; words of filler
 EVALUATE_STEPS, HELDOUT, PASSING = 25, 512, 0.985
+READS, COOLING = 0.8, 0.8  # from this accuracy on, the learning rate falls by this factor at every measurement
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,26 @@ class Tasks:
     """
 
     def __init__(self, chat: ChatFormat, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._vocabulary = len(chat.tokenizer)
-        self._keys = torch.tensor(chat.encode_text(" ".join(PAIR_KEYS)))
-        self._digits = torch.tensor(chat.encode_text(" ".join("0123456789")))
+        self._chat, self._generator = chat, torch.Generator().manual_seed(seed)
         turn = chat.encode([{"role": "user", "content": PAIR_KEYS[0]}, {"role": "assistant", "content": PAIR_KEYS[1]}])
-        question, answer = (turn.input_ids.index(int(key)) for key in self._keys[:2])
+        question, answer = (turn.input_ids.index(key) for key in chat.encode_text(" ".join(PAIR_KEYS[:2])))
         self._before, self._between, self._after = (
             torch.tensor(part)
             for part in (turn.input_ids[:question], turn.input_ids[question + 1 : answer], turn.input_ids[answer + 1 :])
         )
+        self._end = self._between[:1]  # of the question, and of every answer but the last
 
     def repeated(self, count: int) -> _Batch:
         """Distinct random tokens, said several times; what follows a token the second time is supervised."""
-        length = self._draw(REPEATED_LENGTHS[0], REPEATED_LENGTHS[1] + 1)
-        ids = self._shuffled(count, self._vocabulary)[:, :length].repeat(1, REPEATS)
+        length = self._draw(*REPEATED_LENGTHS)
+        ids = self._shuffled(count, len(self._chat.tokenizer))[:, :length].repeat(1, REPEATS)
         supervised = torch.ones_like(ids, dtype=torch.bool)
         supervised[:, : length + 1] = False
         return _Batch(ids, supervised)
 
     def restated(self, count: int, pairs: int, digits: int) -> _Batch:
         """Pairs, then the same pairs in other orders, whose digits are supervised."""
-        stated = self._pairs(count, pairs, digits, "train")
+        _, stated = self._needles(count, pairs, digits, 0, "train")
         times = max(2, RESTATED_TOKENS // (pairs * (1 + digits)))
         ids = torch.cat([self._reordered(stated).flatten(1) for _ in range(times)], dim=1)
         supervised = (torch.arange(ids.shape[1]) % (1 + digits) > 0) & (
@@ -132,29 +130,30 @@ class Tasks:
         return _Batch(ids, supervised.expand_as(ids))
 
     def documents(
-        self, count: int, pairs: int, digits: int, split: Split = "train", turns: int | None = None
+        self, count: int, pairs: int, digits: int, filler: int = 0, split: Split = "train", turns: int | None = None
     ) -> _Batch:
-        """Documents with questions, one turn for each (default: every pair), whose answers are supervised."""
-        stated = self._pairs(count, pairs, digits, split)
-        asked = self._reordered(stated)[:, :turns].unbind(1)
-        parts = [self._rows(self._before, count), stated.flatten(1)]
-        supervised = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
-        for turn, pair in enumerate(asked):
-            around = [self._rows(self._before, count)] if turn else []
-            around += [pair[:, :1], self._rows(self._between, count)]
-            answer = torch.cat([pair, self._rows(self._after, count)], dim=1)
-            parts += [*around, answer]
-            supervised += [torch.zeros(part.shape, dtype=torch.bool) for part in around]
-            supervised.append(torch.ones(answer.shape, dtype=torch.bool))
-        return _Batch(torch.cat(parts, dim=1), torch.cat(supervised, dim=1))
+        """Documents with questions, one turn for each (default: every pair), whose answers are supervised.
 
-    def _pairs(self, count: int, pairs: int, digits: int, split: Split) -> Tensor:
-        """Documents as token ids [count, pairs, 1 + digits], every pair of the split."""
-        allowed = _allowed(digits, split)  # [keys, values]
-        keys = self._shuffled(count, len(self._keys))[:, :pairs]
-        values = torch.multinomial(allowed[keys.flatten()].float(), 1, generator=self._generator).view(count, pairs)
-        places = 10 ** torch.arange(digits - 1, -1, -1)
-        return torch.cat([self._keys[keys][..., None], self._digits[values[..., None] // places % 10]], dim=-1)
+        The end of an answer is supervised in the last turn only: which one is the last cannot be told in advance.
+        """
+        contexts, stated = self._needles(count, pairs, digits, filler, split)
+        asked = self._reordered(stated)[:, :turns].unbind(1)
+        last = len(asked) - 1
+        parts = [(self._rows(self._before, count), False), (contexts, False)]
+        for turn, pair in enumerate(asked):
+            parts += [(self._rows(self._before, count), False)] if turn else []
+            parts += [(pair[:, :1], False), (self._rows(self._between, count), False), (pair, True)]
+            parts += [(self._rows(self._after if turn == last else self._end, count), turn == last)]
+        supervised = torch.cat([torch.full(part.shape, mark) for part, mark in parts], dim=1)
+        return _Batch(torch.cat([part for part, _ in parts], dim=1), supervised)
+
+    def _needles(self, count: int, pairs: int, digits: int, filler: int, split: Split) -> tuple[Tensor, Tensor]:
+        """Documents as token ids [count, T], and their pairs [count, pairs, 1 + digits]: each word is one token."""
+        seed = self._draw(0, 2**31)
+        records = needle_records(count, pairs, digits, filler, seed, split, "pairs")
+        contexts = [self._chat.encode_text(record.context) for record in records]
+        stated = [[self._chat.encode_text(response) for response in record.responses] for record in records]
+        return torch.tensor(contexts), torch.tensor(stated)
 
     def _reordered(self, stated: Tensor) -> Tensor:
         order = self._shuffled(*stated.shape[:2])
@@ -172,38 +171,36 @@ class Tasks:
         return ids.expand(count, -1)
 
 
-@cache
-def _allowed(digits: int, split: Split) -> Tensor:
-    """Which values a key may have in a split, bool [keys, 10^digits]."""
-    return torch.tensor(
-        [[split_of(f"{key} {value:0{digits}d}") == split for value in range(10**digits)] for key in PAIR_KEYS]
-    )
-
-
-def pretrain(seed: int, max_steps: int) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
+def pretrain(seed: int, max_steps: int, goal: Stage) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
     """Train from random weights until held-out questions are answered, yielding every measurement with the model so far.
 
     Args:
         seed: of weights and data.
         max_steps: at most.
+        goal: the documents that are measured, and the largest that are trained.
     """
     chat = reader_chat()
-    tasks, heldout = Tasks(chat, seed), Tasks(chat, seed + 1).documents(HELDOUT, PAIRS, DIGITS, "heldout", turns=1)
+    tasks, heldout = (
+        Tasks(chat, seed),
+        Tasks(chat, seed + 1).documents(HELDOUT, goal.pairs, goal.digits, goal.filler_tokens, "heldout", turns=1),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
     model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    cooled = 0  # measurements since it could first read
     for step in range(1, max_steps + 1):
-        loss = sum((_loss(model, batch) for batch in _batches(tasks, step)), start=torch.zeros(()))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * COOLING**cooled
+        loss = sum((_loss(model, batch) for batch in _batches(tasks, step, goal)), start=torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if step % EVALUATE_STEPS == 0 or step == max_steps:
             accuracy = _accuracy(model, heldout)
+            cooled += accuracy >= READS or cooled > 0
             yield model, Progress(step, loss.item(), accuracy)
             if accuracy >= PASSING:
                 return
@@ -227,13 +224,15 @@ def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _batches(tasks: Tasks, step: int) -> tuple[_Batch, ...]:
+def _batches(tasks: Tasks, step: int, goal: Stage) -> tuple[_Batch, ...]:
     """One batch of every task, with documents of all sizes up to the largest."""
-    digits = 1 + (step // 4) % DIGITS
+    digits = 1 + (step // 4) % goal.digits
+    pairs = (2, goal.pairs, 1, goal.pairs)[step % 4]
+    filler = (0, max(FILLER, goal.filler_tokens), 0, FILLER // 4)[step % 4]
     return (
         tasks.repeated(REPEATED),
         tasks.restated(NEEDLES, 2 * (1 + step % 4), digits),
-        tasks.documents(NEEDLES, (2, PAIRS, 1, PAIRS)[step % 4], digits),
+        tasks.documents(NEEDLES, pairs, digits, filler),
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from d2l import prepare
 from d2l.config import RunConfig
 from d2l.data.chat import ChatFormat
-from d2l.errors import CheckpointError
+from d2l.errors import CheckpointError, ModelError
 from d2l.hypernet.model import DocToLora
 from d2l.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from d2l.train.loop import load_hypernet
@@ -45,8 +45,12 @@ def load_trained(place: Path, model: str | None = None) -> Trained:
     folder = find_checkpoint(place)
     checkpoint = load_checkpoint(folder)
     config = _config(checkpoint, folder, model)
-    tokenizer = prepare.run_tokenizer(config)
-    base_config = prepare.run_base_config(config, tokenizer)
+    try:
+        tokenizer = prepare.run_tokenizer(config)
+        base_config = prepare.run_base_config(config, tokenizer)
+    except ModelError as error:
+        reason = str(error).splitlines()[0]  # what follows is advice for a run's configuration
+        raise ModelError(f"{folder} needs its base model: {reason}\npass where it lies now: --model MODEL") from error
     found = prepare.base_facts(base_config)
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
     chat = prepare.run_chat(config, tokenizer)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import golden
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -13,3 +14,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared (oracle data)")
     return SHARED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """After `make golden`, how many of the reference's cases there were."""
+    if terminalreporter.config.option.markexpr == "golden" and golden.READ:
+        terminalreporter.write_line(golden.account(SHARED))

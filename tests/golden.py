@@ -35,9 +35,37 @@ class Case:
         return self.meta["config"]
 
 
+READ: dict[str, int] = {}  # cases in each file that a test has read, by the file's name
+
+
 def load_case(shared: Path, name: str) -> Case:
-    folder = shared / "golden" / "reference"
-    return Case(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+    return Case(_read(shared, name), load_file(shared / "golden" / "reference" / f"{name}.safetensors"))
+
+
+def data_cases(shared: Path, name: str) -> list[dict[str, Any]]:
+    """The cases of `data_NAME.json`."""
+    cases: list[dict[str, Any]] = _read(shared, f"data_{name}")["cases"]
+    READ[f"data_{name}"] = len(cases)
+    return cases
+
+
+def init_stats(shared: Path) -> dict[str, Any]:
+    return _read(shared, "init_stats")
+
+
+def account(shared: Path) -> str:
+    """How many cases were read, in one line, and which files were not."""
+    files = {path.stem for path in (shared / "golden" / "reference").glob("*.json")}
+    whole = {name for name in READ if name.startswith(("e2e_", "generate_", "checkpoint_"))}
+    component = sum(READ[name] for name in READ.keys() - whole)
+    rest = f"; never read: {', '.join(sorted(files - READ.keys()))}" if files - READ.keys() else ""
+    return f"golden: {component} component cases and {len(whole)} end-to-end cases, in {len(READ)} of {len(files)} files{rest}"
+
+
+def _read(shared: Path, name: str) -> dict[str, Any]:
+    READ[name] = 1
+    values: dict[str, Any] = json.loads((shared / "golden" / "reference" / f"{name}.json").read_text())
+    return values
 
 
 def case_names(shared: Path, prefix: str) -> set[str]:

@@ -43,7 +43,7 @@ def make_base(family: str, dtype: str = "float32") -> PreTrainedModel:
 def make_lora(base: PreTrainedModel, names: tuple[str, ...], chunks: tuple[int, ...] = (1,), bias: bool = True) -> Lora:
     """A merged LoRA of one context per entry of `chunks`, whose effect is of the order of the base's own logits."""
     generator = torch.Generator().manual_seed(0)
-    sizes = target_sizes(find_targets(base, names))
+    sizes = target_sizes(find_targets(base, names), base.config.hidden_size)
     layers = base.config.num_hidden_layers
 
     def side(count: int, which: int) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from d2l.answer import answer_text, ask, generate, internalize, prompt_ids, stop
 from d2l.config import RunConfig
 from d2l.data.chat import chat_format
 from d2l.data.document import decode_document
+from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import Limits, Row, document_chunks
+from d2l.data.tokenize import Row, document_chunks
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, Spans, bind
 from d2l.train.checkpoint import load_checkpoint, save_checkpoint, step_folder
@@ -52,6 +53,7 @@ def test_the_newest_checkpoint_of_a_run_is_loaded_with_its_config(run_folder: Pa
     assert all(torch.equal(own[name], value) for name, value in saved.hypernet.items())
     assert trained.config == RunConfig(**saved.state["config"])
     assert not any(parameter.requires_grad for parameter in trained.model.base.parameters())
+    assert not any(module.training for module in trained.model.modules())
     first = load_trained(step_folder(run_folder, 0)).model.hypernet.state_dict()
     assert not any(first[f"scaler_B.{name}"].any() for name in trained.config.target_modules)
 
@@ -129,6 +131,17 @@ def test_a_document_over_the_limits_is_refused(trained: Trained) -> None:
         internalize(trained, LONG * 4)
     with pytest.raises(DataError, match="no token"):
         internalize(trained, "")
+
+
+def test_a_document_longer_than_the_base_was_made_for_is_refused(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(trained, config=trained.config.model_copy(update={"max_ctx_chunk_len": -1}))
+    internalize(whole, LONG)
+    monkeypatch.setattr(trained.model.base.config, "max_position_embeddings", 200)
+    internalize(trained, LONG)  # in chunks
+    with pytest.raises(DataError, match=r"tokens of document in one chunk > 200, .*max_ctx_chunk_len to at most 200\n"):
+        internalize(whole, LONG)
 
 
 def test_documents_are_utf8_text() -> None:
@@ -259,6 +272,7 @@ def test_cached_generation_is_the_argmax_of_whole_forwards(trained: Trained) -> 
     assert found[0].tolist() != found[1].tolist()
 
 
+@pytest.mark.golden
 @torch.no_grad()
 def test_generation_of_the_reference(shared: Path) -> None:
     """Padded contexts there, packed ones here; the same LoRAs, prefill logits and greedy tokens."""

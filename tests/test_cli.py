@@ -96,7 +96,7 @@ def world(monkeypatch):
     stand_in(
         "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
     )
-    stand_in("d2l.config", load_config=world.load_config)
+    stand_in("d2l.config_file", load_config=world.load_config)
     stand_in(
         "d2l.train.run",
         train=world.train,

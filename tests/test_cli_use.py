@@ -15,6 +15,7 @@ import cli
 from checks.reference_file import reference_state, write_reference_file
 from d2l.config import RunConfig
 from d2l.hypernet.heads import HypernetShape, Hypernetwork
+from d2l.hypernet.lora import Lora
 from d2l.train.checkpoint import MANIFEST, load_checkpoint, step_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,23 @@ def test_ask_prints_the_answer_and_nothing_else(run_folder: Path, document: Path
     assert answers[0].stdout == answers[1].stdout
     assert "<|" not in answers[0].stdout
     assert answers[0].stderr == ""
+
+
+def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
+    run_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def chatty(trained: object, lora: Lora, *rest: object) -> str:
+        print("a library has something to say")  # noqa: T201
+        asked.append((lora.n_contexts, *rest))
+        return "At nine."
+
+    monkeypatch.setattr("d2l.answer.ask", chatty)
+    result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
+    assert (result.stdout, result.stderr) == ("At nine.\n", "a library has something to say\n")
+    d2l("ask", run_folder, document, "When?")
+    assert asked == [(1, "When?", 7), (1, "When?", 256)]
 
 
 def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
@@ -120,7 +138,10 @@ def test_checkpoints_that_are_none(run_folder: Path, document: Path, tmp_path: P
         if file.name != MANIFEST:
             (half / file.name).write_bytes(file.read_bytes())
     refused(d2l("ask", half, document, "When?"), "is no checkpoint: expected manifest.json")
-    refused(d2l("ask", run_folder, document, "When?", "--model", "no/such/model"), "no/such/model")
+    absent = d2l("ask", run_folder, document, "When?", "--model", "no/such/model")
+    refused(absent, "needs its base model: cannot load a tokenizer from no/such/model")
+    assert absent.stderr.splitlines()[-1] == "pass where it lies now: --model MODEL"
+    assert "--set" not in absent.stderr  # no option of this command
 
 
 def test_another_base(run_folder: Path, document: Path, tmp_path: Path) -> None:

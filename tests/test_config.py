@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from d2l.config import RunConfig, find_config, load_config
+from d2l.config import RunConfig
+from d2l.config_file import find_config, load_config
 from d2l.errors import ConfigError
 from d2l.paths import resource
 from d2l.reference_keys import HAS_NO_EFFECT, UNSUPPORTED

@@ -16,6 +16,8 @@ from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
 from d2l.train.losses import Normalizer, compute_loss, label_positions
 
+pytestmark = pytest.mark.golden
+
 CASES = ("e2e_01_llama_q", "e2e_02_llama_down_3chunks", "e2e_03_qwen3_q_o_exit", "e2e_04_gptoss_q", "checkpoint_llama")
 FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gpt_oss": GptOssConfig}
 L1_COEFFICIENT = 0.1  # of the cases' `*_l1` losses

@@ -1,9 +1,7 @@
-"""Evaluation: what each condition is given, scores against hand-made answers, and intervals that a seed repeats."""
+"""Evaluation: what each condition is given, what is measured of its answers, and what a seed repeats."""
 
-import math
 import random
 
-import numpy as np
 import pytest
 import torch
 from tiny_run import make_run
@@ -14,16 +12,11 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import Limits, Row, tokenize_record
 from d2l.errors import DataError
 from d2l.evaluate import (
-    CONDITIONS,
-    Answered,
-    Condition,
     Evaluation,
     _other_documents,
-    _scores,
     evaluate,
-    normalized,
-    token_f1,
 )
+from d2l.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
 from d2l.train.losses import label_positions
 from d2l.trained import Trained, load_trained
 
@@ -49,27 +42,6 @@ def evaluation(trained: Trained) -> Evaluation:
 
 def under(condition: Condition, evaluation: Evaluation) -> list[Answered]:
     return [answer for answer in evaluation.answers if answer.condition == condition]
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "f1"),
-    [
-        ("The Eiffel Tower.", "eiffel tower", 1.0),
-        ("a red fox", "red", 2 / 3),
-        ("red red", "red", 2 / 3),
-        ("blue", "red", 0.0),
-        ("", "red", 0.0),
-        ("", "the", 1.0),
-        ("17", "71", 0.0),
-    ],
-)
-def test_f1_counts_shared_words(answer: str, expected: str, f1: float) -> None:
-    assert token_f1(answer, expected) == pytest.approx(f1)
-    assert token_f1(expected, answer) == pytest.approx(f1)
-
-
-def test_answers_are_compared_without_case_punctuation_and_articles() -> None:
-    assert normalized(" The  Value, an 42! ") == "value 42"
 
 
 def test_every_question_is_answered_under_every_condition(evaluation: Evaluation) -> None:
@@ -112,35 +84,8 @@ def test_conditions_differ_in_what_they_see(evaluation: Evaluation) -> None:
     assert len({tuple(values) for values in losses.values()}) == len(CONDITIONS)
 
 
-def test_scores_are_means_over_questions_and_tokens() -> None:
-    answers = [
-        Answered(record, query, condition, "", exact, f1, nll, tokens)
-        for condition in CONDITIONS
-        for record, query, exact, f1, nll, tokens in [(0, 0, 1, 1, 1, 1), (0, 1, 0, 0.5, 3, 3), (1, 0, 0, 0, 2, 2)]
-    ]
-    score = _scores(answers, np.random.default_rng(0))["document"]
-    assert score.exact.value == pytest.approx(1 / 3)
-    assert score.f1.value == pytest.approx(0.5)
-    assert score.perplexity.value == pytest.approx(math.exp(1))
-    assert score.relative_f1 == 1.0
-    # document 0 alone has 1/2, document 1 alone 0: with both drawn from two, the interval reaches from one to the other
-    assert (score.exact.low, score.exact.high) == pytest.approx((0.0, 0.5))
-
-
-def test_an_interval_holds_what_was_drawn_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(3)
-    covered = 0
-    for _ in range(100):
-        draws = generator.random(100) < 0.3
-        answers = [Answered(i, 0, c, "", float(x), float(x), 1.0, 1) for i, x in enumerate(draws) for c in CONDITIONS]
-        exact = _scores(answers, generator)["none"].exact
-        covered += exact.low <= 0.3 <= exact.high
-    assert covered >= 88
-
-
 def test_the_seed_alone_decides(evaluation: Evaluation) -> None:
-    scores = [_scores(evaluation.answers, np.random.default_rng(1)) for _ in range(2)]
-    assert scores[0] == scores[1] == evaluation.scores
+    assert scores(evaluation.answers, seed=1) == scores(evaluation.answers, seed=1) == evaluation.scores
     others = [_other_documents(RECORDS * 9, random.Random(f"{seed} other")) for seed in (1, 1, 2)]
     assert others[0] == others[1] != others[2]
 
@@ -153,7 +98,29 @@ def test_another_document_is_another_text() -> None:
         _other_documents([RECORDS[0], RECORDS[0]], random.Random(0))
 
 
-def test_a_document_over_the_limits_is_refused(trained: Trained) -> None:
-    long = needle_records(documents=2, pairs=2, digits=2, filler_tokens=9000, seed=5)
+def test_sizes_are_those_of_the_documents_as_read(trained: Trained) -> None:
+    records = [*RECORDS[:2], *needle_records(documents=1, pairs=1, digits=2, filler_tokens=100, seed=5)]
+    evaluation = evaluate(trained, records, max_new_tokens=1)
+    found = {it.record: (it.document_tokens, it.chunks) for it in evaluation.answers}
+    longest = trained.config.max_ctx_chunk_len - sum(map(len, trained.chat.context_affixes()))
+    tokens = [len(trained.chat.encode_text(record.context)) for record in records]
+    assert found == {index: (count, -(-count // longest)) for index, count in enumerate(tokens)}
+    assert found[2][1] > 1
+    assert evaluation.by_length == by_length(evaluation.answers, seed=0)
+    assert evaluation.by_chunks == by_chunks(evaluation.answers, seed=0)
+    assert [(group.low, group.documents, group.questions) for group in evaluation.by_chunks] == [
+        (1, 2, 4),
+        (found[2][1], 1, 1),
+    ]
+
+
+def test_a_document_over_the_limits_is_refused_before_any_question(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("d2l.evaluate.generate", asked)
+    long = needle_records(documents=1, pairs=2, digits=2, filler_tokens=9000, seed=5)
     with pytest.raises(DataError, match="does not fit the checkpoint"):
-        evaluate(trained, long)
+        evaluate(trained, [*RECORDS, *long])

@@ -17,7 +17,7 @@ from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import run
 from checks.subject import Subject, changed
-from d2l.config import load_config
+from d2l.config_file import load_config
 
 CLEAN = make_subject(load_config())
 PLANTED = [(rule, fault) for rule in RULES for fault in rule.faults]
@@ -56,7 +56,15 @@ def subjects(draw: st.DrawFn) -> Subject:
         CLEAN.config,
         lora_r=draw(st.integers(1, 16)),
         target_modules=draw(
-            st.sampled_from([("q_proj",), ("v_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")])
+            st.sampled_from(
+                [
+                    ("q_proj",),
+                    ("v_proj", "o_proj"),
+                    ("q_proj", "k_proj", "v_proj", "o_proj"),
+                    ("mlp", "v_proj"),
+                    ("mlp",),
+                ]
+            )
         ),
         ctx_encoder_type=draw(st.sampled_from(["per_layer_activations", "early_exit"])),
         per_layer_processing=draw(st.booleans()),

@@ -1,6 +1,5 @@
 """The hypernetwork: parity with the reference, initial statistics, and latents that it must refuse."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from golden import (
     assert_gradients,
     case_names,
     fill_parameters,
+    init_stats,
     load_case,
     probe_loss,
 )
@@ -92,6 +92,7 @@ def latents(n: int = 2) -> Tensor:
     return torch.randn(n, 3, 2, 2, 8, generator=torch.Generator().manual_seed(n))
 
 
+@pytest.mark.golden
 class TestParity:
     @pytest.mark.parametrize("name", CASES)
     def test_outputs_and_gradients(self, shared: Path, name: str) -> None:
@@ -204,8 +205,9 @@ class TestRows:
 
 
 class TestInitialisation:
+    @pytest.mark.golden
     def test_shapes_and_statistics_of_the_reference(self, shared: Path) -> None:
-        stats = json.loads((shared / "golden" / "reference" / "init_stats.json").read_text())
+        stats = init_stats(shared)
         expected = stats.pop("__expected__")
         shape = replace(TINY, modules={"q_proj": (16, 32)}, feature_size=16, rank=8, latent_size=32)
         torch.manual_seed(0)

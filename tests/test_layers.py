@@ -11,7 +11,7 @@ COMMANDS = {path.stem for path in ROOT.glob("cli*.py")}
 
 # Each bank of the river may use those before it. What stands above all banks puts them together.
 BANKS = ("base", "data", "hypernet", "train")
-ABOVE_ALL_BANKS = {"prepare", "adapter", "answer", "evaluate", "trained", "reference_import"}
+ABOVE_ALL_BANKS = {"prepare", "adapter", "answer", "evaluate", "scores", "figures", "trained", "reference_import"}
 
 
 def imports(path: Path) -> Iterator[str]:

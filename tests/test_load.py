@@ -237,6 +237,7 @@ def test_transformers_itself_reads_what_we_write(checkpoint: Path) -> None:
         output_loading_info=True,
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs.set_experts_implementation("eager")  # as ours on a CPU; others add in another order
     ours = random_base(TWIN, plan(expert_weights="dequantize"), seed=7)
     assert torch.equal(logits(theirs.float()), logits(ours))  # older releases dequantize to bfloat16 whatever the dtype
 

@@ -68,11 +68,13 @@ def leaves(*loras: Lora) -> list[Tensor]:
     return [x for lora in loras for side in (lora.A, lora.B) for x in side.values()]
 
 
-def hooks(base: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in base.modules() if isinstance(module, nn.Linear))
+def hooks(base: PreTrainedModel) -> int:
+    targets = find_targets(base, NAMES)
+    return sum(len(module._forward_hooks) for modules in targets.values() for module in modules)
 
 
 class TestMerging:
+    @pytest.mark.golden
     @pytest.mark.parametrize("name", COMBINE)
     def test_parity(self, shared: Path, name: str) -> None:
         case = load_case(shared, name)
@@ -98,6 +100,7 @@ class TestMerging:
         for key, x in inputs.items():
             assert_close(x.grad, case[key.replace("in.", "grad.")], GRADIENTS, key)
 
+    @pytest.mark.golden
     def test_no_case_is_left_out(self, shared: Path) -> None:
         assert case_names(shared, "combine_") == set(COMBINE)
 
@@ -167,7 +170,7 @@ class TestTargets:
             expected = [m for path, m in base.named_modules() if path.endswith(f".{name}") and ".layers." in path]
             assert all(a is b for a, b in zip(linears, expected, strict=True))
             assert len(linears) == 3
-        assert target_sizes(targets)["q_proj"] == (16, 32)
+        assert target_sizes(targets, 16)["q_proj"] == (16, 32)
 
     def test_experts_are_parameters(self) -> None:
         with pytest.raises(ModelError) as error:
@@ -175,7 +178,7 @@ class TestTargets:
         message = str(error.value)
         assert "gate_up_proj: 0 Linears of that name in every layer; it is a parameter [4, 16, 48]" in message
         assert "lora_proj: 0 Linears of that name in every layer\n" in message
-        assert "Linears in every layer: k_proj, o_proj, q_proj, v_proj" in message
+        assert "Linears in every layer: k_proj, o_proj, q_proj, v_proj; beside the whole block: mlp." in message
         assert "q_proj: " not in message
 
     def test_a_layer_that_lacks_the_module_is_named(self) -> None:
@@ -194,7 +197,7 @@ class TestTargets:
         base = tiny_base("Llama")
         base.model.layers[2].self_attn.q_proj = nn.Linear(16, 64)
         with pytest.raises(ModelError, match=r"\(16, 32\) and \(16, 64\)"):
-            target_sizes(find_targets(base, ["q_proj"]))
+            target_sizes(find_targets(base, ["q_proj"]), 16)
 
 
 def delta_by_loop(x: Tensor, A: Tensor, B: Tensor, owners: Sequence[int], scale: float) -> Tensor:
@@ -203,6 +206,7 @@ def delta_by_loop(x: Tensor, A: Tensor, B: Tensor, owners: Sequence[int], scale:
 
 
 class TestDelta:
+    @pytest.mark.golden
     @pytest.mark.parametrize("name", LORA)
     def test_parity(self, shared: Path, name: str) -> None:
         case = load_case(shared, name)
@@ -231,6 +235,7 @@ class TestDelta:
             assert leaf.grad.dtype == leaf.dtype
             assert_close(leaf.grad, case[f"grad.{key}"], GRADIENTS if exact else BFLOAT16, key)
 
+    @pytest.mark.golden
     def test_no_case_is_left_out(self, shared: Path) -> None:
         assert case_names(shared, "lora_") == set(LORA)
 
@@ -327,7 +332,7 @@ class TestDelta:
             bind({"q_proj": [nn.Linear(5, 7)]}, lora, spans)
 
 
-NAMES = ["q_proj", "o_proj"]
+NAMES = ["mlp", "o_proj", "q_proj"]
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
 
 
@@ -337,7 +342,7 @@ def base() -> PreTrainedModel:
 
 
 def lora_for(base: PreTrainedModel, n: int = 2, seed: int = 0) -> Lora:
-    return random_lora(target_sizes(find_targets(base, NAMES)), n, seed=seed)
+    return random_lora(target_sizes(find_targets(base, NAMES), base.config.hidden_size), n, seed=seed)
 
 
 def logits(base: PreTrainedModel, ids: Tensor = IDS) -> Tensor:

@@ -230,7 +230,7 @@ def test_a_micro_batch_without_labels_takes_no_part_in_the_token_mean() -> None:
 def test_the_counts_of_a_step() -> None:
     contexts = draw(HARD)
     batches = [packed(part)[1] for part in (contexts[:1], contexts[1:])]
-    assert Normalizer.of(iter(batches), RANK) == Normalizer(label_tokens=8, contexts=3, rank=RANK * 4)
+    assert Normalizer.of(iter(batches), RANK) == Normalizer(label_tokens=8, queries=4, contexts=3, rank=RANK * 4)
 
 
 def test_label_positions_leave_out_the_first_token_of_a_query() -> None:
@@ -264,3 +264,33 @@ def test_a_teacher_of_other_tokens_names_the_records() -> None:
         DataError, match=r"records \[40, 41, 42\]: expected one row for each of 8 label tokens, found 7"
     ):
         compute_loss(logits, batch, lora, Normalizer.of([batch], RANK), use_kl_loss=True)
+
+
+def test_teacher_ids_beyond_the_vocabulary_name_the_records_that_hold_them() -> None:
+    logits, batch, lora = packed(draw(HARD))
+    assert batch.logprobs_indices is not None
+    for places, records in (([4], r"\[42\]"), ([0, 7], r"\[40, 42\]")):  # labels 0 to 2 are of 40, 3 to 7 of 42
+        indices = batch.logprobs_indices.clone()
+        indices[places, 1] = VOCABULARY
+        spoilt = replace(batch, logprobs_indices=indices)
+        with pytest.raises(DataError, match=rf"records {records}: expected token ids below 7, found 7"):
+            compute_loss(logits, spoilt, lora, Normalizer.of([batch], RANK), use_kl_loss=True)
+        compute_loss(logits, spoilt, lora, Normalizer.of([batch], RANK))
+
+
+@few
+@given(shapes, st.integers(0, 3))
+@example(HARD, 0)
+def test_exact_match_is_the_share_of_queries_without_a_wrong_token(shapes: list[Shape], seed: int) -> None:
+    contexts = draw(shapes, seed)
+    logits, batch, lora = packed(contexts)
+    answered = []
+    for context in contexts:
+        rows = iter(context.logits)
+        for labels, supervised in zip(context.labels, context.supervised, strict=True):
+            wanted = [label for label, mark in list(zip(labels, supervised, strict=True))[1:] if mark]
+            if wanted:
+                answered.append(all(int(next(rows).argmax()) == label for label in wanted))
+    loss = compute_loss(logits, batch, lora, Normalizer.of([batch], RANK))
+    expected = sum(answered) / max(len(answered), 1)
+    assert float(loss.exact_match) == pytest.approx(expected)

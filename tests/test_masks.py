@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from d2l.base.attention import PER_DOCUMENT
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.errors import ModelError
 
@@ -71,6 +72,7 @@ CASES = [
     ("gemma2", "eager"),
     ("gemma3", "eager"),
     ("gemma3", "sdpa"),
+    *((kind, PER_DOCUMENT) for kind in ("gpt_oss", "llama", "qwen3_mixed", "mistral", "gemma2", "gemma3")),
 ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from d2l.data.needle import KEYS, PAIR_KEYS, needle_records, split_of
+from d2l.data.needle import KEYS, PAIR_FILLER, PAIR_KEYS, needle_records, split_of
 from d2l.data.records import Record, read_records, write_records
 from d2l.errors import ConfigError
 
@@ -91,7 +91,28 @@ def test_pairs_are_keys_digits_and_nothing_else() -> None:
     assert len(set(PAIR_KEYS)) == 32
 
 
-@pytest.mark.parametrize(("pairs", "words", "problem"), [(33, 0, "than the 32 keys"), (2, 8, "which has none")])
-def test_what_pairs_cannot_hold_is_refused(pairs: int, words: int, problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        needle_records(1, pairs, 2, words, seed=0, style="pairs")
+def test_filler_of_pairs_is_whole_sentences_of_their_own_split_among_them() -> None:
+    sentences = {}
+    for split in ("train", "heldout"):
+        sentences[split] = set()
+        for record in needle_records(200, 2, 2, 8, seed=1, split=split, style="pairs"):
+            text = record.context
+            for response in record.responses:
+                before, _, behind = text.partition(response)
+                text = f"{before.strip()} {behind.strip()}".strip()
+            assert len(text.split()) == 9
+            assert set(text.split()) <= set(PAIR_FILLER)
+            sentences[split] |= {" ".join(text.split()[place : place + 3]) for place in range(0, 9, 3)}
+    assert not sentences["train"] & sentences["heldout"]
+    assert set(PAIR_FILLER).isdisjoint(PAIR_KEYS)
+
+
+def test_more_pairs_than_keys_are_refused() -> None:
+    with pytest.raises(ConfigError, match="than the 32 keys"):
+        needle_records(1, 33, 2, 0, seed=0, style="pairs")
+
+
+def test_filler_is_drawn_between_its_bounds() -> None:
+    records = needle_records(300, 1, 2, 12, seed=0, style="pairs", min_filler_tokens=0)
+    lengths = [len(record.context.split()) for record in records]
+    assert set(lengths) == {3, 6, 9, 12, 15}

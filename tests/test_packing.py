@@ -1,7 +1,6 @@
 """Packed batches: exact tensors, and every row in exactly one batch or reported."""
 
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden import data_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +33,6 @@ def benchmark() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def golden(shared: Path, name: str) -> list[dict[str, Any]]:
-    return json.loads((shared / "golden" / "reference" / f"data_{name}.json").read_text())["cases"]
 
 
 def rows_of(batch: dict[str, list]) -> list[Row]:
@@ -63,9 +59,10 @@ def as_lists(batch: PackedBatch) -> dict[str, Any]:
 # One batch
 
 
+@pytest.mark.golden
 def test_batches_are_those_of_the_reference(shared: Path, benchmark: ModuleType) -> None:
     compared = 0
-    for case in golden(shared, "pack_batch"):
+    for case in data_cases(shared, "pack_batch"):
         rows = rows_of(case["batch"])
         sizes = [row.size for row in rows]
         budgets = case["max_packed_inp_len"], case["max_packed_ctx_len"]
@@ -94,8 +91,9 @@ def test_batches_are_those_of_the_reference(shared: Path, benchmark: ModuleType)
     assert compared == 17
 
 
+@pytest.mark.golden
 def test_evaluation_batches_are_those_of_the_reference(shared: Path) -> None:
-    (case,) = golden(shared, "flatten_eval")
+    (case,) = data_cases(shared, "flatten_eval")
     rows = [
         Row(i, tuple(map(tuple, item["ctx_ids"])), (Query(tuple(item["input_ids"]), tuple(item["labels"])),))
         for i, item in enumerate(case["inputs"])
@@ -260,8 +258,9 @@ def test_long_tailed_lengths_fill_batches_better_than_the_greedy_rule(benchmark:
     assert ours < 0.85 * greedy
 
 
+@pytest.mark.golden
 def test_the_greedy_baseline_is_the_rule_of_the_reference(shared: Path, benchmark: ModuleType) -> None:
-    for case in golden(shared, "pack_indices"):
+    for case in data_cases(shared, "pack_indices"):
         sizes = [(sum(inp), sum(ctx)) for inp, ctx in zip(case["lens"], case["ctx_lens"], strict=True)]
         groups = benchmark.next_fit(sizes, case["max_inp"], case["max_ctx"], case["max_size"])
         assert groups == [tuple(range(start, end)) for start, end in case["result"]]

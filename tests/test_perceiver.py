@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from d2l.errors import ModelError
-from d2l.hypernet.perceiver import Attention, Perceiver, Segments
+from d2l.hypernet.perceiver import PUBLISHED_HEADS, Attention, Heads, Perceiver, Segments
 
 CASES = [
     "perceiver_01_l2l_packed",
@@ -36,7 +36,7 @@ LAYERS, FEATURES = 2, 6
 few = settings(derandomize=True, deadline=None, max_examples=8)
 
 
-def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True) -> Perceiver:
+def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True, query_scale: float = 1.0) -> Perceiver:
     torch.manual_seed(0)
     return Perceiver(
         feature_size=FEATURES,
@@ -50,6 +50,7 @@ def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True) -> Perceiver
         shared_weights=True,
         per_rank_gen=per_rank_gen,
         layer_to_layer=layer_to_layer,
+        query_scale=query_scale,
     )
 
 
@@ -67,6 +68,7 @@ def padded(packed: Tensor, lengths: tuple[int, ...], width: int, value: float) -
     return rows
 
 
+@pytest.mark.golden
 class TestParity:
     @pytest.mark.parametrize("name", CASES)
     def test_outputs_and_gradients(self, shared: Path, name: str) -> None:
@@ -208,16 +210,23 @@ class TestSegments:
             tiny()(features((4,)), segments)
 
 
-def test_attention_equals_a_loop_over_heads() -> None:
-    """16 query heads, 4 key heads: query head h attends with key head h // 4."""
+@pytest.mark.parametrize("heads", [PUBLISHED_HEADS, Heads(8, 3), Heads(4, 5)])
+def test_attention_equals_a_loop_over_heads(heads: Heads) -> None:
+    """Query head h attends with key head h // 4: as published, 16 share 4."""
     torch.manual_seed(0)
-    attention, latents, context = Attention(4), torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    attention, latents, context = Attention(4, heads), torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     q, k, v = attention.q_proj(latents), attention.k_proj(context), attention.v_proj(context)
     mixed = torch.zeros_like(q)
     for b in range(2):
-        for head in range(16):
-            columns, shared_columns = slice(head * 128, (head + 1) * 128), slice(head // 4 * 128, (head // 4 + 1) * 128)
+        for head in range(heads.count):
+            columns, shared_columns = (slice(h * heads.size, (h + 1) * heads.size) for h in (head, head // 4))
             keys, values = k[b, mask[b], shared_columns], v[b, mask[b], shared_columns]
-            mixed[b, :, columns] = (q[b, :, columns] @ keys.T / 128**0.5).softmax(-1) @ values
+            mixed[b, :, columns] = (q[b, :, columns] @ keys.T / heads.size**0.5).softmax(-1) @ values
     torch.testing.assert_close(attention(latents, context, mask), attention.o_proj(mixed))
+
+
+def test_a_query_scale_multiplies_the_first_scores_of_every_attention_and_nothing_else() -> None:
+    plain, sharp = (tiny(query_scale=scale).state_dict() for scale in (1.0, 10.0))
+    for name, value in plain.items():
+        torch.testing.assert_close(sharp[name], value * (10 if name.endswith("self_attn.q_proj.weight") else 1))

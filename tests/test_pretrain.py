@@ -8,11 +8,13 @@ from typer.testing import CliRunner
 
 import cli
 from d2l import prepare
-from d2l.config import RunConfig
+from d2l.config import RunConfig, Stage
 from d2l.data.needle import PAIR_KEYS, Split, needle_records, split_of
 from d2l.pretrain import TEMPLATE, Tasks, pretrain, reader_chat, reader_config
 
 KEYS = set(PAIR_KEYS)
+GOAL = Stage(pairs=4, digits=2)
+CONFIG = "configs/needle_tiny.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +38,15 @@ def stated_pairs(text: list[str], digits: int) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("pairs", "digits", "split"), [(1, 1, "train"), (4, 2, "train"), (4, 2, "heldout")])
 def test_documents_ask_in_the_chat_format_what_they_state(tasks: Tasks, pairs: int, digits: int, split: Split) -> None:
-    batch = tasks.documents(5, pairs, digits, split)
+    batch = tasks.documents(5, pairs, digits, split=split)
     chat = reader_chat()
     for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
         document = words(ids)[3 : 3 + pairs * (1 + digits)]
         stated = dict(stated_pairs(document, digits))
         assert len(stated) == pairs
         assert {split_of(f"{key} {value}") for key, value in stated.items()} == {split}
-        asked = [words(ids)[place - 1] for place, token in enumerate(words(ids)) if token == "<|end|>"]
+        said = words(ids)
+        asked = [said[place - 3] for place, token in enumerate(said) if token == "assistant"]
         assert sorted(asked) == sorted(stated)
         turns = []
         for number, key in enumerate(asked):
@@ -52,7 +55,8 @@ def test_documents_ask_in_the_chat_format_what_they_state(tasks: Tasks, pairs: i
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         encoded = chat.encode(turns)
         assert encoded.input_ids == ids.tolist()
-        assert encoded.supervised == supervised.tolist()
+        ends = [token == "<|end|>" for token in words(ids)]  # of earlier turns: that another follows cannot be known
+        assert [mark and not end for mark, end in zip(encoded.supervised, ends, strict=True)] == supervised.tolist()
 
 
 def test_restated_pairs_say_the_same_in_other_orders(tasks: Tasks) -> None:
@@ -78,28 +82,30 @@ def test_repeated_sequences_are_supervised_where_they_can_be_known(tasks: Tasks)
 
 
 def test_the_reader_has_about_a_million_parameters_and_all_of_gpt_oss() -> None:
-    model, _ = next(pretrain(seed=0, max_steps=1))
+    model, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
     assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
     assert set(reader_config().layer_types) == {"sliding_attention", "full_attention"}
     assert any(name.endswith("sinks") for name, _ in model.named_parameters())
 
 
 def test_a_step_is_the_same_for_the_same_seed_and_changes_every_weight() -> None:
-    (first, one), (second, other) = (next(pretrain(seed=1, max_steps=1)) for _ in range(2))
+    (first, one), (second, other) = (next(pretrain(seed=1, max_steps=1, goal=GOAL)) for _ in range(2))
     assert one == other
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert next(pretrain(seed=2, max_steps=1))[1] != one
+    assert next(pretrain(seed=2, max_steps=1, goal=GOAL))[1] != one
 
 
 def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
     folder = tmp_path / "reader"
-    result = CliRunner().invoke(cli.app, ["pretrain-tiny", "-o", str(folder), "--max-steps", "1"], prog_name="d2l")
+    result = CliRunner().invoke(
+        cli.app, ["pretrain-tiny", CONFIG, "-o", str(folder), "--max-steps", "1"], prog_name="d2l"
+    )
     assert result.exit_code == 1  # a step is not enough, and it says so
     assert "stayed below" in result.stderr
     config = RunConfig(model_name_or_path=str(folder), chat_template=TEMPLATE, target_modules=("v_proj",))
     tokenizer = prepare.run_tokenizer(config)
     base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
-    trained, _ = next(pretrain(seed=0, max_steps=1))
+    trained, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in base.state_dict().items())
     chat = prepare.run_chat(config, tokenizer)
     assert chat.fingerprint == reader_chat().fingerprint
@@ -107,6 +113,6 @@ def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
     ids = chat.encode_text(record.context)
     assert len(ids) == 2 * 3
     assert chat.decode(ids) == record.context
-    again = CliRunner().invoke(cli.app, ["pretrain-tiny", "-o", str(folder)], prog_name="d2l")
+    again = CliRunner().invoke(cli.app, ["pretrain-tiny", CONFIG, "-o", str(folder)], prog_name="d2l")
     assert again.exit_code == 2
     assert "never written over" in again.stderr

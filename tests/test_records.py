@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from d2l.data.records import Record, check_logprobs, read_records, write_records
+from d2l.data.records import Record, read_records, write_records
 from d2l.errors import DataError
 
 GOOD = {"context": "Rollo led the Normans.", "prompts": ["Who led?", "Whom?"], "responses": ["Rollo", "the Normans"]}
@@ -141,36 +141,10 @@ def test_written_records_read_back_and_are_never_overwritten(tmp_path: Path) -> 
     ]
     write_records(path, records)
     assert read_records([path]) == records
-    with pytest.raises(DataError, match="exists and is not overwritten"):
+    with pytest.raises(DataError, match="exists and is never written over"):
         write_records(path, records)
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match=r"the folder .*absent does not exist"):
         write_records(tmp_path / "absent" / "a.jsonl", records)
-
-
-@pytest.mark.parametrize(
-    ("vals", "indices", "expected"),
-    [
-        ([[-0.1, -3.0]], [[1, 2]], "1 entries for 2 supervised tokens"),
-        ([[-0.1, -3.0]] * 2, [[1, 2]], "of one shape"),
-        ([[-0.1, -3.0], [-0.1]], [[1, 2], [1]], "as many for every token"),
-        ([["x"], ["y"]], [[1], [2]], "expected numbers"),
-        ([], [], "of one shape"),
-        ([[], []], [[], []], "of one shape"),
-        ([[-0.1]] * 2, [[1.0]] * 2, "float64"),
-        ([[-0.1]] * 2, [[-1]] * 2, "of one shape"),
-        ([[-0.1], [float("-inf")]], [[1]] * 2, "not finite"),
-        ([[-0.1], [float("nan")]], [[1]] * 2, "not finite"),
-        ([[-0.1, -0.1]] * 2, [[1, 2]] * 2, "sum to 1.81 > 1"),
-    ],
-)
-def test_teacher_logprobs_that_do_not_fit(vals: list, indices: list, expected: str) -> None:
-    with pytest.raises(DataError, match="teacher logprobs") as caught:
-        check_logprobs(vals, indices, n_labels=2)
-    assert expected in str(caught.value)
-
-
-def test_teacher_logprobs_may_sum_to_one_within_bfloat16() -> None:
-    check_logprobs([[-0.6904, -0.6904], [-9.0, -1.0]], [[1, 2], [3, 4]], n_labels=2)
 
 
 def test_the_real_documents_are_all_read(shared: Path) -> None:

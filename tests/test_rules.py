@@ -14,7 +14,8 @@ from checks.result import Report
 from checks.rules import RULES
 from checks.runner import run
 from checks.selftest import run_selftest
-from d2l.config import RunConfig, load_config
+from d2l.config import RunConfig
+from d2l.config_file import load_config
 from d2l.paths import resource
 
 REAL = Path("configs/gpt_oss_20b.yaml")

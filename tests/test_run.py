@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_model import base_config, run_config
 
-from d2l.config import RunConfig, load_config
+from d2l.config import RunConfig
+from d2l.config_file import load_config
 from d2l.errors import CheckpointError
 from d2l.train.checkpoint import MANIFEST, Checkpoint, load_checkpoint, save_checkpoint, step_folder
 from d2l.train.loop import METRICS

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from golden import data_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_run import tiny_config
+from transformers import LlamaConfig, PreTrainedConfig
 
+from d2l import prepare
 from d2l.config import RunConfig
 from d2l.data.chat import ChatFormat, Encoded, chat_format, load_tokenizer
+from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record, read_records
 from d2l.data.tokenize import (
     IGNORED,
-    DoesNotFitError,
-    Limits,
     Query,
     Row,
     labels_from_mask,
@@ -27,6 +30,7 @@ from d2l.data.tokenize import (
     tokenize_records,
 )
 from d2l.errors import ConfigError, DataError
+from d2l.paths import resource
 
 USER, ASSISTANT, END = 1, 2, 3
 
@@ -57,10 +61,6 @@ CHAT = cast(ChatFormat, WordChat())
 
 def record(words: int = 5, answers: Sequence[str] = ("bb",), source: str = "a.jsonl:1", **logprobs: Any) -> Record:
     return Record("a " * words, ("which one",) * len(answers), tuple(answers), source, **logprobs)
-
-
-def cases(shared: Path, name: str) -> list[dict[str, Any]]:
-    return json.loads((shared / "golden" / "reference" / f"data_{name}.json").read_text())["cases"]
 
 
 # A record as a whole
@@ -143,9 +143,11 @@ def test_teacher_logprobs_belong_to_the_labels() -> None:
     ):
         tokenize_records([record(**teacher), longer], CHAT, Limits())
     wider: dict[str, Any] = {"logprobs_vals": (((-1.0, -2.0),) * 2,), "logprobs_indices": (((4, 5),) * 2,)}
-    for other in ({}, wider):
-        with pytest.raises(DataError, match="same number of teacher logprobs"):
-            tokenize_records([record(**teacher), record(**other)], CHAT, Limits())
+    for k, other in ((0, {}), (2, wider)):
+        lines = [f"  {k}: record 1 (b.jsonl:1)", "  1: record 0 (a.jsonl:1)"]
+        with pytest.raises(DataError, match="same number of teacher logprobs") as caught:
+            tokenize_records([record(**teacher), record(source="b.jsonl:1", **other)], CHAT, Limits())
+        assert set(str(caught.value).splitlines()[1:]) == set(lines)
 
 
 limits = st.builds(
@@ -248,12 +250,13 @@ def test_limits_that_no_document_or_not_this_one_can_meet() -> None:
         split_context(range(30), [90, 91], [92], Limits(max_ctx_chunk_len=13, max_packed_ctx_len=38))
 
 
+@pytest.mark.golden
 def test_chunks_hold_the_text_of_the_reference(shared: Path) -> None:
     """The reference's limit counts the text of a chunk alone, so with its affixes a chunk is over it; ours counts both.
 
     The reference's document already wears the outer affixes: its first chunk has no prefix, its last no suffix.
     """
-    good = [case for case in cases(shared, "split_ctx") if not (case["error"] or case["max_num_split"])]
+    good = [case for case in data_cases(shared, "split_ctx") if not (case["error"] or case["max_num_split"])]
     assert len(good) == 6
     for case in good:
         text = range(1000, 1000 + case["n_ctx_ids"])
@@ -275,9 +278,10 @@ def test_chunks_hold_the_text_of_the_reference(shared: Path) -> None:
                 assert max(map(len, case["result"]["ctx_ids"])) > longest  # the reference breaks its own limit
 
 
+@pytest.mark.golden
 def test_where_the_reference_fails_or_ignores_a_limit_ours_does_neither(shared: Path) -> None:
     outcomes: list[int | str] = []
-    for case in cases(shared, "split_ctx"):
+    for case in data_cases(shared, "split_ctx"):
         if not (case["error"] or case["max_num_split"]):
             continue
         prefix, suffix = (
@@ -301,8 +305,9 @@ def test_where_the_reference_fails_or_ignores_a_limit_ours_does_neither(shared: 
 # Questions into rows
 
 
+@pytest.mark.golden
 def test_questions_are_grouped_as_in_the_reference(shared: Path) -> None:
-    for case in cases(shared, "split_qas"):
+    for case in data_cases(shared, "split_qas"):
         chosen = Limits(max_qas_len=case["max_qas_len"], max_qas_per_sample=case["max_qas_per_sample"])
         rows: list[dict[str, Any]] = []
         for i, context in enumerate(case["samples"]["ctx_ids"]):
@@ -327,8 +332,9 @@ def test_rows_fit_a_batch_even_where_a_record_has_many_questions() -> None:
     assert {row.record for row in rows} == {0}
 
 
+@pytest.mark.golden
 def test_labels_are_those_of_the_reference_and_never_longer_than_the_ids(shared: Path) -> None:
-    for case in cases(shared, "labels_from_ids"):
+    for case in data_cases(shared, "labels_from_ids"):
         for ids, (start, end), theirs in zip(
             case["input_ids"], case["response_start_end"], case["result"], strict=True
         ):
@@ -341,6 +347,43 @@ def test_labels_are_those_of_the_reference_and_never_longer_than_the_ids(shared:
 
 def test_the_first_token_is_never_supervised() -> None:
     assert labels_from_mask([5, 6, 7], [True, False, True]) == (-100, -100, 7)
+
+
+def test_nothing_is_longer_than_the_base_was_made_for() -> None:
+    base = Limits(max_position_embeddings=12)
+    assert len(split_context(range(9), [90, 91], [92], base)) == 1
+    with pytest.raises(DoesNotFitError) as caught:
+        split_context(range(10), [90, 91], [92], base)
+    assert (caught.value.kind, str(caught.value)) == (
+        "document too long",
+        "13 tokens of document in one chunk > 12, the max_position_embeddings of the base; set max_ctx_chunk_len to at most 12",
+    )
+    assert len(split_context(range(18), [90, 91], [92], replace(base, max_ctx_chunk_len=13))) == 2  # of 12 each
+    with pytest.raises(DoesNotFitError, match="13 tokens of document in one chunk > 12"):
+        split_context(range(19), [90, 91], [92], replace(base, max_ctx_chunk_len=13))
+
+    tokenized = tokenize_records([record(answers=["bb", "bb " * 12])], CHAT, base)
+    assert [len(row.queries) for row in tokenized.rows] == [1]
+    assert [(drop.query, drop.kind, drop.reason) for drop in tokenized.dropped] == [
+        (1, "question too long", "17 tokens of question and answer > 12, the max_position_embeddings of the base")
+    ]
+
+
+def test_the_limits_of_a_run_know_the_length_of_its_base() -> None:
+    config, base_config = RunConfig(), LlamaConfig(max_position_embeddings=77)
+    assert Limits.of(config, base_config) == replace(Limits.of(config), max_position_embeddings=77)
+    assert Limits.of(config, PreTrainedConfig()) == Limits.of(config)
+
+
+def test_a_run_reports_what_is_longer_than_its_base_was_made_for(tmp_path: Path) -> None:
+    config = tiny_config(max_ctx_chunk_len=-1, max_packed_ctx_len=4000)
+    base = json.loads((resource(config.model_name_or_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(base | {"max_position_embeddings": 100}))
+    tokenizer = prepare.run_tokenizer(config)
+    config = config.model_copy(update={"model_name_or_path": str(tmp_path / "config.json")})
+    records = [Record(text, ("q",), ("a",), "a.jsonl:1") for text in ("The fox.", "The quiet fox. " * 40)]
+    tokenized = prepare.run_rows(config, prepare.run_chat(config, tokenizer), records)
+    assert [(drop.record, drop.kind) for drop in tokenized.dropped] == [(1, "document too long")]
 
 
 def test_limits_are_those_of_the_config() -> None:
@@ -373,3 +416,17 @@ def test_real_documents_with_the_real_tokenizer(shared: Path) -> None:
         for query in row.queries
     ]
     assert answers == [f"{response}<|return|>" for item in records for response in item.responses]
+
+
+@pytest.mark.golden
+def test_documents_are_not_cut_as_by_the_helpers_of_the_reference(shared: Path) -> None:
+    """`truncate_middle` takes the middle out of what is too long, where ours reports it. `get_ds_prob` draws data sets at
+    rates of their own, where ours uses every row once an epoch. Neither has a counterpart here."""
+    misc = data_cases(shared, "misc")
+    assert {case["fn"] for case in misc} == {"truncate_middle", "get_ds_prob"}
+    for case in misc:
+        if case["fn"] == "truncate_middle":
+            longest = case["kw"]["max_length"] - case["kw"]["max_new_tokens"]
+            assert len(case["result"]) <= longest < len(case["x"])
+            with pytest.raises(DoesNotFitError, match=rf"14 tokens of document > max_ctx_len {longest}; raise"):
+                split_context(case["x"], [], [], Limits(max_ctx_len=longest))

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from d2l import prepare
-from d2l.config import RunConfig, load_config
+from d2l.config import RunConfig
+from d2l.config_file import load_config
 from d2l.train.checkpoint import save_checkpoint, step_folder
 from d2l.train.loop import Trainer
 

@@ -14,7 +14,8 @@ from tiny_model import random_rows, run_config, tiny_model
 
 from d2l.config import RunConfig
 from d2l.errors import NonFiniteError
-from d2l.train.loop import Trainer, processes, run
+from d2l.train.loop import Trainer, run
+from d2l.train.processes import processes
 from d2l.train.run import new_folder
 
 

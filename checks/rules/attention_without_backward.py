@@ -14,11 +14,12 @@ apart by them here.
 
 How it is detected
 ------------------
-Allowed is `eager`; `sdpa` for models without sinks that support it.
+Allowed are `eager` and `per_document`, which is eager one document at a time; `sdpa` for models without sinks that
+support it.
 
 How to fix
 ----------
-Set `attn_implementation: auto`, or `eager`.
+Set `attn_implementation: auto`, or `per_document` where packed rows of many documents are long.
 
 Source
 ------
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
 def run(subject: "Subject") -> Result:
     """The planned implementation against those that can train this model."""
     from checks.subject import changed
+    from d2l.base.attention import PER_DOCUMENT
     from d2l.base.load import plan_load
     from d2l.base.masks import attention_layout
 
     choice = subject.plan.attention
     able = {
         "eager",
+        PER_DOCUMENT,
         plan_load(changed(subject.config, attn_implementation="auto"), subject.base_config).attention.value,
     }
     layout = attention_layout(subject.base_config)

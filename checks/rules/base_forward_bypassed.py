@@ -32,12 +32,13 @@ from torch import Tensor, nn
 
 from checks.faults import override
 from checks.measure import TOLERANCE, difference, probe_batch
-from checks.result import Fail, Pass, Result
+from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.config import RunConfig
 
 
 class _DoublingLinear(nn.Linear):
@@ -50,16 +51,17 @@ class _DoublingLinear(nn.Linear):
 @torch.no_grad()
 def run(subject: "Subject") -> Result:
     """Overridden forwards against doubled weights."""
-    batch = probe_batch(subject)
     plain = subject.twin()
+    if not _linears(subject.implementation, plain, subject.config):
+        return Skip(f"no target is a Linear: {', '.join(subject.config.target_modules)}")
+    batch = probe_batch(subject)
     lora = plain.lora(batch)
-    names = subject.config.target_modules
-    for linear in _linears(subject, plain, names):
+    for linear in _linears(subject.implementation, plain, subject.config):
         linear.weight.mul_(2)
         if linear.bias is not None:
             linear.bias.mul_(2)
     overriding = subject.twin()
-    for linear in _linears(subject, overriding, names):
+    for linear in _linears(subject.implementation, overriding, subject.config):
         linear.__class__ = _DoublingLinear
     error = difference(overriding.logits(batch, lora), plain.logits(batch, lora))
     if error > TOLERANCE:
@@ -73,17 +75,16 @@ def run(subject: "Subject") -> Result:
     return Pass(f"an overridden forward is honoured (difference {error:.1g})", {"difference": error})
 
 
-def _linears(subject: "Subject", model: Model, names: tuple[str, ...]) -> list[nn.Linear]:
-    targets = subject.implementation.targets(model.base, names)
-    return [linear for name in names for linear in targets[name]]
+def _linears(implementation: Implementation, model: Model, config: "RunConfig") -> list[nn.Linear]:
+    found = implementation.targets(model.base, config.target_modules)
+    return [module for modules in found.values() for module in modules if isinstance(module, nn.Linear)]
 
 
 def _bypass(healthy: Implementation, base: Any, config: Any) -> Model:
     """Every target computes torch's Linear, whatever class it has."""
     model = healthy.build(base, config)
-    for linears in healthy.targets(model.base, config.target_modules).values():
-        for linear in linears:
-            linear.forward = partial(nn.Linear.forward, linear)  # type: ignore[method-assign]
+    for linear in _linears(healthy, model, config):
+        linear.forward = partial(nn.Linear.forward, linear)  # type: ignore[method-assign]
     return model
 
 

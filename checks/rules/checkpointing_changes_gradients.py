@@ -109,7 +109,8 @@ def _latest_binding(healthy: Implementation, base: Any, config: Any) -> Model:
             a = current["lora"].A[name][current["owner"], layer]  # [T, R, d_in]
             b = current["lora"].B[name][current["owner"], layer]  # [T, R, d_out]
             ranks = torch.einsum("bti,tri->btr", inputs[0], a)
-            return output + current["lora"].scale * torch.einsum("btr,tro->bto", ranks, b)
+            delta = current["lora"].scale * torch.einsum("btr,tro->bto", ranks, b)
+            return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
 
         return add
 

@@ -1,4 +1,4 @@
-"""Every name in `target_modules` is a Linear in every layer of the base.
+"""Every name in `target_modules` is a Linear, or the MLP block, in every layer of the base.
 
 What it does
 ------------
@@ -13,11 +13,12 @@ alone while the saved config lists both, and a name that exists in some layers o
 
 How it is detected
 ------------------
-For each name, one distinct Linear of that name in each decoder layer.
+For each name, one distinct Linear of that name in each decoder layer; for `mlp`, one block.
 
 How to fix
 ----------
-Name Linears that every layer has. For GPT-OSS: q_proj, k_proj, v_proj, o_proj.
+Name Linears that every layer has. For GPT-OSS: q_proj, k_proj, v_proj, o_proj. `mlp` adapts what the experts do, by a
+parallel adapter beside the whole block; no adapter format holds it (EXP201).
 
 Source
 ------
@@ -33,11 +34,12 @@ from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 from d2l.errors import ModelError
+from d2l.hypernet.targets import MLP_BLOCK
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v_proj, o_proj"
+REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v_proj, o_proj; or mlp, the whole block"
 
 
 def run(subject: "Subject") -> Result:
@@ -46,18 +48,19 @@ def run(subject: "Subject") -> Result:
 
     base = skeleton(subject.base_config)
     names, layers = subject.config.target_modules, subject.base_config.num_hidden_layers
-    expected = f"{', '.join(names)}: a Linear in each of {layers} layers"
+    expected = f"{', '.join(names)}: a Linear (of {MLP_BLOCK} the block) in each of {layers} layers"
     try:
         found = subject.implementation.targets(base, names)
     except ModelError as error:
         return Fail("a target module does not exist in every layer", expected, str(error), REMEDY)
-    linears = {name: [item for item in found.get(name, ()) if isinstance(item, nn.Linear)] for name in names}
-    counts = {name: len(set(map(id, items))) for name, items in linears.items()}
+    kinds: dict[str, type[nn.Module]] = {name: nn.Module if name == MLP_BLOCK else nn.Linear for name in names}
+    modules = {name: [item for item in found.get(name, ()) if isinstance(item, kinds[name])] for name in names}
+    counts = {name: len(set(map(id, items))) for name, items in modules.items()}
     short = {name: count for name, count in counts.items() if count != layers}
     if short:
         actual = ", ".join(f"{name} in {count}" for name, count in short.items())
         return Fail("a target module is left out without a word", expected, actual, REMEDY, {"found": counts})
-    return Pass(f"{', '.join(names)}: {sum(counts.values())} Linears in {layers} layers", {"found": counts})
+    return Pass(f"{', '.join(names)}: {sum(counts.values())} modules in {layers} layers", {"found": counts})
 
 
 def _partial(healthy: Implementation, base: Any, names: Any) -> Any:

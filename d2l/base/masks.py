@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from d2l.base.attention import PER_DOCUMENT, document_grid
 from d2l.errors import ModelError
 
 _BUILDERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -87,9 +88,13 @@ def packed_masks(base: PreTrainedModel, position_ids: Tensor) -> Masks:
 
     Returns:
         One mask where all layers are alike, else one for each layer type. Under eager [1, 1, T, T] in the base's dtype,
-        to be added to the scores; under sdpa bool, or None where plain causal attention is right.
+        to be added to the scores; under sdpa bool, or None where plain causal attention is right; under per_document
+        the `document_grid`.
     """
     layout = attention_layout(base.config)
+    if base.config._attn_implementation == PER_DOCUMENT:
+        grid = document_grid(position_ids)
+        return dict.fromkeys(layout.kinds, grid) if len(layout.kinds) > 1 else grid
     embeddings = position_ids.new_empty((*position_ids.shape, 0), dtype=base.dtype)  # read for shape, dtype and device
     # no mask and no cache: the condition under which transformers looks for packed documents
     masks: dict[str, Any] = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from d2l.base.attention import PER_DOCUMENT
 from d2l.base.load import LoadPlan, skeleton
 from d2l.base.mxfp4 import BITS_PER_WEIGHT
 from d2l.config import RunConfig
@@ -100,8 +101,11 @@ def memory_plan(
     queries, context = config.max_packed_inp_len, config.max_packed_ctx_len
     labels = queries if label_tokens is None else label_tokens
     base, transient, how = _base_bytes(weights, plan, size)
-    encoder = _activations(base_config, plan, size, context, kept_layers=1, checkpointing=False)
-    step = _activations(base_config, plan, size, queries, base_config.num_hidden_layers, config.gradient_checkpointing)
+    chunk = context if config.max_ctx_chunk_len == -1 else min(context, config.max_ctx_chunk_len)
+    query = queries if config.max_qas_len == -1 else min(queries, config.max_qas_len)
+    layers = base_config.num_hidden_layers
+    encoder = _activations(base_config, plan, size, context, chunk, kept_layers=1, checkpointing=False)
+    step = _activations(base_config, plan, size, queries, query, layers, config.gradient_checkpointing)
     logits = labels * base_config.vocab_size * (size + _LOGITS)
     trained = hypernet_parameters * _FLOAT32
     feature_layers = base_config.num_hidden_layers if config.ctx_encoder_type == "per_layer_activations" else 1
@@ -145,13 +149,24 @@ def _base_bytes(weights: WeightCount, plan: LoadPlan, size: int) -> tuple[int, i
 
 
 def _activations(
-    base_config: PreTrainedConfig, plan: LoadPlan, size: int, tokens: int, kept_layers: int, checkpointing: bool
+    base_config: PreTrainedConfig,
+    plan: LoadPlan,
+    size: int,
+    tokens: int,
+    longest: int,
+    kept_layers: int,
+    checkpointing: bool,
 ) -> int:
-    """Bytes that the base's forward over a packed row keeps for its backward, and those at work in one layer."""
+    """Bytes that the base's forward over a packed row keeps for its backward, and those at work in one layer.
+
+    Args:
+        tokens: of the row; longest: of one document or question in it.
+    """
     hidden, heads = base_config.hidden_size, base_config.num_attention_heads
     head_dim = getattr(base_config, "head_dim", None) or hidden // heads
     key_value_heads = getattr(base_config, "num_key_value_heads", None) or heads
-    scores = heads * tokens * tokens if plan.attention.value == "eager" else 0
+    seen = {"eager": tokens, PER_DOCUMENT: longest}  # tokens that each token has a score for
+    scores = heads * tokens * seen.get(plan.attention.value, 0)
     routes = getattr(base_config, "num_experts_per_tok", None)
     width = getattr(base_config, "moe_intermediate_size", None) if routes else None
     width = width or getattr(base_config, "intermediate_size", None) or 4 * hidden

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from d2l.data import chat as chat_code
+from d2l.data import limits as limits_code
 from d2l.data import tokenize as tokenize_code
 from d2l.data.chat import ChatFormat
 from d2l.data.records import Record
@@ -35,7 +36,7 @@ RECORDS_PER_SHARD = 1000  # what an interruption can lose, a few seconds of work
 _FORMAT = 1  # of the files; count it up when they change
 
 # Read when it is loaded: it is this code that makes the rows, whatever an editor writes meanwhile.
-_CODE = hashlib.sha256("\0".join(map(inspect.getsource, (chat_code, tokenize_code))).encode()).hexdigest()
+_CODE = hashlib.sha256("\0".join(map(inspect.getsource, (chat_code, limits_code, tokenize_code))).encode()).hexdigest()
 
 
 def default_folder() -> Path:

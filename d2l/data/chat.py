@@ -7,7 +7,7 @@ or a macro looks right and is not.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from itertools import takewhile
@@ -17,6 +17,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.data.harmony import TEMPLATE, Supervision, speaks_harmony
+from d2l.data.templates import shipped_note, writable_templates, writes_as
 from d2l.errors import ConfigError, DataError, ModelError
 from d2l.hub import from_cache_or_hub
 from d2l.paths import local_or_shipped, resource
@@ -133,7 +134,7 @@ class ChatFormat:
             raise ModelError(
                 "the chat template marks no assistant token, so the loss would be nan or a quiet 0.0\n"
                 "expected {% generation %} and {% endgeneration %} around what the assistant writes, outside macros\n"
-                "pass a template that has them: --set chat_template=FILE"
+                f"pass a template that has them: --set chat_template=FILE{shipped_note(self.tokenizer)}"
             )
 
     @cached_property
@@ -236,14 +237,27 @@ def chat_format(
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template used where the run names none: the shipped one that the tokenizer can write, else its own.
+    """The template used where the run names none.
 
-    What decides is the vocabulary: with harmony's control tokens, harmony. `None` where there is no template at all.
+    With harmony's control tokens, the shipped one of GPT-OSS. Else the tokenizer's own where its generation tags work;
+    else the first shipped one for the tokenizer's control tokens that writes plain turns just as its own does; else its
+    own. Without one of its own, the control tokens alone decide. `None` where there is no template at all.
     """
     if speaks_harmony(tokenizer):
         return resource(TEMPLATE).read_text(encoding="utf-8")
-    own = tokenizer.chat_template
-    return own.get("default") if isinstance(own, dict) else own
+    named = tokenizer.chat_template
+    own = named.get("default") if isinstance(named, dict) else named
+    if own is None:
+        return next((shipped.text for shipped in writable_templates(tokenizer)), None)
+    try:
+        if ChatFormat(tokenizer, own, "content", DEFAULT_DATE).has_generation_tags:
+            return own
+    except ModelError:
+        return own  # it is refused, with its reason, where it is used
+    # `sampled` leaves to the model all that an untagged template leaves to it
+    theirs = ChatFormat(tokenizer, own, "sampled", DEFAULT_DATE)
+    candidates = (shipped.text for shipped in writable_templates(tokenizer))
+    return next((text for text in candidates if writes_as(replace(theirs, template=text), theirs)), own)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

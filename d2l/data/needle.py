@@ -7,6 +7,7 @@ two splits share neither, whatever the seeds and sizes: recall on held-out docum
 import random
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Literal
 
@@ -38,6 +39,7 @@ _COLOURS, _ANIMALS, _MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES = ma
 
 PAIR_KEYS = tuple(_ANIMALS[:32])  # few, so that a tiny model has a token for each
 KEYS = tuple(f"{colour} {animal}" for colour, animal in product(_COLOURS, _ANIMALS))
+PAIR_FILLER = tuple(_PEOPLE[:24])  # likewise
 SENTENCE_WORDS = 8
 _HELDOUT_SHARE = 5  # one in five
 
@@ -50,6 +52,7 @@ def needle_records(
     seed: int,
     split: Split = "train",
     style: Style = "sentences",
+    min_filler_tokens: int | None = None,
 ) -> list[Record]:
     """Make documents with `pairs` needles each, and one question for every needle.
 
@@ -57,35 +60,45 @@ def needle_records(
         documents: how many records.
         pairs: needles in a document; their keys differ.
         digits: decimal digits of a value, 1 to 4, leading zeros included; chance is 10^-digits.
-        filler_tokens: words of filler in a document, rounded up to whole sentences of eight.
+        filler_tokens: words of filler in a document, rounded up to whole sentences of eight; in `pairs`
+            of as many words as a pair has, so that chunks of a multiple of it cut no pair in two.
         seed: same arguments, same records.
         split: `train` and `heldout` share no (key, value) pair and no filler sentence.
-        style: English sentences; or `pairs`, the least that a tiny model can read: one-word keys, digits apart, no
-            filler, questions that are keys, and answers that name the key first, as a sentence would.
+        style: English sentences; or `pairs`, the least that a tiny model can read: one-word keys, digits apart,
+            filler of nouns in a row, questions that are keys, and answers that name the key first, as a sentence would.
+
+        min_filler_tokens: each document draws its filler between this and `filler_tokens`; default: all have the most.
 
     Raises:
-        ConfigError: more pairs than keys exist, or filler for a style that has none.
+        ConfigError: more pairs than keys exist, or than have a value in the split.
     """
     keys = KEYS if style == "sentences" else PAIR_KEYS
     if pairs > len(keys):
         raise ConfigError([f"needle_pairs: {pairs:,} is more than the {len(keys):,} keys that exist; lower it"])
-    if style == "pairs" and filler_tokens:
-        raise ConfigError([f"needle_filler_tokens: {filler_tokens:,} with needle_style: pairs, which has none; set 0"])
+    possible = _keys_with_values(keys, digits, split)
+    if pairs > possible:
+        problem = f"needle_pairs: {pairs:,} is more than the {possible:,} keys with {digits}-digit values in {split}"
+        raise ConfigError([f"{problem}; lower it, or raise needle_digits"])
     generator = random.Random(f"{seed} {split}")
     records = []
     for number in range(1, documents + 1):
         values = _values(generator, keys, pairs, digits, split)
         source = f"needle-{split}:{number}"
-        if style == "pairs":
-            records.append(_pairs(values, source))
-        else:
-            records.append(_sentences(generator, values, filler_tokens, split, source))
+        write = _pairs if style == "pairs" else _sentences
+        filler = filler_tokens if min_filler_tokens is None else generator.randint(min_filler_tokens, filler_tokens)
+        records.append(write(generator, values, filler, split, source))
     return records
 
 
 def split_of(text: str) -> Split:
     """The split that a filler sentence or a pair, written `key value`, belongs to."""
     return "heldout" if zlib.crc32(text.encode()) % _HELDOUT_SHARE == 0 else "train"
+
+
+@cache
+def _keys_with_values(keys: Sequence[str], digits: int, split: Split) -> int:
+    """How many keys have a value that belongs to the split: a digit has too few values for all of them."""
+    return sum(any(split_of(f"{key} {value:0{digits}d}") == split for value in range(10**digits)) for key in keys)
 
 
 def _values(generator: random.Random, keys: Sequence[str], pairs: int, digits: int, split: Split) -> dict[str, str]:
@@ -112,14 +125,27 @@ def _sentences(
     )
 
 
-def _pairs(values: Mapping[str, str], source: str) -> Record:
+def _pairs(
+    generator: random.Random, values: Mapping[str, str], filler_tokens: int, split: Split, source: str
+) -> Record:
     stated = tuple(" ".join((key, *value)) for key, value in values.items())
-    return Record(context=" ".join(stated), prompts=tuple(values), responses=stated, source=source)
+    words = len(stated[0].split())
+    parts = [*stated, *(_filler_words(generator, words, split) for _ in range(-(-filler_tokens // words)))]
+    if filler_tokens:
+        generator.shuffle(parts)
+    return Record(context=" ".join(parts), prompts=tuple(values), responses=stated, source=source)
 
 
 def _filler(generator: random.Random, split: Split) -> str:
     while True:
         words = [generator.choice(kind) for kind in (_MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES)]
         sentence = "The {} {} {} {} the {} {}.".format(*words)
+        if split_of(sentence) == split:
+            return sentence
+
+
+def _filler_words(generator: random.Random, words: int, split: Split) -> str:
+    while True:
+        sentence = " ".join(generator.choices(PAIR_FILLER, k=words))
         if split_of(sentence) == split:
             return sentence

@@ -10,18 +10,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from d2l.errors import DataError
+from d2l.folders import file_written_whole
 
 EXPECTED = (
     'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '
     "(optional: logprobs_vals and logprobs_indices, nested as [prompt][supervised token][k])"
 )
 SHOWN = 5  # problems that a message lists in full: it has to fit on one screen
-_MASS_TOLERANCE = 0.01  # a teacher's probabilities rounded to bfloat16 sum to at most this much above 1
 
 
 @dataclass(frozen=True)
@@ -77,42 +76,10 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     Raises:
         DataError: the file exists, or cannot be written.
     """
-    try:
-        with path.open("x", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                values = {key: value for key, value in vars(record).items() if key != "source" and value is not None}
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
-    except FileExistsError:
-        raise DataError(f"{path} exists and is not overwritten; remove it or choose another name") from None
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
-
-
-def check_logprobs(vals: Sequence[Sequence[float]], indices: Sequence[Sequence[int]], n_labels: int) -> None:
-    """Check a teacher's top-k for one question.
-
-    Raises:
-        DataError: not one entry of k natural-log probabilities, finite and summing to at most 1, and k ids per label.
-    """
-    try:
-        table, ids = np.asarray(vals, dtype=np.float64), np.asarray(indices)
-    except (TypeError, ValueError):
-        raise DataError("teacher logprobs: expected numbers, as many for every token") from None
-    if table.ndim != 2 or table.shape[1] == 0 or ids.shape != table.shape or ids.dtype.kind != "i" or ids.min() < 0:
-        raise DataError(
-            f"teacher logprobs: expected values and token ids of one shape [supervised token, k], "
-            f"found {list(table.shape)} and {list(ids.shape)} ({ids.dtype})"
-        )
-    if len(table) != n_labels:
-        raise DataError(
-            f"teacher logprobs: {len(table)} entries for {n_labels} supervised tokens; make them again with this chat "
-            "template and supervision"
-        )
-    if not np.isfinite(table).all():
-        raise DataError("teacher logprobs: some are not finite")
-    mass = np.exp(table).sum(axis=1).max()
-    if mass > 1 + _MASS_TOLERANCE:
-        raise DataError(f"teacher logprobs: the probabilities of a token sum to {mass:.3g} > 1; expected natural logs")
+    with file_written_whole(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            values = {key: value for key, value in vars(record).items() if key != "source" and value is not None}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _read_path(path: Path, limit: int | None) -> list[Record]:

@@ -7,41 +7,19 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 
-from d2l.config import RunConfig
 from d2l.data.chat import ChatFormat
-from d2l.data.records import Record, check_logprobs, listing
+from d2l.data.limits import DoesNotFitError, Limits, check_chunk_length, check_question_length, over
+from d2l.data.records import Record, listing
+from d2l.data.teachers import check_logprobs, first_of_each_k
 from d2l.errors import ConfigError, DataError
 
 IGNORED = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
 
 Ids = tuple[int, ...]
 OnProgress = Callable[[int, int], None]  # is told how many records are done, and of how many
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Everything of a run's configuration that shapes rows, by the same names. In tokens; -1 means no limit.
-
-    `max_ctx_len` and the chunk lengths count the template's affixes around the text.
-    """
-
-    max_ctx_len: int = -1
-    max_ctx_chunk_len: int = -1
-    min_ctx_chunk_len: int = -1
-    max_ctx_chunk_num: int | None = None
-    num_chunk_probs: dict[int, float] | None = None
-    max_qas_len: int = -1
-    max_qas_per_sample: int = -1
-    max_packed_inp_len: int = -1
-    max_packed_ctx_len: int = -1
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "Limits":
-        """The limits that a run's configuration sets."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -128,14 +106,6 @@ class Tokenized:
         return "\n".join(lines)
 
 
-class DoesNotFitError(DataError):
-    """A document or a question that no row can hold. `kind` groups reasons for counting."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        self.kind = kind
-        super().__init__(reason)
-
-
 def tokenize_records(
     records: Sequence[Record],
     chat: ChatFormat,
@@ -181,7 +151,7 @@ def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits
     for position in range(len(record.prompts)):
         try:
             query = _query(record, position, chat)
-            _check_length(query, limits)
+            check_question_length(len(query.input_ids), limits)
         except DoesNotFitError as error:
             dropped.append(Dropped(index, record.source, position, error.kind, str(error)))
         except DataError as error:
@@ -205,7 +175,10 @@ def complete(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[Par
         raise DataError(f"{len(problems):,} questions cannot be used:\n{listing(problems)}")
     top_k = {k for part in parts for k in part.top_k}
     if len(top_k) > 1:
-        raise DataError(f"every record needs the same number of teacher logprobs per token, found {sorted(top_k)}")
+        raise DataError(
+            "every record needs the same number of teacher logprobs per token (0: none), found\n"
+            + first_of_each_k(records, top_k)
+        )
     dropped = tuple(drop for part in parts for drop in part.dropped)
     result = Tokenized(rows, dropped, len(records), sum(len(record.prompts) for record in records))
     if not rows:
@@ -244,13 +217,14 @@ def split_context(
     if not text:
         raise DoesNotFitError("empty document", "the tokenizer makes no token of the document")
     if 0 <= limits.max_ctx_len < whole:
-        raise DoesNotFitError("document too long", _over(whole, "document", "max_ctx_len", limits.max_ctx_len))
+        raise DoesNotFitError("document too long", over(whole, "document", "max_ctx_len", limits.max_ctx_len))
     count = _chunk_count(len(text), affixes, limits, generator)
     total = len(text) + count * affixes
     if 0 <= limits.max_packed_ctx_len < total:
         what = "document" if count == 1 else f"document in {count} chunks"
-        raise DoesNotFitError("document too long", _over(total, what, "max_packed_ctx_len", limits.max_packed_ctx_len))
+        raise DoesNotFitError("document too long", over(total, what, "max_packed_ctx_len", limits.max_packed_ctx_len))
     short, longer = divmod(len(text), count)
+    check_chunk_length(affixes + short + (longer > 0), limits)
     pieces, texts = iter(text), [short + (i < longer) for i in range(count)]
     return tuple((*prefix, *islice(pieces, length), *suffix) for length in texts)
 
@@ -307,17 +281,6 @@ def labels_from_mask(input_ids: Sequence[int], supervised: Sequence[bool]) -> Id
     """The ids where supervised, else -100; the first token, which nothing predicts, is never supervised."""
     marked = zip(input_ids[1:], supervised[1:], strict=True)
     return (IGNORED, *(token if on else IGNORED for token, on in marked))
-
-
-def _check_length(query: Query, limits: Limits) -> None:
-    for name in ("max_qas_len", "max_packed_inp_len"):
-        length, limit = len(query.input_ids), getattr(limits, name)
-        if 0 <= limit < length:
-            raise DoesNotFitError("question too long", _over(length, "question and answer", name, limit))
-
-
-def _over(length: int, what: str, name: str, limit: int) -> str:
-    return f"{length:,} tokens of {what} > {name} {limit:,}; raise {name} to at least {length:,}"
 
 
 def split_queries(queries: Sequence[Query], limits: Limits) -> list[tuple[Query, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2l.config import RunConfig
 from d2l.errors import ModelError
 from d2l.hypernet.lora import Lora
-from d2l.hypernet.perceiver import Perceiver, Segments
+from d2l.hypernet.perceiver import PUBLISHED_HEADS, Heads, Perceiver, Segments
 
 MLP_RATIO = 4
 ZERO_LATENT = 1e-6  # a latent shorter than this is not stretched to length 1: a zero latent stays zero
@@ -40,8 +40,11 @@ class HypernetShape:
     n_layers: int
     feature_size: int
     layer_to_layer: bool
+    linear_projection: bool = False
+    query_scale: float = 1.0
     rank: int
     latent_size: int
+    heads: Heads = PUBLISHED_HEADS
     n_latent_queries: int
     num_blocks: int
     num_self_attn_per_block: int
@@ -61,8 +64,11 @@ class HypernetShape:
             n_layers=n_layers,
             feature_size=feature_size,
             layer_to_layer=config.ctx_encoder_type == "per_layer_activations",
+            linear_projection=config.ctx_encoder_type == "concat_layers",
+            query_scale=config.perceiver_query_scale,
             rank=config.lora_r,
             latent_size=config.latent_size,
+            heads=Heads(config.perceiver_heads, config.perceiver_head_dim),
             n_latent_queries=config.n_latent_queries,
             num_blocks=config.num_blocks,
             num_self_attn_per_block=config.num_self_attn_per_block,
@@ -101,12 +107,15 @@ class Hypernetwork(nn.Module):
             n_layers=shape.n_layers,
             n_modules=len(shape.modules),
             rank=shape.rank,
+            heads=shape.heads,
             n_latent_queries=shape.n_latent_queries,
             num_blocks=shape.num_blocks,
             num_self_attn_per_block=shape.num_self_attn_per_block,
             shared_weights=shape.shared_weights,
             per_rank_gen=shape.per_rank_gen,
             layer_to_layer=shape.layer_to_layer,
+            linear_projection=shape.linear_projection,
+            query_scale=shape.query_scale,
         )
         self.layers = nn.ModuleList(_pre_head(shape) for _ in range(shape.num_pre_head_layers))
         if shape.use_bias:

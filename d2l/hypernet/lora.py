@@ -153,7 +153,7 @@ def bind(targets: Targets, lora: Lora, spans: Spans) -> AbstractContextManager[N
         lora: one entry per context; cast to the dtype and device of each target's output.
         spans: which tokens belong to which context.
     """
-    layers = {len(linears) for linears in targets.values()} | {a.shape[1] for a in lora.A.values()}
+    layers = {len(modules) for modules in targets.values()} | {a.shape[1] for a in lora.A.values()}
     if set(targets) != set(lora.A) or len(layers) != 1 or len(spans.counts) != lora.n_contexts:
         raise ValueError(
             f"cannot bind a LoRA for {sorted(lora.A)} and {lora.n_contexts} contexts to {sorted(targets)} with "
@@ -161,9 +161,9 @@ def bind(targets: Targets, lora: Lora, spans: Spans) -> AbstractContextManager[N
         )
     # unbind, not [:, layer]: its backward is one stack; each index would make a gradient of the size of all layers.
     slots = [
-        _Slot(linear, a, b, lora.scale, spans)
-        for name, linears in targets.items()
-        for linear, a, b in zip(linears, lora.A[name].unbind(1), lora.B[name].unbind(1), strict=True)
+        _Slot(module, a, b, lora.scale, spans)
+        for name, modules in targets.items()
+        for module, a, b in zip(modules, lora.A[name].unbind(1), lora.B[name].unbind(1), strict=True)
     ]
     return _Activation(slots)
 
@@ -178,9 +178,9 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """What one Linear adds: A [n, R, d_in], B [n, R, d_out]."""
+    """What is added to one target's output: A [n, R, d_in], B [n, R, d_out]."""
 
-    linear: nn.Linear
+    module: nn.Module
     A: Tensor
     B: Tensor
     scale: float
@@ -220,7 +220,7 @@ class _Activation:
         undo = ExitStack()
         undo.callback(_active.reset, _active.set(opening))
         for slot in opening:
-            undo.callback(slot.linear.register_forward_hook(partial(_add_delta, opening, slot)).remove)
+            undo.callback(slot.module.register_forward_hook(partial(_add_delta, opening, slot)).remove)
         self._opened.append(undo)
 
     def __exit__(self, *error: object) -> None:
@@ -228,7 +228,15 @@ class _Activation:
 
 
 def _add_delta(
-    opening: Sequence[_Slot], slot: _Slot, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor | None:
+    opening: Sequence[_Slot],
+    slot: _Slot,
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor | tuple[Tensor, ...],
+) -> Tensor | tuple[Tensor, ...] | None:
     """Forward hook: acts for the opening that is active in this thread; those of enclosing bindings stay silent."""
-    return slot.add_delta(args[0], output) if _active.get() is opening else None
+    if _active.get() is not opening:
+        return None
+    if isinstance(output, tuple):  # a Mixture-of-Experts block may return its router's scores behind the hidden states
+        return (slot.add_delta(args[0], output[0]), *output[1:])
+    return slot.add_delta(args[0], output)

@@ -39,7 +39,7 @@ class DocToLora(nn.Module):
         self.base = base
         self.targets = find_targets(base, config.target_modules)
         self.encoder = ContextEncoder(base, config.ctx_encoder_type, config.layer_idx)
-        sizes = target_sizes(self.targets)
+        sizes = target_sizes(self.targets, base.config.hidden_size)
         feature_size, n_layers = self.encoder.feature_size, len(self.encoder.layers)
         self.hypernet = Hypernetwork(HypernetShape.of(config, sizes, n_layers=n_layers, feature_size=feature_size))
 

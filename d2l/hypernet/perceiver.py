@@ -15,11 +15,30 @@ from torch import Tensor, nn
 
 from d2l.errors import ModelError
 
-HEAD_DIM = 128
-KEY_VALUE_HEADS = 4
-QUERIES_PER_KEY = 4  # 16 query heads
+QUERIES_PER_KEY = 4
 MLP_RATIO = 4
 NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of the Perceiver's attentions.
+
+    Attributes:
+        count: query heads, a multiple of 4; each four share a key and a value head.
+        size: of every head.
+    """
+
+    count: int
+    size: int
+
+    @property
+    def keys(self) -> int:
+        """Key and value heads."""
+        return self.count // QUERIES_PER_KEY
+
+
+PUBLISHED_HEADS = Heads(count=16, size=128)
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,10 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention, not causal and without positions."""
 
-    def __init__(self, latent_size: int) -> None:
+    def __init__(self, latent_size: int, heads: Heads) -> None:
         super().__init__()
-        queries, keys = QUERIES_PER_KEY * KEY_VALUE_HEADS * HEAD_DIM, KEY_VALUE_HEADS * HEAD_DIM
+        self.heads = heads
+        queries, keys = heads.count * heads.size, heads.keys * heads.size
         self.q_proj = nn.Linear(latent_size, queries, bias=False)
         self.k_proj = nn.Linear(latent_size, keys, bias=False)
         self.v_proj = nn.Linear(latent_size, keys, bias=False)
@@ -119,9 +139,9 @@ class Attention(nn.Module):
         Query heads that share a key head are stacked as more queries of it, so that keys are never repeated: exact,
         because only keys are masked.
         """
-        query = rearrange(self.q_proj(latents), "b q (h g d) -> b h (g q) d", h=KEY_VALUE_HEADS, g=QUERIES_PER_KEY)
-        key = rearrange(self.k_proj(context), "b s (h d) -> b h s d", h=KEY_VALUE_HEADS)
-        value = rearrange(self.v_proj(context), "b s (h d) -> b h s d", h=KEY_VALUE_HEADS)
+        query = rearrange(self.q_proj(latents), "b q (h g d) -> b h (g q) d", h=self.heads.keys, g=QUERIES_PER_KEY)
+        key = rearrange(self.k_proj(context), "b s (h d) -> b h s d", h=self.heads.keys)
+        value = rearrange(self.v_proj(context), "b s (h d) -> b h s d", h=self.heads.keys)
         key_mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
         return self.o_proj(rearrange(mixed, "b h (g q) d -> b q (h g d)", g=QUERIES_PER_KEY))
@@ -130,11 +150,11 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Cross-attention to a context, or self-attention among the latents; then a SwiGLU. Norms before and after each."""
 
-    def __init__(self, latent_size: int, *, cross: bool) -> None:
+    def __init__(self, latent_size: int, heads: Heads, *, cross: bool) -> None:
         super().__init__()
         self.input_latents_layernorm = RMSNorm(latent_size, NORM_EPS)
         self.input_context_layernorm = RMSNorm(latent_size, NORM_EPS) if cross else None
-        self.self_attn = Attention(latent_size)
+        self.self_attn = Attention(latent_size, heads)
         self.post_attention_layernorm = RMSNorm(latent_size, NORM_EPS)
         self.pre_ff_layernorm = RMSNorm(latent_size, NORM_EPS)
         self.post_ff_layernorm = RMSNorm(latent_size, NORM_EPS)
@@ -174,11 +194,16 @@ class Perceiver(nn.Module):
         feature_size: F, the hidden size of the context encoder.
         latent_size: D.
         n_layers: L; n_modules: M; rank: r.
+        heads: of every attention.
         n_latent_queries: latents of the encoder, a chunk's bottleneck.
         num_blocks: blocks of one cross-attention layer and `num_self_attn_per_block` self-attention layers.
         shared_weights: all blocks share their layers, except that block 0 has a cross-attention of its own.
         per_rank_gen: a latent for every rank; otherwise one for a whole module, and the output lacks the rank axis.
         layer_to_layer: layer l's latents come from layer l's features alone; otherwise all come from one set.
+        linear_projection: features come to the latent size by one Linear instead of the published SwiGLU, whose inner
+            width of 4·F is most of the parameters where F is the layers side by side.
+        query_scale: factor on the initial query weights. At 1, as published, every latent starts as the same mean over
+            all tokens, and to tell facts apart is a long plateau of training; at 10 latents read different tokens.
     """
 
     def __init__(
@@ -189,25 +214,36 @@ class Perceiver(nn.Module):
         n_layers: int,
         n_modules: int,
         rank: int,
+        heads: Heads = PUBLISHED_HEADS,
         n_latent_queries: int,
         num_blocks: int,
         num_self_attn_per_block: int,
         shared_weights: bool,
         per_rank_gen: bool,
         layer_to_layer: bool,
+        linear_projection: bool = False,
+        query_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.n_layers, self.n_modules, self.layer_to_layer = n_layers, n_modules, layer_to_layer
         self.rank = rank if per_rank_gen else None
         n_outputs = n_modules * (self.rank or 1) * (1 if layer_to_layer else n_layers)
-        layers = _blocks(latent_size, num_blocks, num_self_attn_per_block, shared_weights)
+        layers = _blocks(latent_size, heads, num_blocks, num_self_attn_per_block, shared_weights)
+        projection = (
+            nn.Linear(feature_size, latent_size, bias=False) if linear_projection else SwiGLU(feature_size, latent_size)
+        )
         self.perceiver = nn.ModuleDict(
             {
-                "modality_projection": SwiGLU(feature_size, latent_size),
+                "modality_projection": projection,
                 "encoder": Resampler(n_latent_queries, latent_size, layers),
-                "decoder": Resampler(n_outputs, latent_size, [Layer(latent_size, cross=True)]),
+                "decoder": Resampler(n_outputs, latent_size, [Layer(latent_size, heads, cross=True)]),
             }
         )
+
+        attentions = (module for module in self.modules() if isinstance(module, Attention))
+        with torch.no_grad():
+            for attention in attentions:
+                attention.q_proj.weight.mul_(query_scale)
 
     def forward(self, features: Tensor, segments: Segments) -> Tensor:
         """Latents of every chunk; chunks never see each other.
@@ -242,13 +278,16 @@ class Perceiver(nn.Module):
         return rearrange(decoded, "(lf n) (lq m r) d -> n (lf lq) m r d", r=self.rank, **axes)
 
 
-def _blocks(latent_size: int, num_blocks: int, num_self_attn: int, shared: bool) -> list[Layer]:
+def _blocks(latent_size: int, heads: Heads, num_blocks: int, num_self_attn: int, shared: bool) -> list[Layer]:
     """The encoder's layers, block after block; a shared layer occurs several times."""
 
+    def cross_attention() -> Layer:
+        return Layer(latent_size, heads, cross=True)
+
     def block() -> list[Layer]:
-        return [Layer(latent_size, cross=True), *(Layer(latent_size, cross=False) for _ in range(num_self_attn))]
+        return [cross_attention(), *(Layer(latent_size, heads, cross=False) for _ in range(num_self_attn))]
 
     first = block()
     if not shared:
         return first + [layer for _ in range(num_blocks - 1) for layer in block()]
-    return first + [Layer(latent_size, cross=True), *first[1:]] * (num_blocks - 1)
+    return first + [cross_attention(), *first[1:]] * (num_blocks - 1)

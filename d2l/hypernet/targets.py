@@ -1,4 +1,9 @@
-"""The modules that are adapted: for every requested name one Linear in each decoder layer of the base."""
+"""The modules that are adapted: for every requested name one in each decoder layer of the base.
+
+A name is that of a Linear, or `mlp`: the layer's whole MLP or Mixture-of-Experts block, with a linear parallel adapter
+(He et al. 2022) beside it. Its delta goes from the block's input to its output, past router and experts, so it reaches
+what a LoRA of Linears cannot where experts are parameters.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,43 +12,54 @@ from transformers import PreTrainedModel
 
 from d2l.errors import ModelError
 
-Targets = Mapping[str, Sequence[nn.Linear]]  # module name → its Linear in every decoder layer, in order
+Targets = Mapping[str, Sequence[nn.Module]]  # module name → its module in every decoder layer, in order
+
+MLP_BLOCK = "mlp"  # the name that transformers gives to this block in nearly all of its decoder layers
 
 
-def find_targets(base: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, list[nn.Linear]]:
-    """The Linear of each requested name in every decoder layer, in order.
+def find_targets(base: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, list[nn.Module]]:
+    """The module of each requested name in every decoder layer, in order.
 
     Args:
         base: a causal LM of transformers.
-        target_modules: last parts of module names, such as `q_proj`.
+        target_modules: last parts of the names of Linears, such as `q_proj`; or `mlp` for the layers' blocks.
 
     Raises:
-        ModelError: a name does not match exactly one Linear in every layer; says which exist.
+        ModelError: a name does not match exactly one Linear or block in every layer; says which exist.
     """
     layers = decoder_layers(base)
-    linears = [
-        [(path.rpartition(".")[2], m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]
-        for layer in layers
-    ]
-    targets: dict[str, list[nn.Linear]] = {}
+    adaptable = [_adaptable(layer) for layer in layers]
+    targets: dict[str, list[nn.Module]] = {}
     problems = []
     for name in target_modules:
-        found = [[m for other, m in layer if other == name] for layer in linears]
+        found = [[m for other, m in layer if other == name] for layer in adaptable]
         wrong = {i: len(matches) for i, matches in enumerate(found) if len(matches) != 1}
         if not wrong:
-            targets[name] = [linear for (linear,) in found]
+            targets[name] = [module for (module,) in found]
             continue
         where = "every layer" if len(wrong) == len(layers) else f"layers {', '.join(map(str, wrong))} of {len(layers)}"
         counts = " or ".join(map(str, sorted(set(wrong.values()))))
-        problems.append(f"  {name}: {counts} Linears of that name in {where}{_parameter_note(layers, name)}")
+        kind = "blocks" if name == MLP_BLOCK else "Linears"
+        problems.append(f"  {name}: {counts} {kind} of that name in {where}{_parameter_note(layers, name)}")
     if problems:
-        everywhere = sorted(set.intersection(*({name for name, _ in layer} for layer in linears)))
+        everywhere = set.intersection(*({name for name, _ in layer} for layer in adaptable))
+        linears = ", ".join(sorted(everywhere - {MLP_BLOCK})) or "none"
+        block = f"; beside the whole block: {MLP_BLOCK}" if MLP_BLOCK in everywhere else ""
         raise ModelError(
             f"target_modules: each name must be exactly one Linear in every decoder layer of {type(base).__name__}:\n"
             + "\n".join(problems)
-            + f"\nLinears in every layer: {', '.join(everywhere) or 'none'}. Choose target_modules from these."
+            + f"\nLinears in every layer: {linears}{block}. Choose target_modules from these."
         )
     return targets
+
+
+def _adaptable(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What a decoder layer offers to adapt, with names."""
+    found: list[tuple[str, nn.Module]] = [
+        (path.rpartition(".")[2], m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)
+    ]
+    block = getattr(layer, MLP_BLOCK, None)
+    return [*found, (MLP_BLOCK, block)] if isinstance(block, nn.Module) else found
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
@@ -65,15 +81,19 @@ def _parameter_note(layers: nn.ModuleList, name: str) -> str:
     return ""
 
 
-def target_sizes(targets: Targets) -> dict[str, tuple[int, int]]:
+def target_sizes(targets: Targets, hidden_size: int) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of each target module.
+
+    Args:
+        targets: from `find_targets`.
+        hidden_size: of the base's residual stream, which a block reads and writes.
 
     Raises:
         ModelError: the sizes of a module differ between layers; the hypernetwork's head makes one size per module.
     """
     sizes = {}
-    for name, linears in targets.items():
-        distinct = list(dict.fromkeys((linear.in_features, linear.out_features) for linear in linears))
+    for name, modules in targets.items():
+        distinct = list(dict.fromkeys(_size(module, hidden_size) for module in modules))
         if len(distinct) > 1:
             raise ModelError(
                 f"target_modules: {name} has (d_in, d_out) of {' and '.join(map(str, distinct))} in different layers; "
@@ -81,3 +101,9 @@ def target_sizes(targets: Targets) -> dict[str, tuple[int, int]]:
             )
         sizes[name] = distinct[0]
     return sizes
+
+
+def _size(module: nn.Module, hidden_size: int) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return hidden_size, hidden_size

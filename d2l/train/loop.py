@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from d2l.config import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError
 from d2l.hypernet.model import DocToLora
-from d2l.prepare import base_facts, epoch_batches
+from d2l.prepare import base_facts, epoch_batches, run_stages, stage_rows
 from d2l.train.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint, step_folder
+from d2l.train.curriculum import Curriculum
 from d2l.train.guards import require_finite_step
 from d2l.train.losses import Loss, Normalizer, compute_loss, label_positions
+from d2l.train.optimizer import make_optimizer, make_schedule
+from d2l.train.processes import OneProcess, processes
 
 METRICS = "metrics.jsonl"
 
@@ -39,6 +41,8 @@ class StepMetrics:
         task_loss: cross-entropy or KL, in nats, as the config asks for.
         grad_norm: of all hypernetwork gradients before clipping.
         gen_lora_l1_norm: mean |A| + mean |B| of the generated LoRA, per context.
+        exact_match: share of the questions whose supervised tokens are all the likeliest ones.
+        stage: of the curriculum, 1 for the first.
         lr: the learning rate that the step used.
         tokens: question tokens and document tokens of the step.
         label_tokens: supervised tokens of the step.
@@ -49,6 +53,8 @@ class StepMetrics:
     task_loss: float
     grad_norm: float
     gen_lora_l1_norm: float
+    exact_match: float
+    stage: int
     lr: float
     tokens: int
     label_tokens: int
@@ -75,34 +81,6 @@ def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, con
     )
 
 
-def parameter_groups(hypernet: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: weights decay; scalers, biases, norms and latents (one dimension, or named so) do not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in hypernet.named_parameters():
-        spared = parameter.ndim < 2 or any(word in name for word in ("scaler_", "bias", "latents_q", "norm"))
-        (kept if spared else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def processes() -> PartialState:
-    """The processes of this run, which the first call joins, and the device of this one.
-
-    On CPUs accelerate has to be told, or each of several processes takes itself for the only one.
-    """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
-
-
-@dataclass(frozen=True)
-class OneProcess:
-    """A process that trains by itself on a device of its own, whatever others there are; a twin does."""
-
-    device: torch.device
-    num_processes: int = 1
-    process_index: int = 0
-    is_main_process: bool = True
-
-
 class Trainer:
     """A run in progress: the model, its optimizer and schedule, and the position in the data.
 
@@ -126,22 +104,10 @@ class Trainer:
         self.model.hypernet.train()
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model.hypernet, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-        )
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-            scheduler_specific_kwargs=(
-                {"min_lr": config.min_lr} if config.lr_scheduler_type == "cosine_with_min_lr" else None
-            ),
-        )
+        self.optimizer = make_optimizer(model.hypernet, config)
+        self.scheduler = make_schedule(self.optimizer, config)
         self.step_number, self.epoch, self.position = 0, 0, 0
+        self.curriculum, self._stage_rows = Curriculum(run_stages(config)), stage_rows(config, rows)
         self._packed: tuple[int, Sequence[PackedBatch]] = (-1, [])
 
     def step(self) -> StepMetrics:
@@ -153,7 +119,7 @@ class Trainer:
         started = time.perf_counter()
         batches = self._next_batches()
         normalizer = Normalizer.of(batches, self.config.lora_r)
-        task, l1 = self._accumulate(batches, normalizer)
+        task, l1, exact_match = self._accumulate(batches, normalizer)
         parameters = list(self.model.hypernet.parameters())
         grad_norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         coefficient = self.config.gen_lora_l1_reg_coef
@@ -167,15 +133,20 @@ class Trainer:
         )
         # only now: clipping by a norm that is not finite would spoil all gradients, and the guard could name no culprit
         nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.step_number += 1
+        stage = 1 + self.curriculum.stage
+        if self.curriculum.observe(exact_match):
+            self.epoch, self.position = self.epoch + 1, 0
         return StepMetrics(
             step=self.step_number,
             task_loss=task,
             grad_norm=float(grad_norm),
             gen_lora_l1_norm=l1,
+            exact_match=exact_match,
+            stage=stage,
             lr=lr,
             tokens=sum(batch.n_tokens + batch.ctx_ids.shape[1] for batch in batches),
             label_tokens=normalizer.label_tokens,
@@ -195,6 +166,7 @@ class Trainer:
             "step": self.step_number,
             "epoch": self.epoch,
             "position": self.position,
+            "curriculum": self.curriculum.state(),
             "scheduler": scheduler,
             "config": self.config.resolved(),
             "base": base_facts(self.model.base.config),
@@ -224,25 +196,26 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         self.step_number, self.epoch, self.position = (checkpoint.state[name] for name in ("step", "epoch", "position"))
+        self.curriculum.restore(checkpoint.state["curriculum"])
         torch.set_rng_state(checkpoint.trainer["rng.torch"])
         if "rng.cuda" in checkpoint.trainer and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.trainer["rng.cuda"])
 
-    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> tuple[float, float]:
-        """Gradients of the whole step; returns its task loss and L1 norm, summed over all processes."""
+    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> tuple[float, float, float]:
+        """Gradients of the whole step; returns its task loss, L1 norm and exact match, summed over all processes."""
         self.optimizer.zero_grad(set_to_none=True)
         count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
-        sums = torch.zeros(2, device=device)
+        sums = torch.zeros(3, device=device)
         for batch in batches[rank::count]:
             loss = batch_loss(self.model, batch.to(device), normalizer, self.config)
             loss.total.backward()
-            sums += torch.stack([loss.task.detach(), loss.l1.detach()])
+            sums += torch.stack([loss.task.detach(), loss.l1.detach(), loss.exact_match])
         if count > 1:  # losses are divided by counts of all processes, so gradients add up
             for parameter in self.model.hypernet.parameters():
                 parameter.grad = reduce(parameter.grad, reduction="sum")
             sums = reduce(sums, reduction="sum")
-        task, l1 = sums.tolist()
-        return task, l1
+        task, l1, exact_match = sums.tolist()
+        return task, l1, exact_match
 
     def _next_batches(self) -> list[PackedBatch]:
         """The micro-batches of the next step, for all processes; an epoch's rest joins the next epoch."""
@@ -260,7 +233,8 @@ class Trainer:
     def _epoch_batches(self) -> Sequence[PackedBatch]:
         """All packed rows of the current epoch, in its order."""
         if self._packed[0] != self.epoch:
-            self._packed = (self.epoch, epoch_batches(self.config, self.rows, self.epoch))
+            among = self._stage_rows[self.curriculum.stage]
+            self._packed = (self.epoch, epoch_batches(self.config, self.rows, self.epoch, among))
         return self._packed[1]
 
 

@@ -24,11 +24,13 @@ class Normalizer:
 
     Attributes:
         label_tokens: supervised tokens that can be predicted (the first token of a query cannot).
+        queries: those that have such tokens.
         contexts: contexts, whether or not one of their tokens is supervised.
         rank: the rank of the step's largest merged LoRA; the others count as padded to it with zeros.
     """
 
     label_tokens: int
+    queries: int
     contexts: int
     rank: int
 
@@ -39,6 +41,7 @@ class Normalizer:
         chunks = max(max(batch.n_ctx_chunks) for batch in batches)
         return cls(
             label_tokens=sum(len(label_positions(batch)) for batch in batches),
+            queries=sum(len(label_queries(batch).unique()) for batch in batches),
             contexts=sum(len(batch.n_ctx_chunks) for batch in batches),
             rank=lora_r * (chunks + 1),
         )
@@ -52,11 +55,13 @@ class Loss:
         task: cross-entropy or KL, normalised; scalar.
         l1: L1 norm of the generated LoRA, normalised and not yet weighted; scalar.
         total: `task + coefficient * l1`.
+        exact_match: share of the step's queries whose label tokens are all the likeliest ones, without gradient; scalar.
     """
 
     task: Tensor
     l1: Tensor
     total: Tensor
+    exact_match: Tensor
 
 
 def label_positions(batch: PackedBatch) -> Tensor:
@@ -65,6 +70,14 @@ def label_positions(batch: PackedBatch) -> Tensor:
     The first token of a query has no token before it in its own query, so a label there is never used.
     """
     return ((batch.labels[0] != IGNORED) & (batch.position_ids[0] > 0)).nonzero().squeeze(-1)
+
+
+def label_queries(batch: PackedBatch) -> Tensor:
+    """The query, counted over the packed row, of each token at `label_positions(batch)`, int64 `[N]`.
+
+    A query is told by where positions restart, so it may hold several supervised spans.
+    """
+    return (batch.position_ids[0] == 0).cumsum(0)[label_positions(batch)] - 1
 
 
 def compute_loss(
@@ -89,16 +102,17 @@ def compute_loss(
         l1_coefficient: weight of the L1 term.
 
     Raises:
-        DataError: KL without teacher logprobs, or with another number of rows than label tokens.
+        DataError: KL without teacher logprobs, with another number of rows than label tokens, or with unknown ids.
     """
     positions = label_positions(batch)
     per_token = _teacher_divergence(logits, batch) if use_kl_loss else _cross_entropy(logits, batch, positions)
     if use_per_ctx_average_loss:
-        task = _sum_of_context_means(per_token, batch, positions) / normalizer.contexts
+        task = _sum_of_context_means(per_token, batch) / normalizer.contexts
     else:
         task = per_token.sum() / max(normalizer.label_tokens, 1)
     l1 = lora_l1(lora, normalizer)
-    return Loss(task=task, l1=l1, total=task + l1_coefficient * l1)
+    recalled = _recalled_queries(logits, batch, positions) / max(normalizer.queries, 1)
+    return Loss(task=task, l1=l1, total=task + l1_coefficient * l1, exact_match=recalled)
 
 
 def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
@@ -127,17 +141,37 @@ def _teacher_divergence(logits: Tensor, batch: PackedBatch) -> Tensor:
             f"teacher logprobs of records {list(batch.record_ids)}: expected one row for each of {len(logits)} "
             f"label tokens, found {len(batch.logprobs_vals)}; generate them with the run's own template and supervision"
         )
+    _require_known_ids(batch.logprobs_indices, batch, vocabulary=logits.shape[-1])
     log_q = torch.log_softmax(logits.float(), dim=-1).gather(-1, batch.logprobs_indices)
     return -(batch.logprobs_vals.exp() * log_q).sum(-1)
 
 
-def _sum_of_context_means(per_token: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+def _require_known_ids(indices: Tensor, batch: PackedBatch, vocabulary: int) -> None:
+    """Refuse a teacher's ids [N, K] beyond the vocabulary: on a GPU a gather with one would end the process."""
+    beyond = (indices >= vocabulary).any(-1)
+    if not beyond.any():
+        return
+    context_of_query = [i for i, count in enumerate(batch.n_queries) for _ in range(count)]
+    contexts = {context_of_query[query] for query in label_queries(batch)[beyond].tolist()}
+    raise DataError(
+        f"teacher logprobs of records {[batch.record_ids[i] for i in sorted(contexts)]}: expected token ids below "
+        f"{vocabulary:,}, found {int(indices.max()):,}; make them with the base model's own tokenizer"
+    )
+
+
+def _recalled_queries(logits: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """How many queries have every label token right by argmax; scalar float32."""
+    query = label_queries(batch)
+    wrong = logits.detach().argmax(-1) != batch.labels[0, positions]
+    return torch.tensor(float(len(query.unique()) - len(query[wrong].unique())), device=logits.device)
+
+
+def _sum_of_context_means(per_token: Tensor, batch: PackedBatch) -> Tensor:
     """Σ over contexts of the mean over its queries of the mean over their label tokens; scalar.
 
-    A query is told by where positions restart, so it may hold several supervised spans; one without a label token has
-    no mean and is left out.
+    A query without a label token has no mean and is left out.
     """
-    query = (batch.position_ids[0] == 0).cumsum(0)[positions] - 1  # [N] index of the query
+    query = label_queries(batch)
     n_queries = sum(batch.n_queries)
     sums = per_token.new_zeros(n_queries).index_add(0, query, per_token)
     tokens = torch.bincount(query, minlength=n_queries)

@@ -13,7 +13,8 @@ from d2l.config import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.errors import CheckpointError
 from d2l.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, step_folder
-from d2l.train.loop import METRICS, Trainer, processes, run
+from d2l.train.loop import METRICS, Trainer, run
+from d2l.train.processes import processes
 
 CONFIG, PREFLIGHT = "config.yaml", "preflight.json"
 

@@ -1,0 +1,195 @@
+"""Which targets, features and losses can carry a document: needles in a tiny GPT-OSS, one budget, several seeds.
+
+Every variant trains the same hypernetwork on the same documents for the same number of steps, and is asked about
+unseen documents: the share of questions whose every answer token is the likeliest one, with the document's LoRA and
+with another document's. `--output` names the JSON file that `report` turns into a page and a figure.
+
+    python benchmarks/targets.py --output benchmarks/targets.json
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2l import prepare
+from d2l.config import RunConfig
+from d2l.config_file import load_config
+from d2l.data.needle import needle_records
+from d2l.data.packing import PackedBatch
+from d2l.data.records import Record
+from d2l.data.tokenize import Row
+from d2l.hypernet.lora import Lora
+from d2l.hypernet.model import DocToLora
+from d2l.train.loop import Trainer
+from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.processes import OneProcess
+
+CONFIG = "configs/needle_tiny.yaml"
+UNSEEN = 192  # documents
+SEEDS = (1, 2, 3)
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "q_proj": ("q_proj",),
+    "k_proj": ("k_proj",),
+    "v_proj": ("v_proj",),
+    "o_proj": ("o_proj",),
+    "v_proj + o_proj": ("o_proj", "v_proj"),
+    "all four": ("k_proj", "o_proj", "q_proj", "v_proj"),
+    "mlp (residual route)": ("mlp",),
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "per layer, as published": {"ctx_encoder_type": "per_layer_activations"},
+    "early exit, layer 1": {"ctx_encoder_type": "early_exit", "layer_idx": 1},
+    "early exit, layer 3": {"ctx_encoder_type": "early_exit", "layer_idx": 3},
+    "all layers side by side": {},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the study: what differs from the shipped config."""
+
+    part: str
+    name: str
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed of a variant reached.
+
+    Attributes:
+        exact, other: exact match on unseen documents with the document's LoRA and with another's.
+        train: exact match of the last steps, averaged as the curriculum does.
+        stage: of the curriculum that it was in, 1 for the first; seconds: of the processor.
+    """
+
+    part: str
+    name: str
+    seed: int
+    exact: float
+    other: float
+    train: float
+    stage: int
+    seconds: float
+
+
+def variants() -> list[Variant]:
+    """All rows, in the order of the page."""
+    rows = [Variant("targets", name, {"target_modules": modules}) for name, modules in TARGETS.items()]
+    rows += [Variant("features", name, changes) for name, changes in FEATURES.items()]
+    rows.append(Variant("curriculum", "2 pairs from the first step", {"curriculum": STAGES[1:]}))
+    rows.append(Variant("curriculum", "1 pair, then 2", {}))
+    rows.append(Variant("query scale", "1, as published", {"perceiver_query_scale": 1.0}))
+    return rows
+
+
+STAGES = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 1})
+
+
+def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outcome:
+    """Train one seed of a variant for `steps` and ask it about unseen documents."""
+    started = time.process_time()
+    base_values = load_config(Path(CONFIG)).model_dump(exclude={"remarks"})
+    fixed = {"curriculum": STAGES, "needle_documents": documents, "max_steps": steps, "decay_steps": steps // 4}
+    config = RunConfig(**base_values | fixed | variant.changes | {"seed": seed})
+    data_config = config.model_copy(update={"seed": 0})  # every seed and variant sees the same documents
+    tokenizer = prepare.run_tokenizer(config)
+    chat = prepare.run_chat(config, tokenizer)
+    rows = prepare.run_rows(data_config, chat, prepare.run_records(data_config)).rows
+    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
+    trainer = Trainer(prepare.run_model(config, base), rows, config, OneProcess(torch.device("cpu")))
+    for _ in range(steps):
+        metrics = trainer.step()
+    unseen = prepare.run_rows(data_config, chat, unseen_records(data_config)).rows
+    exact, other = recall(trainer.model, config, list(unseen))
+    return Outcome(
+        part=variant.part,
+        name=variant.name,
+        seed=seed,
+        exact=exact,
+        other=other,
+        train=trainer.curriculum.average,
+        stage=metrics.stage,
+        seconds=time.process_time() - started,
+    )
+
+
+def unseen_records(config: RunConfig) -> list[Record]:
+    """Documents whose pairs never stood together in training. One digit leaves too few pairs to hold any out."""
+    seen = {frozenset(record.responses) for record in prepare.run_records(config)}
+    drawn = needle_records(2 * UNSEEN, 2, 1, 0, seed=999, style="pairs")
+    return [record for record in drawn if frozenset(record.responses) not in seen][:UNSEEN]
+
+
+@torch.no_grad()
+def recall(model: DocToLora, config: RunConfig, rows: list[Row]) -> tuple[float, float]:
+    """Exact match with each document's LoRA, and with that of the next document of its batch."""
+    batches = list(prepare.epoch_batches(config, rows, epoch=0))
+    normalizer = Normalizer.of(batches, config.lora_r)
+    loras = [model.lora(batch) for batch in batches]
+    return tuple(
+        sum(
+            exact_match(model, batch, shifted(lora, by), normalizer) for batch, lora in zip(batches, loras, strict=True)
+        )
+        for by in (0, 1)
+    )  # type: ignore[return-value]
+
+
+def shifted(lora: Lora, by: int) -> Lora:
+    """Each context gets the LoRA of the one `by` places further."""
+    A, B = ({name: x.roll(by, 0) for name, x in side.items()} for side in (lora.A, lora.B))
+    return replace(lora, A=A, B=B)
+
+
+def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: Normalizer) -> float:
+    """The batch's part of the share of questions that are answered without a wrong token."""
+    logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+    return float(compute_loss(logits, batch, lora, normalizer).exact_match)
+
+
+def outcomes(seeds: list[int], steps: int, documents: int, parts: list[str], done: list[Outcome]) -> Iterator[Outcome]:
+    """Every seed of every variant that is not `done`, seeds outermost, so that a cut study has whole rounds."""
+    have = {(outcome.part, outcome.name, outcome.seed) for outcome in done}
+    for seed in seeds:
+        for variant in variants():
+            if (variant.part, variant.name, seed) not in have and (not parts or variant.part in parts):
+                yield run_variant(variant, seed, steps, documents)
+
+
+def main() -> None:
+    """Run the study, writing the file after every run; what is in it already is not run again."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--documents", type=int, default=8000)
+    parser.add_argument("--parts", nargs="+", default=[], help="only these parts; default: all")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    done: list[Outcome] = []
+    if asked.output.exists():
+        done = [Outcome(**values) for values in json.loads(asked.output.read_text())["outcomes"]]
+    for outcome in outcomes(asked.seeds, asked.steps, asked.documents, asked.parts, list(done)):
+        done.append(outcome)
+        values = {"steps": asked.steps, "documents": asked.documents, "outcomes": [asdict(it) for it in done]}
+        partial = asked.output.with_name(f"{asked.output.name}.partial")
+        partial.write_text(json.dumps(values, indent=1))
+        partial.replace(asked.output)
+        sys.stdout.write(
+            f"{outcome.part:<12}{outcome.name:<28}seed {outcome.seed}  exact {outcome.exact:.3f}  "
+            f"other {outcome.other:.3f}  stage {outcome.stage}  train {outcome.train:.3f}  {outcome.seconds:.0f} s\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

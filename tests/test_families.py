@@ -1,0 +1,394 @@
+"""Every supported family: its shipped chat format, chunks of long documents under it, and a training step."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from families import FAMILIES, LAYERS, Family
+
+from d2l.answer import answer_text, prompt_ids, stop_ids
+from d2l.base.load import plan_load, random_base
+from d2l.config import RunConfig
+from d2l.data.chat import ChatFormat, chat_format, default_template
+from d2l.data.limits import Limits
+from d2l.data.records import Record
+from d2l.data.supervision import supervised_texts, supervision_faults
+from d2l.data.templates import SHIPPED
+from d2l.data.tokenize import document_chunks, tokenize_records
+from d2l.errors import DataError, ModelError
+from d2l.hypernet.model import DocToLora
+from d2l.train.loop import Trainer
+from d2l.trained import Trained
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+CONVERSATION = (
+    {"role": "system", "content": "You are a helpful assistant"},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi there"},
+    {"role": "user", "content": "Who are you"},
+    {"role": "assistant", "content": "   I am an assistant   "},
+    {"role": "user", "content": "Another question"},
+)
+ANSWERED = CONVERSATION[1:5]
+
+# What the published templates write, worked out by hand from their rules, and compared once with the templates themselves
+# on random conversations. Llama 3, ChatML and Gemma: as in the table of llama.cpp's tests/test-chat-template.cpp, with the
+# BOS token, which it leaves out. Llama 3.1 and 3.2: with their system message before it. Mistral: the table "Templates" of
+# docs.mistral.ai/cookbook/concept-deep-dive-tokenization-templates; a system message goes into the last question. Gemma:
+# ai.google.dev/gemma/docs/core/prompt-structure.
+LLAMA_TURNS = (
+    "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHi there<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nWho are you<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nI am an assistant<|eot_id|>"
+)
+LLAMA_QUESTION = "<|start_header_id|>user<|end_header_id|>\n\nAnother question<|eot_id|>"
+LLAMA_PROMPT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA_SYSTEM = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+CUTOFF = "Cutting Knowledge Date: December 2023\nToday Date: "
+CHATML_TURNS = (
+    "<|im_start|>user\nHello<|im_end|>\n"
+    "<|im_start|>assistant\nHi there<|im_end|>\n"
+    "<|im_start|>user\nWho are you<|im_end|>\n"
+)
+CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+CHATML_QUESTION = "<|im_start|>user\nAnother question<|im_end|>\n<|im_start|>assistant\n"
+CHATML_ANSWER = "<|im_start|>assistant\n   I am an assistant   <|im_end|>\n"
+THOUGHTLESS = "<think>\n\n</think>\n\n"
+GEMMA_FIRST = "<bos><start_of_turn>user\n"
+GEMMA_TURNS = (
+    "Hello<end_of_turn>\n<start_of_turn>model\nHi there<end_of_turn>\n<start_of_turn>user\nWho are you<end_of_turn>\n"
+    "<start_of_turn>model\nI am an assistant<end_of_turn>\n"
+)
+GEMMA_QUESTION = "<start_of_turn>user\nAnother question<end_of_turn>\n<start_of_turn>model\n"
+GEMMA = (
+    f"{GEMMA_FIRST}You are a helpful assistant\n\n{GEMMA_TURNS}{GEMMA_QUESTION}",
+    f"{GEMMA_FIRST}{GEMMA_TURNS}",
+)
+# family → (CONVERSATION with a generation prompt, ANSWERED without one)
+WRITTEN: dict[str, tuple[str, str]] = {
+    "llama 3": (
+        f"{LLAMA_SYSTEM}You are a helpful assistant<|eot_id|>{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
+        f"<|begin_of_text|>{LLAMA_TURNS}",
+    ),
+    "llama 3.1": (
+        f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\nYou are a helpful assistant<|eot_id|>"
+        f"{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
+        f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\n<|eot_id|>{LLAMA_TURNS}",
+    ),
+    "llama 3.2": (
+        f"{LLAMA_SYSTEM}{CUTOFF}09 Feb 2024\n\nYou are a helpful assistant<|eot_id|>"
+        f"{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
+        f"{LLAMA_SYSTEM}{CUTOFF}09 Feb 2024\n\n<|eot_id|>{LLAMA_TURNS}",
+    ),
+    "qwen3": (  # with `enable_thinking=False` there: the prompt ends with the block that training does not supervise
+        f"{CHATML_SYSTEM}{CHATML_TURNS}{CHATML_ANSWER}{CHATML_QUESTION}{THOUGHTLESS}",
+        f"{CHATML_TURNS}<|im_start|>assistant\n{THOUGHTLESS}   I am an assistant   <|im_end|>\n",
+    ),
+    "qwen3 instruct": (
+        f"{CHATML_SYSTEM}{CHATML_TURNS}{CHATML_ANSWER}{CHATML_QUESTION}",
+        f"{CHATML_TURNS}{CHATML_ANSWER}",
+    ),
+    "mistral": (
+        "<s>[INST] Hello[/INST] Hi there</s>[INST] Who are you[/INST] I am an assistant</s>"
+        "[INST] You are a helpful assistant\n\nAnother question[/INST]",
+        "<s>[INST] Hello[/INST] Hi there</s>[INST] Who are you[/INST] I am an assistant</s>",
+    ),
+    "mistral tekken": (
+        "<s>[INST]Hello[/INST]Hi there</s>[INST]Who are you[/INST]   I am an assistant   </s>"
+        "[INST]You are a helpful assistant\n\nAnother question[/INST]",
+        "<s>[INST]Hello[/INST]Hi there</s>[INST]Who are you[/INST]   I am an assistant   </s>",
+    ),
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+}
+
+
+def chat_of(family: Family, **values: Any) -> ChatFormat:
+    """The family's chat, as `chat_format` finds it for a tokenizer with a template without tags."""
+    return chat_format(family.tokenizer(family.untagged), **values)
+
+
+# Templates
+
+
+@every_family
+def test_plain_turns_are_written_as_published(name: str) -> None:
+    chat = chat_of(FAMILIES[name], current_date="2024-02-09")
+    assert chat.template == FAMILIES[name].text
+    asked, answered = WRITTEN[name]
+    assert chat.render(CONVERSATION, add_generation_prompt=True) == asked
+    assert chat.render(ANSWERED) == answered
+    untagged = ChatFormat(chat.tokenizer, FAMILIES[name].untagged, "content", "2024-02-09")
+    assert untagged.render(ANSWERED) == answered
+    assert not untagged.has_generation_tags
+
+
+@every_family
+def test_answers_and_their_end_tokens_are_supervised_and_nothing_else(name: str) -> None:
+    family, chat = FAMILIES[name], chat_of(FAMILIES[name])
+    trims = "I am an assistant" + family.end in WRITTEN[name][1]
+    encoded = chat.encode(ANSWERED)
+    answers = ["Hi there", "I am an assistant" if trims else "   I am an assistant   "]
+    expected = [family.before + answer + family.end for answer in answers]
+    # decoding a piece of a text, a tokenizer of sentencepiece's kind leaves the space out that it begins with
+    found = supervised_texts(chat, encoded)
+    assert found == [text.removeprefix(" ") if family.sentencepiece else text for text in expected]
+    supervised = [token for token, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on]
+    assert supervised == [token for text in expected for token in ids_inside(chat, text)]
+    assert chat.decode(encoded.input_ids) == chat.render(ANSWERED)
+    several = [*ANSWERED, ANSWERED[0], {"role": "assistant", "content": "Größe: 4\n— 晴 😀"}]
+    assert supervision_faults(chat, several) == ()
+
+
+def ids_inside(chat: ChatFormat, text: str) -> list[int]:
+    """The tokens of a text within a longer one that ends with a control token before it."""
+    last = next(iter(chat.tokenizer.get_added_vocab()))
+    ids = chat.encode_text(last + text)
+    return ids[ids.index(chat.tokenizer.get_added_vocab()[last]) + 1 :]
+
+
+def test_what_a_model_that_can_think_writes_itself() -> None:
+    """`content` leaves the empty block of thoughts to the prompt, `sampled` to the model, which then has to learn it."""
+    family = FAMILIES["qwen3"]
+    sampled = chat_of(family, supervision="sampled")
+    assert supervised_texts(sampled, sampled.encode(ANSWERED[2:])) == [
+        f"{THOUGHTLESS}   I am an assistant   <|im_end|>"
+    ]
+    assert sampled.render(ANSWERED) == chat_of(family).render(ANSWERED)
+    assert not sampled.render(CONVERSATION, add_generation_prompt=True).endswith("</think>\n\n")
+
+
+@every_family
+@pytest.mark.parametrize("supervision", ["content", "sampled"])
+def test_a_prompt_ends_where_supervision_begins_and_the_rest_is_the_answer(name: str, supervision: Any) -> None:
+    chat = chat_of(FAMILIES[name], supervision=supervision)
+    encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
+    begin = encoded.supervised.index(True)
+    assert prompt_ids(chat, "When?") == encoded.input_ids[:begin]
+    end = encoded.input_ids.index(chat.tokenizer.eos_token_id, begin)
+    assert answer_text(chat, encoded.input_ids[begin:end]) == "At nine."
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("<think>\n\n</think>\n\nAt nine.", "At nine."),
+        ("<think>Is it ten?</think>At nine.<|im_end|>", "At nine."),
+        ("Is it ten?</think>At nine.", "At nine."),
+        ("<think>Is it ten?", ""),
+        ("At nine.", "At nine."),
+    ],
+)
+def test_no_thought_leaks_into_an_answer(said: str, expected: str) -> None:
+    chat = chat_of(FAMILIES["qwen3"])
+    assert answer_text(chat, chat.encode_text(said)) == expected
+
+
+@pytest.mark.parametrize("name", ["llama 3", "llama 3.2", "qwen3", "qwen3 instruct", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "developer", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "assistant"}],
+    ],
+)
+def test_what_is_no_plain_turn_is_refused(name: str, turns: list[Any]) -> None:
+    with pytest.raises(DataError, match="the chat template refuses"):
+        chat_of(FAMILIES[name]).encode(turns)
+
+
+@every_family
+def test_tools_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match="without tools"):
+        chat_of(FAMILIES[name]).encode(ANSWERED, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_thoughts_are_refused() -> None:
+    chat = chat_of(FAMILIES["qwen3"])
+    for message in ({"content": "<think>Hm</think>x"}, {"content": "x", "reasoning_content": "Hm"}):
+        with pytest.raises(DataError, match="without thoughts"):
+            chat.encode([ANSWERED[0], {"role": "assistant", **message}])
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral tekken", "gemma"])
+def test_turns_that_do_not_alternate_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match="in turn"):
+        chat_of(FAMILIES[name]).encode([ANSWERED[0], ANSWERED[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "end_of_sequence", "named"),
+    [
+        ("gemma", "<eos>", None),
+        ("llama 3", "<|end_of_text|>", [1, 2]),
+        ("qwen3", "<|endoftext|>", 3),
+        ("mistral", "</s>", None),
+    ],
+)
+def test_an_answer_stops_where_training_ends_one_and_where_the_model_s_files_say(
+    name: str, end_of_sequence: str, named: Any
+) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(family.untagged, eos=end_of_sequence)
+    model = SimpleNamespace(base=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named)))
+    trained = Trained(cast(DocToLora, model), chat_format(tokenizer), RunConfig())
+    end = tokenizer.get_added_vocab()[family.end]
+    rest = named if isinstance(named, list) else [tokenizer.eos_token_id, *([named] if named else [])]
+    assert stop_ids(trained) == sorted({end, *rest})
+
+
+# Which template a tokenizer gets
+
+
+def test_every_shipped_template_belongs_to_a_family() -> None:
+    assert {shipped.name for shipped in SHIPPED} == {family.file for family in FAMILIES.values()}
+
+
+def test_without_a_template_of_its_own_control_tokens_decide() -> None:
+    first = {"llama 3.2": "llama 3.1", "qwen3 instruct": "qwen3", "mistral tekken": "mistral"}
+    for name, family in FAMILIES.items():
+        assert default_template(family.tokenizer()) == FAMILIES[first.get(name, name)].text
+    chatml = Family("", FAMILIES["qwen3"].config, "<|im_end|>", ("<|im_start|>", "<|im_end|>"))
+    assert default_template(chatml.tokenizer()) == FAMILIES["qwen3 instruct"].text
+    lacking = Family("", FAMILIES["qwen3"].config, "<|im_start|>", ("<|im_start|>",))
+    assert default_template(lacking.tokenizer()) is None
+
+
+def test_a_template_with_tags_of_its_own_is_kept() -> None:
+    family = FAMILIES["gemma3"]
+    own = family.text.replace("<start_of_turn>model", "<start_of_turn>reader")
+    assert default_template(family.tokenizer(own)) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "other"),
+    [
+        ("qwen3 instruct", "{%- for message", "{{- '<|im_start|>system\nYou are Qwen.<|im_end|>\n' -}}{%- for message"),
+        ("mistral", "[/INST]", " [/INST]"),
+        ("llama 3", " | trim", ""),
+        ("gemma3", 'messages[0].content + "\\n\\n"', 'messages[0].content + "\\n"'),
+        (
+            "qwen3 instruct",
+            "{%- else -%}\n        {{- message.content +",
+            '{%- else -%}\n        {{- (message.content | trim if message.role == "user" else message.content) +',
+        ),
+        ("gemma3", '<start_of_turn>model\\n" if', '<start_of_turn>model" if'),
+    ],
+)
+def test_a_template_that_writes_other_text_is_kept_and_said_to_have_no_tags(
+    name: str, published: str, other: str
+) -> None:
+    """Nothing is trained on another text than the base knows without being asked for: the message names what is shipped."""
+    family = FAMILIES[name]
+    own = family.untagged.replace(published, other)
+    chat = chat_format(family.tokenizer(own))
+    assert chat.template == own != family.untagged
+    with pytest.raises(ModelError, match=f"chat_template=FILE; shipped for its control tokens: .*{family.template}"):
+        chat.require_generation_tags()
+
+
+def test_a_system_message_that_the_own_template_refuses_decides_nothing() -> None:
+    """Gemma 2 refuses one, Gemma 3 does not."""
+    refuse = "{%- if messages[0].role == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}"
+    family = FAMILIES["gemma2"]
+    assert default_template(family.tokenizer(refuse + family.untagged)) == family.text
+
+
+def test_a_broken_template_is_reported_where_it_is_used() -> None:
+    chat = chat_format(FAMILIES["gemma"].tokenizer("{% if %}"))
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        chat.encode(ANSWERED)
+
+
+# Documents
+
+DOCUMENT = " ".join(f"On day {day} the ferry to Brennick leaves at {day % 12}." for day in range(20))
+EDGES = {
+    "llama 3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llama 3.1": (f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llama 3.2": (f"{LLAMA_SYSTEM}{CUTOFF}05 Aug 2025\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "qwen3": ("<|im_start|>user\n", "<|im_end|>\n"),
+    "qwen3 instruct": ("<|im_start|>user\n", "<|im_end|>\n"),
+    "mistral": ("<s>[INST]", "[/INST]"),  # the space is part of the document's first word
+    "mistral tekken": ("<s>[INST]", "[/INST]"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), ("<bos><start_of_turn>user\n", "<end_of_turn>\n")),
+}  # fmt: skip
+
+
+@every_family
+def test_affixes_are_those_of_the_template(name: str) -> None:
+    chat = chat_of(FAMILIES[name])
+    prefix, suffix = chat.context_affixes()
+    assert (chat.decode(prefix), chat.decode(suffix)) == EDGES[name]
+    message = chat.encode([{"role": "user", "content": DOCUMENT}]).input_ids
+    assert [*prefix, *chat.encode_text(DOCUMENT), *suffix] == message
+
+
+@every_family
+def test_a_long_document_is_split_between_affixes(name: str) -> None:
+    chat = chat_of(FAMILIES[name])
+    prefix, suffix = chat.context_affixes()
+    longest = len(prefix) + len(suffix) + len(chat.encode_text(DOCUMENT)) // 4 + 1
+    chunks = document_chunks(DOCUMENT, chat, Limits(max_ctx_chunk_len=longest))
+    assert len(chunks) == 4
+    assert max(map(len, chunks)) <= longest
+    assert {(chunk[: len(prefix)], chunk[len(chunk) - len(suffix) :]) for chunk in chunks} == {
+        (tuple(prefix), tuple(suffix))
+    }
+    text = [token for chunk in chunks for token in chunk[len(prefix) : len(chunk) - len(suffix)]]
+    assert text == chat.encode_text(DOCUMENT)
+
+
+# Training
+
+
+def records() -> Iterator[Record]:
+    for day in range(3):
+        document = f"The ferry leaves on day {day}. " * (1 + 3 * day)
+        yield Record(document, ("When?", "What leaves?"), (f"On day {day}.", "The ferry."), f"a.jsonl:{day}")
+
+
+@every_family
+@pytest.mark.parametrize(
+    "targets",
+    [("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")],
+    ids=["attention", "mlp"],
+)
+def test_a_step_of_training_from_text_to_weights(name: str, targets: tuple[str, ...]) -> None:
+    """One step changes what can change, the loss is finite, and with B at zero the first one is the base's own."""
+    family, chat = FAMILIES[name], chat_of(FAMILIES[name])
+    config = RunConfig(
+        lora_r=2,
+        target_modules=targets,
+        ctx_encoder_type="per_layer_activations",
+        latent_size=16,
+        n_latent_queries=4,
+        num_blocks=1,
+        learning_rate=0.01,
+        warmup_steps=0,
+        gradient_accumulation_steps=1,
+        max_packed_inp_len=2000,
+        max_packed_ctx_len=2000,
+        max_ctx_chunk_len=150,
+        max_steps=2,
+    )
+    tokenized = tokenize_records(list(records()), chat, Limits.of(config), seed=0)
+    assert not tokenized.dropped
+    base_config = family.base_config(len(chat.tokenizer))
+    base = random_base(base_config, plan_load(config, base_config, device="cpu"), seed=0)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    trainer = Trainer(DocToLora(base, config), tokenized.rows, config)
+    assert {name: len(modules) for name, modules in trainer.model.targets.items()} == dict.fromkeys(targets, LAYERS)
+    first, second = trainer.step(), trainer.step()
+    assert first.label_tokens == sum(query.n_labels for row in tokenized.rows for query in row.queries) > 0
+    assert first.grad_norm > 0
+    assert second.task_loss < first.task_loss
+    moved = {name for name, it in trainer.model.hypernet.named_parameters() if name.startswith("scaler_B") and it.any()}
+    assert moved == {f"scaler_B.{name}" for name in targets}
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

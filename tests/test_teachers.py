@@ -1,0 +1,119 @@
+"""Teacher logprobs that no run can learn from: refused early, with the record's name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_config
+from typer.testing import CliRunner
+
+import cli
+from d2l import prepare
+from d2l.data.records import Record, write_records
+from d2l.data.teachers import check_logprobs, require_teachers
+from d2l.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("vals", "indices", "expected"),
+    [
+        ([[-0.1, -3.0]], [[1, 2]], "1 entries for 2 supervised tokens"),
+        ([[-0.1, -3.0]] * 2, [[1, 2]], "of one shape"),
+        ([[-0.1, -3.0], [-0.1]], [[1, 2], [1]], "as many for every token"),
+        ([["x"], ["y"]], [[1], [2]], "expected numbers"),
+        ([], [], "of one shape"),
+        ([[], []], [[], []], "of one shape"),
+        ([[-0.1]] * 2, [[1.0]] * 2, "float64"),
+        ([[-0.1]] * 2, [[-1]] * 2, "of one shape"),
+        ([[-0.1], [float("-inf")]], [[1]] * 2, "not finite"),
+        ([[-0.1], [float("nan")]], [[1]] * 2, "not finite"),
+        ([[-0.1, -0.1]] * 2, [[1, 2]] * 2, "sum to 1.81 > 1"),
+    ],
+)
+def test_teacher_logprobs_that_do_not_fit(vals: list, indices: list, expected: str) -> None:
+    with pytest.raises(DataError, match="teacher logprobs") as caught:
+        check_logprobs(vals, indices, n_labels=2)
+    assert expected in str(caught.value)
+
+
+def test_teacher_logprobs_may_sum_to_one_within_bfloat16() -> None:
+    check_logprobs([[-0.6904, -0.6904], [-9.0, -1.0]], [[1, 2], [3, 4]], n_labels=2)
+
+
+def taught(*ids: Any, source: str = "a.jsonl:1") -> Record:
+    """A record with one prompt for each of `ids`, [token][k] of a teacher."""
+    texts = tuple("x" for _ in ids)
+    return Record("a", texts, texts, source, tuple(((-1.0,),) for _ in ids), ids)
+
+
+def test_records_without_a_teacher_are_named() -> None:
+    records = [taught(((1,),)), Record("a", ("p",), ("r",), "a.jsonl:2")] + [Record("b", ("p",), ("r",), "b:1")] * 9
+    with pytest.raises(DataError) as caught:
+        require_teachers(records, 10)
+    lines = str(caught.value).splitlines()
+    assert lines[:2] == ["use_kl_loss needs teacher logprobs; 10 of 11 records have none:", "  record 1 (a.jsonl:2)"]
+    assert "and 5 more" in lines[-2]
+    assert lines[-1].endswith("--set use_kl_loss=false")
+
+
+def test_ids_beyond_the_vocabulary_are_named_with_record_and_prompt() -> None:
+    records = [taught(((9,), (0,))), taught(((1,),), ((3,), (10,)), source="a.jsonl:2")]
+    require_teachers(records, 11)
+    with pytest.raises(DataError, match=r"beyond the 10 of .*:\n  record 1 \(a\.jsonl:2\), prompt 1: token id 10\n"):
+        require_teachers(records, 10)
+
+
+@pytest.mark.parametrize("ids", [3, "x", ((1,), (2, 3)), (("x",),), (), ((),), ((None,),)])
+def test_what_is_malformed_is_left_to_the_check_of_its_question(ids: Any) -> None:
+    require_teachers([taught(ids)], 10)
+
+
+LEARNED = 6  # supervised tokens of the answer below: five digits and the end token
+
+
+@pytest.mark.parametrize(
+    ("largest", "problem"),
+    [
+        (1023, None),
+        (1024, r"record 1 \(.*:2\), prompt 0: token id 1,024"),
+        (None, r"1 of 2 records have none:\n.*:2\)"),
+    ],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_of_a_kl_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int | None, problem: str | None, cached: bool
+) -> None:
+    if cached:
+        monkeypatch.setattr(prepare, "CACHED_FROM", 1)
+    path = tmp_path / "taught.jsonl"
+    write_taught(path, largest)
+    config = tiny_config(use_kl_loss=True, train_ds_names=str(path), cache=cached, cache_dir=str(tmp_path / "cache"))
+    chat, records = prepare.run_chat(config, prepare.run_tokenizer(config)), prepare.run_records(config)
+    if problem is None:
+        assert len(prepare.run_rows(config, chat, records).rows) == 2
+        return
+    with pytest.raises(DataError, match=problem):
+        prepare.run_rows(config, chat, records)
+
+
+def write_taught(path: Path, largest: int | None) -> None:
+    """Two records, the second with that id among its teacher's, or without a teacher."""
+
+    def record(ids: list[int] | None) -> Record:
+        vals = None if ids is None else (tuple((-1.0,) for _ in range(LEARNED)),)
+        indices = None if ids is None else (tuple((ids[place % len(ids)],) for place in range(LEARNED)),)
+        return Record("A number: 12345.", ("Which?",), ("12345",), "", vals, indices)
+
+    write_records(path, [record([1]), record(None if largest is None else [1, largest])])
+
+
+@pytest.mark.parametrize(("largest", "words"), [(5000, "token id 5,000"), (None, "teacher logprobs")])
+def test_training_does_not_start(tmp_path: Path, largest: int | None, words: str) -> None:
+    path = tmp_path / "taught.jsonl"
+    write_taught(path, largest)
+    arguments = ["train", "configs/tiny_gpt_oss.yaml", "--data", str(path), "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--set", "use_kl_loss=true"], prog_name="d2l")
+    assert result.exit_code in (2, 10), result.output
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()

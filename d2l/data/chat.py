@@ -6,7 +6,7 @@ or a macro looks right and is not.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -17,12 +17,10 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.data.harmony import TEMPLATE, Supervision, speaks_harmony
-from d2l.data.templates import shipped_note, writable_templates, writes_as
+from d2l.data.templates import Messages, shipped_note, writable_templates, writes_as
 from d2l.errors import ConfigError, DataError, ModelError
 from d2l.hub import from_cache_or_hub
 from d2l.paths import local_or_shipped, resource
-
-Messages = Sequence[Mapping[str, Any]]
 
 # Templates that print a date would give other ids every day. The release day of GPT-OSS: behind the knowledge cutoff
 # that its system message states, so a date that the model can have seen, and the one of the published examples.
@@ -257,7 +255,7 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     # `sampled` leaves to the model all that an untagged template leaves to it
     theirs = ChatFormat(tokenizer, own, "sampled", DEFAULT_DATE)
     candidates = (shipped.text for shipped in writable_templates(tokenizer))
-    return next((text for text in candidates if writes_as(replace(theirs, template=text), theirs)), own)
+    return next((text for text in candidates if writes_as(replace(theirs, template=text).render, theirs.render)), own)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

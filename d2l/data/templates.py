@@ -1,16 +1,16 @@
 """The training templates that are shipped besides harmony's, and which of them a tokenizer can write."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from d2l.errors import DataError
 from d2l.paths import resource
 
-if TYPE_CHECKING:
-    from d2l.data.chat import ChatFormat, Messages
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[..., str]  # `ChatFormat.render`
 
 _LLAMA_3 = frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})
 _LLAMA_3_1 = _LLAMA_3 | {"<|eom_id|>", "<|python_tag|>"}
@@ -44,7 +44,7 @@ SHIPPED = (
 
 _QUESTION, _ANSWER = {"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."}
 # Two templates that write all of these alike are of one format, white space at the edges included.
-_PLAIN_TURNS: "tuple[Messages, ...]" = (
+_PLAIN_TURNS: tuple[Messages, ...] = (
     (_QUESTION, _ANSWER),
     (_QUESTION, _ANSWER, {"role": "user", "content": " And now?\n"}, {"role": "assistant", "content": "\n Red. "}),
     ({"role": "system", "content": " Be brief. "}, _QUESTION, _ANSWER, _QUESTION),
@@ -63,7 +63,7 @@ def shipped_note(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"; shipped for its control tokens: {', '.join(names)}" if names else ""
 
 
-def writes_as(ours: "ChatFormat", theirs: "ChatFormat") -> bool:
+def writes_as(ours: Render, theirs: Render) -> bool:
     """Whether a template writes plain turns, with and without a generation prompt, as another that accepts them does."""
     return all(
         expected is None or expected == _text(ours, messages, prompt)
@@ -73,9 +73,9 @@ def writes_as(ours: "ChatFormat", theirs: "ChatFormat") -> bool:
     )
 
 
-def _text(chat: "ChatFormat", messages: "Messages", prompt: bool) -> str | None:
+def _text(render: Render, messages: Messages, prompt: bool) -> str | None:
     """None where the template refuses these turns."""
     try:
-        return chat.render(messages, add_generation_prompt=prompt)
+        return render(messages, add_generation_prompt=prompt)
     except DataError:
         return None

@@ -49,6 +49,7 @@ study: install # hours: every variant and seed; goes on from what benchmarks/tar
 bench: install
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/tokenizing.py
+	$(BIN)/python benchmarks/attention.py
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,92 @@
+"""It learns: a change that breaks learning cannot land. A short version of `make prove`, with its controls."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2l import prepare
+from d2l.config import RunConfig
+from d2l.config_file import load_config
+from d2l.data.needle import needle_records
+from d2l.data.packing import PackedBatch
+from d2l.data.records import Record
+from d2l.data.tokenize import Row
+from d2l.hypernet.lora import Lora
+from d2l.hypernet.model import DocToLora
+from d2l.train.loop import Trainer
+from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.processes import OneProcess
+
+STEPS, DOCUMENTS, ASKED = 320, 6000, 200
+PAIRS, DIGITS = 2, 1
+CURRICULUM = "[{pairs: 1, digits: 1}, {pairs: 2, digits: 1}]"
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    changes = {"curriculum": CURRICULUM, "needle_documents": DOCUMENTS, "decay_steps": 80, "seed": 0, "cache": False}
+    return load_config(
+        Path("configs/needle_tiny.yaml"), {key: str(value) for key, value in changes.items()}, max_steps=STEPS
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config: RunConfig) -> DocToLora:
+    tokenizer = prepare.run_tokenizer(config)
+    rows = rows_of(config, prepare.run_records(config))
+    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
+    trainer = Trainer(prepare.run_model(config, base), rows, config, OneProcess(torch.device("cpu")))
+    for _ in range(STEPS):
+        trainer.step()
+    return trainer.model
+
+
+def rows_of(config: RunConfig, records: tuple[Record, ...]) -> tuple[Row, ...]:
+    chat = prepare.run_chat(config, prepare.run_tokenizer(config))
+    return tuple(prepare.run_rows(config, chat, records).rows)
+
+
+def unseen(config: RunConfig) -> tuple[Record, ...]:
+    """Documents whose pairs never stood together in training. One digit leaves too few pairs to hold any out."""
+    seen = {frozenset(record.responses) for record in prepare.run_records(config)}
+    drawn = needle_records(2 * ASKED, PAIRS, DIGITS, 0, seed=999, style="pairs")
+    return tuple(record for record in drawn if frozenset(record.responses) not in seen)[:ASKED]
+
+
+def in_prompt(record: Record) -> Record:
+    return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
+
+
+def exact_match(model: DocToLora, batches: list[PackedBatch], loras: list[Lora | None]) -> float:
+    """Share of the questions whose every answer token is the likeliest."""
+    normalizer = Normalizer.of(batches, 1)
+    share = 0.0
+    for batch, lora in zip(batches, loras, strict=True):
+        logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+        share += float(compute_loss(logits, batch, lora or model.lora(batch), normalizer).exact_match)
+    return share
+
+
+@torch.no_grad()
+def test_unseen_documents_are_recalled_from_their_own_lora_alone(model: DocToLora, config: RunConfig) -> None:
+    records = unseen(config)
+    assert len(records) == ASKED
+    batches = list(prepare.epoch_batches(config, rows_of(config, records), epoch=0))
+    loras = [model.lora(batch) for batch in batches]
+    others = [
+        replace(lora, A={k: v.roll(1, 0) for k, v in lora.A.items()}, B={k: v.roll(1, 0) for k, v in lora.B.items()})
+        for lora in loras
+    ]
+    assert exact_match(model, batches, [*loras]) >= 0.8
+    assert exact_match(model, batches, [*others]) <= 0.16  # chance is .1
+    assert exact_match(model, batches, [None] * len(batches)) <= 0.16
+
+
+@torch.no_grad()
+def test_the_shipped_base_reads_documents_in_its_prompt(model: DocToLora, config: RunConfig) -> None:
+    records = needle_records(ASKED, 4, 2, 0, seed=0, split="heldout", style="pairs")
+    rows = rows_of(config, tuple(in_prompt(record) for record in records))
+    batches = list(prepare.epoch_batches(config, rows, epoch=0))
+    assert exact_match(model, batches, [None] * len(batches)) >= 0.97

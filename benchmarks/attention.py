@@ -70,7 +70,7 @@ def main() -> None:
         ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(0))
         positions = (torch.arange(tokens) % document)[None]
         eager, own = (seconds(step(model, ids, positions)) for model in models.values())
-        sys.stdout.write(f"{tokens:>6}{document:>10}{eager:>9.3f}s{own:>13.3f}s{eager / own:>8.1f}\n")
+        sys.stdout.write(f"{tokens:>6}{document:>10}{eager:>9.3f}s{own:>13.3f}s{eager / own:>8.2f}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The commands that make data. Heavy imports come late."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from cli_learn import progress
 
 Style = Literal["sentences", "pairs"]
 Split = Literal["train", "heldout"]
@@ -12,13 +16,9 @@ Split = Literal["train", "heldout"]
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
     data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make documents with questions.")
-    data.callback()(_data)  # without it the only command would lose its name
     data.command("needle")(needle)
+    data.command("teacher")(teacher)
     app.add_typer(data, name="data")
-
-
-def _data() -> None:
-    """Make documents with questions."""
 
 
 def needle(
@@ -40,3 +40,33 @@ def needle(
     records = needle_records(documents, pairs, digits, filler_tokens, seed, split, style)
     write_records(output, records)
     typer.echo(f"data       {output}\ndocuments  {documents:,}\nquestions  {documents * pairs:,}")
+
+
+def teacher(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: its base, chat template and supervision.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A new JSONL file.")],
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Default: the config's data.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Hub id or folder.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="TOKENIZER", help="Hub id or folder.")] = None,
+    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Likeliest tokens that are kept.")] = 16,
+) -> None:
+    """Write a run's data with what the base answers when it has the document in its prompt, for use_kl_loss."""
+    from d2l.config_file import load_config
+    from d2l.folders import require_new_file
+
+    require_new_file(output)
+    resolved = load_config(config, model=model, tokenizer=tokenizer, data=data)
+    with redirect_stdout(sys.stderr):  # what libraries print meanwhile
+        from d2l import prepare
+        from d2l.data.records import write_records
+        from d2l.teach import teach
+
+        text = prepare.run_tokenizer(resolved)
+        base_config, chat = prepare.run_base_config(resolved, text), prepare.run_chat(resolved, text)
+        records = prepare.run_records(resolved)
+        base = prepare.run_base(resolved, base_config)
+        with progress("passes") as show:
+            options = {"top_k": top_k, "packed_tokens": resolved.max_packed_inp_len}
+            taught = teach(records, base, chat, **options, on_progress=show)
+        write_records(output, taught)
+    typer.echo(f"data       {output}\ndocuments  {len(taught):,}\nquestions  {sum(len(it.prompts) for it in taught):,}")

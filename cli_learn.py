@@ -43,7 +43,7 @@ def evaluate(
 
         records = read_records([data], limit)
         trained = load_trained(checkpoint, model)
-        with _progress() as show:
+        with progress("documents") as show:
             result = ask_everything(trained, records, seed=seed, max_new_tokens=max_new_tokens, on_progress=show)
         asked = {"checkpoint": str(checkpoint), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
         text = json.dumps(jsonable(asked | result.record()), ensure_ascii=False, indent=1)
@@ -116,8 +116,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yields what shows how many documents are done: a bar on a terminal's stderr, nothing elsewhere."""
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows how many are done, of what is named: a bar on a terminal's stderr, nothing elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -126,7 +126,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("documents"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("documents", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

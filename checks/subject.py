@@ -223,13 +223,14 @@ class Subject:
         return model
 
 
-def hypernet_parameters(subject: Subject) -> int:
-    """How many parameters the run would train, counted on the real model's skeleton."""
+def trained_values(subject: Subject) -> tuple[int, int]:
+    """How many parameters the run would train, on the real model's skeleton, and how many values the optimizer keeps."""
     from d2l.base.load import skeleton
+    from d2l.train.optimizer import optimizer_values
 
     with torch.device("meta"):
         model = subject.implementation.build(skeleton(subject.base_config), subject.config)
-    return sum(parameter.numel() for parameter in model.hypernet.parameters())
+    return sum(p.numel() for p in model.hypernet.parameters()), optimizer_values(model.hypernet, subject.config)
 
 
 def changed(config: RunConfig, **values: Any) -> RunConfig:

@@ -103,6 +103,9 @@ class RunConfig(BaseModel):
 
     # Optimization
     learning_rate: Annotated[float, Field(gt=0)] = 4e-5
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of weight matrices, which then take Muon's steps; default: everything takes AdamW's"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999

@@ -14,7 +14,7 @@ import torch
 from d2l.answer import answer_text, document_in_chunks, generate, internalize, prompt_ids, stop_ids
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.data.records import Record
+from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Row, tokenize_record
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
@@ -66,7 +66,7 @@ def evaluate(
             "document": (own, record),
             "other": (other, record),
             "none": (None, record),
-            "in_prompt": (None, _with_document_in_prompts(record)),
+            "in_prompt": (None, document_in_prompts(record)),
         }
         for condition, (lora, questions) in asked.items():
             answers += _ask_all(trained, lora, questions, documents[index], condition, max_new_tokens)
@@ -108,10 +108,6 @@ def _other_documents(records: Sequence[Record], generator: random.Random) -> lis
             )
         others.append(generator.choice(candidates))
     return others
-
-
-def _with_document_in_prompts(record: Record) -> Record:
-    return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
 
 
 def _ask_all(

@@ -19,7 +19,6 @@ from d2l.data.tokenize import IGNORED, Row
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, step_folder
 from d2l.train.loop import METRICS, StepMetrics, Trainer, load_hypernet, run
-from d2l.train.optimizer import parameter_groups
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -121,19 +120,25 @@ def test_a_run_at_its_end_takes_no_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "stop", "checkpointing"),
+    ("accumulation", "stop", "checkpointing", "muon_lr"),
     [
-        (1, 2, False),  # within the first epoch, which has three batches
-        (1, 3, False),  # at its end
-        (2, 1, False),  # before a step that takes batches of two epochs
-        (2, 2, False),  # after it
-        (2, 2, True),
+        (1, 2, False, None),  # within the first epoch, which has three batches
+        (1, 3, False, None),  # at its end
+        (2, 1, False, None),  # before a step that takes batches of two epochs
+        (2, 2, False, None),  # after it
+        (2, 2, True, None),
+        (1, 2, False, 1e-3),
     ],
 )
 def test_a_resumed_run_goes_on_exactly_as_one_that_never_stopped(
-    tmp_path: Path, accumulation: int, stop: int, checkpointing: bool
+    tmp_path: Path, accumulation: int, stop: int, checkpointing: bool, muon_lr: float | None
 ) -> None:
-    config = run_config(max_steps=4, gradient_accumulation_steps=accumulation, gradient_checkpointing=checkpointing)
+    config = run_config(
+        max_steps=4,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+        muon_learning_rate=muon_lr,
+    )
     assert len(prepare.epoch_batches(config, random_rows(), 0)) == 3
     whole = trainer(config)
     expected = [whole.step() for _ in range(4)]
@@ -182,14 +187,16 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         load_hypernet(ours.model.hypernet, {("x" if key == name else key): value for key, value in tensors.items()})
 
 
-def test_a_checkpoint_without_moments_is_refused() -> None:
-    ours = trainer(run_config())
+@pytest.mark.parametrize(("muon_lr", "kept"), [(None, "exp_avg_sq"), (1e-3, "momentum")])
+def test_a_checkpoint_without_moments_is_refused(muon_lr: float | None, kept: str) -> None:
+    config = run_config(muon_learning_rate=muon_lr)
+    ours = trainer(config)
     ours.step()
     whole = ours.checkpoint()
     name = "head.weight"
-    lacking = {key: value for key, value in whole.trainer.items() if key != f"optimizer.exp_avg_sq.{name}"}
+    lacking = {key: value for key, value in whole.trainer.items() if key != f"optimizer.{kept}.{name}"}
     with pytest.raises(CheckpointError, match=f"lacks optimizer moments of {name}"):
-        trainer(run_config()).restore(Checkpoint(whole.hypernet, lacking, whole.state))
+        trainer(config).restore(Checkpoint(whole.hypernet, lacking, whole.state))
 
 
 # Data
@@ -233,24 +240,6 @@ def test_the_learning_rate_follows_its_schedule(kind: str, warmup: int) -> None:
     curve = {"peak": 0.01, "warmup": warmup, "total": 5, "floor": 0.002}
     assert taken == pytest.approx([expected_lr(kind, step, **curve) for step in range(5)], rel=1e-6)  # type: ignore[arg-type]
     assert new.scheduler.get_last_lr()[0] == pytest.approx(expected_lr(kind, 5, **curve), abs=1e-9)  # type: ignore[arg-type]
-
-
-def test_matrices_decay_and_nothing_else() -> None:
-    hypernet = tiny_model(run_config(num_blocks=2, num_self_attn_per_block=1, num_pre_head_layers=2)).hypernet
-    decayed, kept = parameter_groups(hypernet, weight_decay=0.3)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
-    names = {id(parameter): name for name, parameter in hypernet.named_parameters()}
-    groups = [[names.pop(id(parameter)) for parameter in group["params"]] for group in (decayed, kept)]
-    assert not names, "a parameter in no group"
-    assert {"head.weight", "layers.0.layers.1.weight"} <= set(groups[0])
-    assert all(name.endswith(".weight") and hypernet.get_parameter(name).ndim >= 2 for name in groups[0])
-    spared = ("scaler_A.", "scaler_B.", "bias_A.", "bias_B.", "latents_q", "norm.weight", ".bias")
-    for part in spared:
-        assert any(part in name for name in groups[1]), part
-        assert not any(part in name for name in groups[0]), part
-    for name in groups[1]:
-        parameter = hypernet.get_parameter(name)
-        assert parameter.ndim < 2 or any(part in name for part in spared), name
 
 
 def test_gradients_are_clipped_after_their_norm_is_measured() -> None:

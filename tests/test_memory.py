@@ -19,7 +19,14 @@ GB = 10**9
 def reckon(base_config: PreTrainedConfig, label_tokens: int | None = None, **values: object) -> MemoryPlan:
     config = RunConfig(**{"max_packed_inp_len": 1024, "max_packed_ctx_len": 1024, **values})
     choices = plan_load(config, base_config, "cpu")
-    return memory_plan(config, base_config, choices, hypernet_parameters=1_000_000, label_tokens=label_tokens)
+    return memory_plan(
+        config,
+        base_config,
+        choices,
+        hypernet_parameters=1_000_000,
+        optimizer_values=2_000_000,
+        label_tokens=label_tokens,
+    )
 
 
 def component(memory: MemoryPlan, name: str):
@@ -132,7 +139,7 @@ def test_logits_grow_with_the_label_tokens_only() -> None:
 def test_there_is_one_copy_of_the_base_and_adamw_costs_sixteen_bytes_a_parameter() -> None:
     memory = reckon(GPT_OSS)
     assert component(memory, "context encoder").peak == 0
-    trained = [component(memory, name) for name in ("hypernetwork", "gradients", "AdamW states")]
+    trained = [component(memory, name) for name in ("hypernetwork", "gradients", "optimizer states")]
     assert [sum(getattr(part, phase) for part in trained) for phase in ("loading", "peak", "steady")] == [
         4_000_000,
         16_000_000,

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Reckons the size of a checkpoint (the hypernetwork and two moments a parameter, in float32) and compares what the run
+Reckons the size of a checkpoint (the hypernetwork and what the optimizer keeps of it, in float32) and compares what the run
 keeps at once with the free space where its folder would be.
 
 Why it matters
@@ -27,18 +27,18 @@ from typing import TYPE_CHECKING
 from checks.faults import override
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import hypernet_parameters
+from checks.subject import trained_values
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-BYTES_PER_PARAMETER = 3 * 4  # the value and AdamW's two moments, in float32
+BYTES_PER_VALUE = 4  # everything is in float32
 
 
 def run(subject: "Subject") -> Result:
     """Bytes kept against bytes free."""
     kept = subject.config.save_total_limit + 1
-    size = hypernet_parameters(subject) * BYTES_PER_PARAMETER
+    size = sum(trained_values(subject)) * BYTES_PER_VALUE
     free = subject.implementation.free_disk(subject.config)
     evidence = {"checkpoint": size, "kept": kept, "free": free}
     said = f"{kept} checkpoints of {size / 1e9:.2f} GB"

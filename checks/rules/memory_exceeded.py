@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Reckons the run's bytes from the real model's shapes (base by its loading plan, hypernetwork with gradients and AdamW,
+Reckons the run's bytes from the real model's shapes (base by its loading plan, hypernetwork with gradients and optimizer,
 activations, logits at labels) and compares them with the free memory of the GPU.
 
 Why it matters
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from checks.faults import override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import hypernet_parameters
+from checks.subject import trained_values
 from d2l.base.memory import memory_plan
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ REMEDY = "keep expert_weights: packed, lower the packed lengths, set gradient_ch
 
 def run(subject: "Subject") -> Result:
     """Bytes needed against bytes free."""
-    count = hypernet_parameters(subject)
-    memory = memory_plan(subject.config, subject.base_config, subject.plan, hypernet_parameters=count)
+    trained, kept = trained_values(subject)
+    memory = memory_plan(
+        subject.config, subject.base_config, subject.plan, hypernet_parameters=trained, optimizer_values=kept
+    )
     needed = max(memory.loading, memory.peak)
     figures = {"loading": memory.loading, "peak": memory.peak, "steady": memory.steady}
     said = ", ".join(f"{name} {amount / 1e9:.1f} GB" for name, amount in figures.items())

@@ -1,7 +1,7 @@
 """Bytes by component of a run: while the base loads, at the peak of a training step, and steadily between steps.
 
 Weights are counted from the model's shapes and are exact. Activations are estimates from the same shapes, within a
-factor of 1.5 of what autograd keeps. The hypernetwork is in float32 with AdamW, as it is trained.
+factor of 1.5 of what autograd keeps. The hypernetwork is in float32 with its optimizer's states, as it is trained.
 """
 
 from dataclasses import dataclass
@@ -88,12 +88,13 @@ def memory_plan(
     plan: LoadPlan,
     *,
     hypernet_parameters: int,
+    optimizer_values: int,
     label_tokens: int | None = None,
 ) -> MemoryPlan:
     """Reckon a run on one device, with full packed rows.
 
     Args:
-        hypernet_parameters: what is trained.
+        hypernet_parameters: what is trained; optimizer_values: what the optimizer keeps between steps.
         label_tokens: supervised tokens of a row, the only ones with logits; by default a whole row.
     """
     weights = count_weights(base_config)
@@ -107,7 +108,7 @@ def memory_plan(
     encoder = _activations(base_config, plan, size, context, chunk, kept_layers=1, checkpointing=False)
     step = _activations(base_config, plan, size, queries, query, layers, config.gradient_checkpointing)
     logits = labels * base_config.vocab_size * (size + _LOGITS)
-    trained = hypernet_parameters * _FLOAT32
+    trained, kept = hypernet_parameters * _FLOAT32, optimizer_values * _FLOAT32
     feature_layers = base_config.num_hidden_layers if config.ctx_encoder_type == "per_layer_activations" else 1
     width = base_config.hidden_size * (
         base_config.num_hidden_layers if config.ctx_encoder_type == "concat_layers" else 1
@@ -123,7 +124,7 @@ def memory_plan(
             Component("context encoder", 0, 0, 0, "the base's own layers: no second copy"),
             Component("hypernetwork", trained, trained, trained, f"{hypernet_parameters:,} parameters in float32"),
             Component("gradients", 0, trained, 0, "as many, in float32"),
-            Component("AdamW states", 0, 2 * trained, 2 * trained, "two moments a parameter"),
+            Component("optimizer states", 0, kept, kept, f"{optimizer_values:,} values in float32"),
             Component("context features", 0, features, 0, f"{context:,} tokens of {feature_layers} layers in float32"),
             Component(
                 "hypernetwork activations", 0, projection + cross_attentions, 0, "projected features, keys and values"

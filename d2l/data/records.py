@@ -5,7 +5,7 @@ Every record that cannot be used is reported with its file and line; nothing is 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ def read_records(paths: Sequence[str | Path], limit: int | None = None) -> list[
     if failures:
         raise DataError("\n\n".join(failures))
     return records
+
+
+def document_in_prompts(record: Record) -> Record:
+    """The record with its document before every question, as a model without a LoRA has to be asked."""
+    return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:

@@ -26,7 +26,7 @@ from d2l.train.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint,
 from d2l.train.curriculum import Curriculum
 from d2l.train.guards import require_finite_step
 from d2l.train.losses import Loss, Normalizer, compute_loss, label_positions
-from d2l.train.optimizer import make_optimizer, make_schedule
+from d2l.train.optimizer import make_optimizer, make_schedule, state_names
 from d2l.train.processes import OneProcess, processes
 
 METRICS = "metrics.jsonl"
@@ -43,7 +43,7 @@ class StepMetrics:
         gen_lora_l1_norm: mean |A| + mean |B| of the generated LoRA, per context.
         exact_match: share of the questions whose supervised tokens are all the likeliest ones.
         stage: of the curriculum, 1 for the first.
-        lr: the learning rate that the step used.
+        lr: the learning rate that the step used, of what AdamW steps.
         tokens: question tokens and document tokens of the step.
         label_tokens: supervised tokens of the step.
         seconds: wall time of the step.
@@ -133,7 +133,7 @@ class Trainer:
         )
         # only now: clipping by a norm that is not finite would spoil all gradients, and the guard could name no culprit
         nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
-        lr = float(self.scheduler.get_last_lr()[0])
+        lr = float(self.scheduler.get_last_lr()[-1])
         self.optimizer.step()
         self.scheduler.step()
         self.step_number += 1
@@ -181,9 +181,9 @@ class Trainer:
             CheckpointError: a tensor is missing, left over, or of another shape.
         """
         load_hypernet(self.model.hypernet, checkpoint.hypernet)
+        kept = state_names(self.optimizer)
         for name, parameter in self.model.hypernet.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            moments = {key: checkpoint.trainer.get(f"optimizer.{key}.{name}") for key in keys}
+            moments = {key: checkpoint.trainer.get(f"optimizer.{key}.{name}") for key in kept[parameter]}
             if checkpoint.state["step"] > 0 and any(value is None for value in moments.values()):
                 raise CheckpointError(f"the checkpoint lacks optimizer moments of {name}; resume from another one")
             if checkpoint.state["step"] > 0:

@@ -1,28 +1,100 @@
-"""AdamW over the hypernetwork, and the schedule of its learning rate."""
+"""The optimizer of the hypernetwork, AdamW or Muon with AdamW, and the schedule of its learning rate."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from d2l.config import RunConfig
 
+MUON_MOMENTUM = 0.95
+# Keller Jordan's quintic: it takes the singular values of a matrix of norm 1 into [0.7, 1.2] within five iterations.
+_QUINTIC, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_ADAMW_RMS = 0.2  # root mean square of AdamW's usual update; arXiv:2502.16982, section 2.2
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups marked `matrices` take Muon's step: momentum, made orthogonal.
+
+    `torch.optim.Muon` takes single matrices only; the weights that a hypernetwork holds for every layer of its base are
+    stacks of them, each of which is a map of its own. Updates are scaled to AdamW's size, so that a learning rate
+    means the same to both (`adjust_lr_fn="match_rms_adamw"` there).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step of every group."""
+        groups = self.param_groups
+        for group in groups:
+            if group["matrices"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_matrices(parameter, parameter.grad, group["lr"], group["weight_decay"])
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_matrices(self, parameter: nn.Parameter, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - MUON_MOMENTUM)
+        update = orthogonal(gradient.lerp(momentum, MUON_MOMENTUM))  # Nesterov's
+        size = _ADAMW_RMS * max(parameter.shape[-2:]) ** 0.5
+        parameter.mul_(1 - lr * weight_decay).sub_(update.to(parameter.dtype), alpha=lr * size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The matrices [..., m, n] with their singular values brought near 1, by Newton and Schulz's iteration.
+
+    In bfloat16 on a GPU, as published (https://kellerjordan.github.io/posts/muon/); on a CPU float32 is faster.
+    """
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide.bfloat16() if wide.is_cuda else wide
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x if wide is matrices else x.mT
+
 
 def make_optimizer(hypernet: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW as the configuration asks for it; weights decay, see `parameter_groups`."""
+    """The optimizer that the configuration asks for; see `parameter_groups`."""
     device = next(hypernet.parameters()).device
-    return torch.optim.AdamW(
-        parameter_groups(hypernet, config.weight_decay),
-        lr=config.learning_rate,
+    kind = torch.optim.AdamW if config.muon_learning_rate is None else Muon
+    return kind(
+        parameter_groups(hypernet, config),
+        lr=config.learning_rate,  # the schedule takes the ratio of min_lr to it
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=device.type == "cpu",  # one pass over each tensor instead of ten; on CUDA several tensors go together
     )
 
 
-def make_schedule(optimizer: torch.optim.AdamW, config: RunConfig) -> LambdaLR:
+def state_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+    """What the optimizer keeps of each parameter from its first step on."""
+    muon = isinstance(optimizer, Muon)
+    return {
+        parameter: ("momentum",) if muon and group["matrices"] else ("step", "exp_avg", "exp_avg_sq")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def optimizer_values(hypernet: nn.Module, config: RunConfig) -> int:
+    """How many float32 values the optimizer keeps between steps: AdamW two a parameter, Muon one for a weight."""
+    matrices, others = (
+        sum(parameter.numel() for parameter in group["params"]) for group in parameter_groups(hypernet, config)
+    )
+    return (2 if config.muon_learning_rate is None else 1) * matrices + 2 * others
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> LambdaLR:
     """The learning rate over `max_steps`, by transformers' schedule of that name."""
     options: dict[str, dict[str, Any]] = {
         "cosine_with_min_lr": {"min_lr": config.min_lr},
@@ -37,11 +109,20 @@ def make_schedule(optimizer: torch.optim.AdamW, config: RunConfig) -> LambdaLR:
     )
 
 
-def parameter_groups(hypernet: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: weights decay; scalers, biases, norms and latents (one dimension, or named so) do not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+def parameter_groups(hypernet: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Weight matrices and stacks of them, which decay; then scalers, biases, norms and latents, which do not."""
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in hypernet.named_parameters():
         spared = parameter.ndim < 2 or any(word in name for word in ("scaler_", "bias", "latents_q", "norm"))
-        (kept if spared else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        (others if spared else weights).append(parameter)
+    lr = config.learning_rate
+    return [
+        {
+            "params": weights,
+            "matrices": True,
+            "lr": config.muon_learning_rate or lr,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": others, "matrices": False, "lr": lr, "weight_decay": 0.0},
+    ]

@@ -2,7 +2,7 @@
 
 Every variant trains the same hypernetwork on the same documents for the same number of steps, and is asked about
 unseen documents: the share of questions whose every answer token is the likeliest one, with the document's LoRA and
-with another document's. `--output` names the JSON file that `report` turns into a page and a figure.
+with another document's. `targets_page.py` turns the JSON file into a page and a figure.
 
     python benchmarks/targets.py --output benchmarks/targets.json
 """
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from d2l.data.records import Record
 from d2l.data.tokenize import Row
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
+from d2l.teach import teach
 from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss, label_positions
 from d2l.train.processes import OneProcess
@@ -34,6 +36,7 @@ from d2l.train.processes import OneProcess
 CONFIG = "configs/needle_tiny.yaml"
 UNSEEN = 192  # documents
 SEEDS = (1, 2, 3)
+TOP_K = 8  # of the teacher's tokens
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "q_proj": ("q_proj",),
@@ -85,9 +88,14 @@ def variants() -> list[Variant]:
     """All rows, in the order of the page."""
     rows = [Variant("targets", name, {"target_modules": modules}) for name, modules in TARGETS.items()]
     rows += [Variant("features", name, changes) for name, changes in FEATURES.items()]
-    rows.append(Variant("curriculum", "2 pairs from the first step", {"curriculum": STAGES[1:]}))
     rows.append(Variant("curriculum", "1 pair, then 2", {}))
+    rows.append(Variant("curriculum", "2 pairs from the first step", {"curriculum": STAGES[1:]}))
+    rows.append(Variant("loss", "cross-entropy to the answers", {}))
+    rows.append(Variant("loss", "KL to the base with the document in its prompt", {"use_kl_loss": True}))
+    rows.append(Variant("query scale", "10", {}))
     rows.append(Variant("query scale", "1, as published", {"perceiver_query_scale": 1.0}))
+    rows.append(Variant("optimizer", "Muon for weights, AdamW for the rest", {}))
+    rows.append(Variant("optimizer", "AdamW", {"muon_learning_rate": None, "weight_decay": 0.01}))
     return rows
 
 
@@ -96,6 +104,8 @@ STAGES = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 1})
 
 def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outcome:
     """Train one seed of a variant for `steps` and ask it about unseen documents."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     started = time.process_time()
     base_values = load_config(Path(CONFIG)).model_dump(exclude={"remarks"})
     fixed = {"curriculum": STAGES, "needle_documents": documents, "max_steps": steps, "decay_steps": steps // 4}
@@ -103,12 +113,16 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
     data_config = config.model_copy(update={"seed": 0})  # every seed and variant sees the same documents
     tokenizer = prepare.run_tokenizer(config)
     chat = prepare.run_chat(config, tokenizer)
-    rows = prepare.run_rows(data_config, chat, prepare.run_records(data_config)).rows
+    records = prepare.run_records(data_config)
     base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
+    if config.use_kl_loss:
+        records = tuple(teach(records, base, chat, top_k=TOP_K, packed_tokens=config.max_packed_inp_len))
+    rows = prepare.run_rows(data_config, chat, records).rows
     trainer = Trainer(prepare.run_model(config, base), rows, config, OneProcess(torch.device("cpu")))
     for _ in range(steps):
         metrics = trainer.step()
-    unseen = prepare.run_rows(data_config, chat, unseen_records(data_config)).rows
+    asked = data_config.model_copy(update={"use_kl_loss": False})
+    unseen = prepare.run_rows(asked, chat, unseen_records(data_config)).rows
     exact, other = recall(trainer.model, config, list(unseen))
     return Outcome(
         part=variant.part,
@@ -155,13 +169,32 @@ def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: No
     return float(compute_loss(logits, batch, lora, normalizer).exact_match)
 
 
-def outcomes(seeds: list[int], steps: int, documents: int, parts: list[str], done: list[Outcome]) -> Iterator[Outcome]:
-    """Every seed of every variant that is not `done`, seeds outermost, so that a cut study has whole rounds."""
+def outcomes(
+    seeds: list[int], steps: int, documents: int, done: list[Outcome], processes: int
+) -> Iterator[list[Outcome]]:
+    """Every seed of every variant that is not `done`, seeds outermost, so that a cut study has whole rounds.
+
+    Rows of different parts that change nothing are one and the same run.
+    """
     have = {(outcome.part, outcome.name, outcome.seed) for outcome in done}
-    for seed in seeds:
-        for variant in variants():
-            if (variant.part, variant.name, seed) not in have and (not parts or variant.part in parts):
-                yield run_variant(variant, seed, steps, documents)
+    with ProcessPoolExecutor(processes) as pool:
+        jobs = {}
+        for seed in seeds:
+            groups: dict[str, list[Variant]] = {}
+            for variant in variants():
+                groups.setdefault(json.dumps(_changes(variant), sort_keys=True), []).append(variant)
+            for group in groups.values():
+                missing = [variant for variant in group if (variant.part, variant.name, seed) not in have]
+                if missing:
+                    jobs[pool.submit(run_variant, missing[0], seed, steps, documents)] = missing
+        for job in as_completed(jobs):
+            yield [replace(job.result(), part=variant.part, name=variant.name) for variant in jobs[job]]
+
+
+def _changes(variant: Variant) -> dict[str, Any]:
+    """What a variant changes of the shipped config."""
+    shipped = load_config(Path(CONFIG)).model_dump()
+    return {key: value for key, value in variant.changes.items() if shipped[key] != value}
 
 
 def main() -> None:
@@ -169,25 +202,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--documents", type=int, default=8000)
-    parser.add_argument("--parts", nargs="+", default=[], help="only these parts; default: all")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     done: list[Outcome] = []
     if asked.output.exists():
-        done = [Outcome(**values) for values in json.loads(asked.output.read_text())["outcomes"]]
-    for outcome in outcomes(asked.seeds, asked.steps, asked.documents, asked.parts, list(done)):
-        done.append(outcome)
+        before = json.loads(asked.output.read_text())
+        if (before["steps"], before["documents"]) != (asked.steps, asked.documents):
+            raise SystemExit(f"{asked.output} is of {before['steps']} steps and {before['documents']} documents")
+        done = [Outcome(**values) for values in before["outcomes"]]
+    for found in outcomes(asked.seeds, asked.steps, asked.documents, list(done), asked.processes):
+        done += found
+        order = [(variant.part, variant.name) for variant in variants()]
+        done.sort(key=lambda it: (order.index((it.part, it.name)), it.seed))
         values = {"steps": asked.steps, "documents": asked.documents, "outcomes": [asdict(it) for it in done]}
         partial = asked.output.with_name(f"{asked.output.name}.partial")
         partial.write_text(json.dumps(values, indent=1))
         partial.replace(asked.output)
-        sys.stdout.write(
-            f"{outcome.part:<12}{outcome.name:<28}seed {outcome.seed}  exact {outcome.exact:.3f}  "
-            f"other {outcome.other:.3f}  stage {outcome.stage}  train {outcome.train:.3f}  {outcome.seconds:.0f} s\n"
-        )
+        for outcome in found:
+            sys.stdout.write(
+                f"{outcome.part:<12}{outcome.name:<28}seed {outcome.seed}  exact {outcome.exact:.3f}  "
+                f"other {outcome.other:.3f}  stage {outcome.stage}  train {outcome.train:.3f}  {outcome.seconds:.0f} s\n"
+            )
         sys.stdout.flush()
 
 

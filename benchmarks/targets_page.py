@@ -17,7 +17,9 @@ HEADINGS = {
     "targets": "Targets",
     "features": "Features",
     "curriculum": "Curriculum",
+    "loss": "Loss",
     "query scale": "Scale of the initial queries",
+    "optimizer": "Optimizer",
 }
 
 

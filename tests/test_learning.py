@@ -11,7 +11,7 @@ from d2l.config import RunConfig
 from d2l.config_file import load_config
 from d2l.data.needle import needle_records
 from d2l.data.packing import PackedBatch
-from d2l.data.records import Record
+from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Row
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
@@ -19,14 +19,14 @@ from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss, label_positions
 from d2l.train.processes import OneProcess
 
-STEPS, DOCUMENTS, ASKED = 320, 6000, 200
+STEPS, DOCUMENTS, ASKED = 150, 6000, 200
 PAIRS, DIGITS = 2, 1
 CURRICULUM = "[{pairs: 1, digits: 1}, {pairs: 2, digits: 1}]"
 
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    changes = {"curriculum": CURRICULUM, "needle_documents": DOCUMENTS, "decay_steps": 80, "seed": 0, "cache": False}
+    changes = {"curriculum": CURRICULUM, "needle_documents": DOCUMENTS, "decay_steps": 60, "seed": 0, "cache": False}
     return load_config(
         Path("configs/needle_tiny.yaml"), {key: str(value) for key, value in changes.items()}, max_steps=STEPS
     )
@@ -53,10 +53,6 @@ def unseen(config: RunConfig) -> tuple[Record, ...]:
     seen = {frozenset(record.responses) for record in prepare.run_records(config)}
     drawn = needle_records(2 * ASKED, PAIRS, DIGITS, 0, seed=999, style="pairs")
     return tuple(record for record in drawn if frozenset(record.responses) not in seen)[:ASKED]
-
-
-def in_prompt(record: Record) -> Record:
-    return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
 
 
 def exact_match(model: DocToLora, batches: list[PackedBatch], loras: list[Lora | None]) -> float:
@@ -87,6 +83,6 @@ def test_unseen_documents_are_recalled_from_their_own_lora_alone(model: DocToLor
 @torch.no_grad()
 def test_the_shipped_base_reads_documents_in_its_prompt(model: DocToLora, config: RunConfig) -> None:
     records = needle_records(ASKED, 4, 2, 0, seed=0, split="heldout", style="pairs")
-    rows = rows_of(config, tuple(in_prompt(record) for record in records))
+    rows = rows_of(config, tuple(document_in_prompts(record) for record in records))
     batches = list(prepare.epoch_batches(config, rows, epoch=0))
     assert exact_match(model, batches, [None] * len(batches)) >= 0.97

@@ -54,12 +54,12 @@ class Proof:
         return found
 
 
-def d2l(*arguments: object, log: Path) -> None:
-    """Run a command of this installation; its output goes to `log`."""
+def d2l(*arguments: object, log: Path, accepted: Sequence[int] = (0,)) -> None:
+    """Run a command of this installation; its output goes to `log`. Other exit codes than the accepted end everything."""
     command = [str(Path(sys.executable).with_name("d2l")), *map(str, arguments)]
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
+    if done.returncode not in accepted:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}")
 

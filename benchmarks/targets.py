@@ -71,7 +71,7 @@ class Outcome:
     Attributes:
         exact, other: exact match on unseen documents with the document's LoRA and with another's.
         train: exact match of the last steps, averaged as the curriculum does.
-        stage: of the curriculum that it was in, 1 for the first; seconds: of the processor.
+        stage: of the curriculum that it was in, 1 for the first; seconds: of the processor, for training.
     """
 
     part: str
@@ -106,7 +106,6 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
     """Train one seed of a variant for `steps` and ask it about unseen documents."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    started = time.process_time()
     base_values = load_config(Path(CONFIG)).model_dump(exclude={"remarks"})
     fixed = {"curriculum": STAGES, "needle_documents": documents, "max_steps": steps, "decay_steps": steps // 4}
     config = RunConfig(**base_values | fixed | variant.changes | {"seed": seed})
@@ -118,9 +117,11 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
     if config.use_kl_loss:
         records = tuple(teach(records, base, chat, top_k=TOP_K, packed_tokens=config.max_packed_inp_len))
     rows = prepare.run_rows(data_config, chat, records).rows
+    started = time.process_time()
     trainer = Trainer(prepare.run_model(config, base), rows, config, OneProcess(torch.device("cpu")))
     for _ in range(steps):
         metrics = trainer.step()
+    seconds = time.process_time() - started
     asked = data_config.model_copy(update={"use_kl_loss": False})
     unseen = prepare.run_rows(asked, chat, unseen_records(data_config)).rows
     exact, other = recall(trainer.model, config, list(unseen))
@@ -132,7 +133,7 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
         other=other,
         train=trainer.curriculum.average,
         stage=metrics.stage,
-        seconds=time.process_time() - started,
+        seconds=seconds,
     )
 
 

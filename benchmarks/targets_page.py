@@ -35,12 +35,13 @@ def table(groups: Mapping[tuple[str, str], Outcomes], part: str) -> str:
     """One part in Markdown, best first."""
     rows = [(name, seeds) for (of, name), seeds in groups.items() if of == part]
     rows.sort(key=lambda row: -mean(seed["exact"] for seed in row[1]))
-    lines = ["| | mean | seeds | another document's LoRA | seconds |", "|---|---|---|---|---|"]
+    lines = ["| | mean | seeds | stages reached | another document's LoRA | seconds |", "|---|---|---|---|---|---|"]
     for name, seeds in rows:
         exact, other = ([seed[key] for seed in seeds] for key in ("exact", "other"))
         each = " ".join(f"{value:.2f}" for value in exact)
+        stages = " ".join(str(seed["stage"]) for seed in seeds)
         seconds = mean(seed["seconds"] for seed in seeds)
-        lines.append(f"| {name} | {mean(exact):.2f} | {each} | {mean(other):.2f} | {seconds:.0f} |")
+        lines.append(f"| {name} | {mean(exact):.2f} | {each} | {stages} | {mean(other):.2f} | {seconds:.0f} |")
     return "\n".join(lines)
 
 

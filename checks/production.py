@@ -67,7 +67,8 @@ class Production:
         return prepare.run_rows(config, chat, records, self._on_tokenize)
 
     def cached_rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record], folder: Path) -> Tokenized:
-        return cached_rows(records, chat, Limits.of(config), config.seed, folder)
+        limits = Limits.of(config, read_base_config(config.model_name_or_path))
+        return cached_rows(records, chat, limits, config.seed, folder)
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return prepare.epoch_batches(config, rows, epoch=0)

@@ -58,7 +58,7 @@ def subjects(draw: st.DrawFn) -> Subject:
         target_modules=draw(
             st.sampled_from(
                 [
-                    ("q_proj",),
+                    ("v_proj",),
                     ("v_proj", "o_proj"),
                     ("q_proj", "k_proj", "v_proj", "o_proj"),
                     ("mlp", "v_proj"),
@@ -66,7 +66,10 @@ def subjects(draw: st.DrawFn) -> Subject:
                 ]
             )
         ),
-        ctx_encoder_type=draw(st.sampled_from(["per_layer_activations", "early_exit"])),
+        ctx_encoder_type=draw(st.sampled_from(["per_layer_activations", "early_exit", "concat_layers"])),
+        perceiver_query_scale=draw(st.sampled_from([1.0, 10.0])),
+        muon_learning_rate=draw(st.sampled_from([None, 1e-3])),
+        attn_implementation=draw(st.sampled_from(["eager", "per_document"])),
         per_layer_processing=draw(st.booleans()),
         num_pre_head_layers=draw(st.integers(0, 2)),
         num_self_attn_per_block=draw(st.integers(0, 1)),

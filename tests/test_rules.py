@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from checks.faults import override
 from checks.production import make_subject
 from checks.report import plain_text
 from checks.result import Report
-from checks.rules import RULES
+from checks.rules import RULES, targets_carry_little
 from checks.runner import run
 from checks.selftest import run_selftest
 from d2l.config import RunConfig
@@ -118,3 +119,28 @@ def test_the_fingerprint_follows_what_shapes_the_run() -> None:
     assert first == make_subject(load_config(None, {"output_dir": "elsewhere"})).fingerprint
     for key, value in {"lora_r": "5", "needle_pairs": "3", "supervision": "sampled", "seed": "7"}.items():
         assert make_subject(load_config(None, {key: value})).fingerprint != first, key
+
+
+def test_the_table_of_targets_is_what_the_study_measured() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "targets.json"
+    if not path.exists():
+        pytest.skip("needs a checkout: benchmarks/ is not in the sdist")
+    outcomes = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+    names = {"mlp (residual route)": "mlp"}
+    seen: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        name = names.get(outcome["name"], outcome["name"])
+        if outcome["part"] == "targets" and name in targets_carry_little.MEASURED:
+            seen.setdefault(name, []).append(outcome["exact"])
+    assert {name: round(mean(exact), 2) for name, exact in seen.items()} == targets_carry_little.MEASURED
+    assert all(len(exact) == 3 for exact in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"), [("configs/gpt_oss_20b.yaml", True), ("configs/gpt_oss_20b_recommended.yaml", False)]
+)
+def test_the_documented_targets_are_warned_of_and_the_recommended_are_not(config: str, warned: bool) -> None:
+    report = preflight(load_config(Path(config)), "TGT102")
+    assert [outcome.outcome for outcome in report.outcomes] == ["warn" if warned else "pass"], plain_text(report)
+    assert report.exit_code() == 0
+    assert report.exit_code("warn") == int(warned)

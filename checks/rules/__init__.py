@@ -26,6 +26,7 @@ from checks.rules import (
     resume_differs,
     stale_token_cache,
     step_not_guarded,
+    targets_carry_little,
     targets_unmatched,
     weights_changed_by_loading,
 )
@@ -35,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     quantized_twice.RULE,
     attention_without_backward.RULE,
     targets_unmatched.RULE,
+    targets_carry_little.RULE,
     assistant_mask_wrong.RULE,
     aggregator_without_ranks.RULE,
     lora_without_effect.RULE,

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test lint types golden fuzz prove study bench docs clean
+.PHONY: install run test lint types golden fuzz prove study reach bench docs clean
 
 install: $(VENV)/installed
 
@@ -42,9 +42,12 @@ docs: install
 prove: install # under 30 minutes on 2 cores
 	$(BIN)/python benchmarks/prove.py
 
-study: install # hours: every variant and seed; goes on from what benchmarks/targets.json holds
+study: install # half an hour and more: every variant and seed; goes on from what benchmarks/targets.json holds
 	$(BIN)/python benchmarks/targets.py --output benchmarks/targets.json
 	$(BIN)/python benchmarks/targets_page.py benchmarks/targets.json
+
+reach: install # longer documents than in training, more and longer values
+	$(BIN)/python benchmarks/reach.py
 
 bench: install
 	$(BIN)/python benchmarks/packing.py

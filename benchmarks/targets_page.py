@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Outcomes = Sequence[Mapping[str, Any]]
+GUESSED = 0.55  # a value without its key: one of two, or both alike by chance
 HEADINGS = {
     "targets": "Targets",
     "features": "Features",
@@ -20,6 +21,12 @@ HEADINGS = {
     "loss": "Loss",
     "query scale": "Scale of the initial queries",
     "optimizer": "Optimizer",
+}
+NOTES = {
+    "loss": "Documents of one pair with one digit, then of two pairs with two, on pairs never seen; chance is .01. With two "
+    "pairs of one digit the teacher itself is wrong: the base, asked with the document in its prompt, ends an answer of one "
+    "digit with a probability of .37 only, and the KL loss then reaches .42 to .49 in all.\n\n",
+    "optimizer": "AdamW with its own weight decay of .01, at the learning rate that was best for it before.\n\n",
 }
 
 
@@ -49,13 +56,13 @@ def page(study: Mapping[str, Any], figure: str) -> str:
     """The whole page."""
     groups = by_variant(study["outcomes"])
     parts = dict.fromkeys(part for part, _ in groups)
-    sections = "\n\n".join(f"## {HEADINGS[part]}\n\n{table(groups, part)}" for part in parts)
+    sections = "\n\n".join(f"## {HEADINGS[part]}\n\n{NOTES.get(part, '')}{table(groups, part)}" for part in parts)
     return (
         "# Which targets, features and stages can carry a document\n\n"
         "Written by `make study`. The recipe of `configs/needle_tiny.yaml` with one thing changed, on the tiny GPT-OSS "
         f"that is shipped: {study['steps']} optimizer steps on one thread, first documents of one pair, then of two, "
         "one digit each. The share of questions on unseen documents whose every answer token is the likeliest, with the "
-        "document's LoRA; chance is .10, and .50 is what values without their keys reach. Seconds are of the "
+        "document's LoRA; chance is .10, and .55 what values without their keys reach. Seconds are of the "
         f"processor, all runs side by side.\n\n![]({figure})\n\n{sections}\n"
     )
 
@@ -71,7 +78,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
     for place, seeds in enumerate(values):
         axes.plot(seeds, [place] * len(seeds), "o", color="#08519c", markersize=4)
     axes.axvline(0.1, color="#999999", linewidth=0.8, linestyle=":")
-    axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
+    axes.axvline(GUESSED, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
     axes.set_xlabel("exact match on unseen documents; dotted: chance, dashed: values without keys")

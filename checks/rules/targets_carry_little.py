@@ -2,21 +2,22 @@
 
 What it does
 ------------
-Compares `target_modules` with what was measured for each module on a tiny GPT-OSS, and warns where none of them learnt
-which value belongs to which key.
+Compares `target_modules` with what was measured for each module on a tiny GPT-OSS, and warns where none of them got
+half-way from naming a value of the document to naming the one that belongs to the key.
 
 Why it matters
 --------------
 A LoRA on q_proj or k_proj only moves where a layer attends. Without the document in the prompt there is nothing to
 attend to, so a fact has to come in as a value: through v_proj, o_proj, or beside the MLP block. A run on q_proj alone
-is not broken, and no other check turns red: its loss falls, gradients arrive, and the answers hold values of the
-document, without their keys, for a long time. The documented runs on gpt-oss-20b chose q_proj.
+is not broken, and no other check turns red: its loss falls, gradients arrive, and for a long time the answers hold
+values of the document without their keys. The documented runs on gpt-oss-20b chose q_proj.
 
 How it is detected
 ------------------
-A table of one study (`benchmarks/targets.md`: the same steps, documents and hypernetwork for every module, three seeds,
-exact match on unseen documents; chance .10, values without keys .50). It says what such a base learns in such a
-budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are not judged.
+A table of one study (benchmarks/targets.md: the same steps, documents and hypernetwork for every module, three seeds,
+exact match on unseen documents of two keys; chance is .10, a value without its key .55). It says what a tiny base
+learns in a small budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are
+not judged.
 
 How to fix
 ----------
@@ -24,7 +25,7 @@ How to fix
 
 Source
 ------
-benchmarks/targets.md; failure mode: the published GPT-OSS run on q_proj, F1 .098 on SQuAD without a control.
+benchmarks/targets.md; the published run on gpt-oss-20b with q_proj kept no control.
 """
 
 from typing import TYPE_CHECKING
@@ -37,24 +38,25 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 # Mean exact match of three seeds, from benchmarks/targets.json (a test compares them).
-MEASURED = {"k_proj": 0.0, "mlp": 0.0, "o_proj": 0.0, "q_proj": 0.0, "v_proj": 0.0}
-WITHOUT_KEYS = 0.5  # the share that the values of a document reach by themselves, of two pairs
+MEASURED = {"k_proj": 0.62, "mlp": 0.96, "o_proj": 0.96, "q_proj": 0.66, "v_proj": 0.96}
+GUESSED = 0.55  # a value of the document: one of two, or both alike by chance
+HALF_WAY = (1 + GUESSED) / 2
 
 
 def run(subject: "Subject") -> Result:
     """The best of the targets that were measured."""
     names = subject.config.target_modules
     known = {name: MEASURED[name] for name in names if name in MEASURED}
-    evidence = {"exact match of the study": MEASURED, "chance": 0.1, "values without keys": WITHOUT_KEYS}
-    if len(known) < len(names) or max(known.values()) > WITHOUT_KEYS:
-        told = ", ".join(f"{name} {known[name]:.2f}" if name in known else f"{name} not measured" for name in names)
-        return Pass(f"{told} exact match in the study", evidence)
-    best = max(MEASURED, key=lambda name: (name != "mlp", MEASURED[name]))
+    told = ", ".join(f"{name} {known[name]:.2f}" if name in known else f"{name} not measured" for name in names)
+    evidence = {"exact match in the study": MEASURED, "a value without its key": GUESSED, "chance": 0.1}
+    if len(known) < len(names) or max(known.values()) >= HALF_WAY:
+        return Pass(f"exact match in the study: {told}", evidence)
+    linear = {name: value for name, value in MEASURED.items() if name != "mlp"}  # PEFT has no format for the block
+    best = max(linear, key=lambda name: (linear[name], name))
     return Fail(
-        f"{', '.join(names)} learnt no more than values without their keys where {best} learnt both",
-        f"a target above {WITHOUT_KEYS:.2f} in the study: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in MEASURED.items() if value > WITHOUT_KEYS),
-        ", ".join(f"{name} {value:.2f}" for name, value in known.items()),
+        f"{', '.join(names)} learnt little more than values without their keys, where {best} learnt both",
+        f"a target with an exact match of {HALF_WAY:.2f} or more in the study",
+        told,
         f"set target_modules: [{best}]",
         evidence,
     )

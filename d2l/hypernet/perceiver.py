@@ -203,7 +203,7 @@ class Perceiver(nn.Module):
         linear_projection: features come to the latent size by one Linear instead of the published SwiGLU, whose inner
             width of 4·F is most of the parameters where F is the layers side by side.
         query_scale: factor on the initial query weights. At 1, as published, every latent starts as nearly the same mean over
-            all tokens, and to tell facts apart is a long plateau of training; at 10 latents read different tokens.
+            all tokens; at 10 latents read different tokens from the first step on.
     """
 
     def __init__(

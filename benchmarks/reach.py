@@ -123,11 +123,10 @@ def page(
         + (f" until step {stages[number]['step']:,}" if number in stages else " never reached")
         for number, stage in enumerate(load_config(trained / "config.yaml").curriculum, start=1)
     )
-    seconds = sum(step["seconds"] for step in metrics)
     return (
         f"# {inquiry.title}\n\nWritten by `make reach`. {COMMON} {inquiry.text} One seed, held-out documents whose pairs and "
         f"filler never occur in training, {documents} of each kind; brackets are 95% confidence intervals over documents."
-        f"\n\n{chr(10).join(lines)}\n\nStages: {course}. {seconds:.0f} s of training.\n\n![]({figure.name})\n"
+        f"\n\n{chr(10).join(lines)}\n\nStages: {course}.\n\n![]({figure.name})\n"
     )
 
 

@@ -81,7 +81,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
     axes.axvline(GUESSED, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
-    axes.set_xlabel("exact match on unseen documents; dotted: chance, dashed: values without keys")
+    axes.set_xlabel("exact match on unseen documents")
     drawn.savefig(path, metadata={"Date": None})
 
 

@@ -40,7 +40,7 @@ def d2l(*arguments: object, stdin: bytes | None = None) -> Result:
 def test_internalize_writes_an_adapter_and_says_how_to_use_it(run_folder: Path, document: Path, tmp_path: Path) -> None:
     result = d2l("internalize", run_folder, document, "-o", tmp_path / "adapter")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert f"adapter  {tmp_path / 'adapter'}\nrank     8, on q_proj of every layer\n" in result.stdout
+    assert f"adapter  {tmp_path / 'adapter'}\nrank     8, on v_proj of every layer\n" in result.stdout
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 2 * 4**1.5 * 8)
     assert config["base_model_name_or_path"] == "configs/models/tiny_gpt_oss"

@@ -91,7 +91,8 @@ DOCUMENTED: dict[str, tuple[dict[str, str], str]] = {
 def test_a_documented_fault_in_the_real_config_is_red_with_its_code(fault: str) -> None:
     overrides, code = DOCUMENTED[fault]
     report = run(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)
-    assert {outcome.code for outcome in report.outcomes if outcome.red} == {code}, plain_text(report)
+    red = {outcome.code for outcome in report.outcomes if outcome.red}
+    assert red - {"TGT102"} == {code}, plain_text(report)  # that config's q_proj alone is warned of in any case
     assert report.exit_code() == 1
 
 

@@ -63,14 +63,20 @@ def _both_ways(healthy: Implementation, base: Any, config: Any) -> Model:
     model: Any = healthy.build(base, config)
     masks = model.attention_mask
 
-    def symmetric(mask: Any) -> Any:
+    def symmetric(mask: Any, position_ids: Any) -> Any:
         if mask.dtype == torch.bool:
             return mask | mask.transpose(-1, -2)
-        return torch.maximum(mask, mask.transpose(-1, -2))
+        if mask.is_floating_point():
+            return torch.maximum(mask, mask.transpose(-1, -2))
+        document = (position_ids[0] == 0).cumsum(0)  # `per_document` has a grid of places; it takes a mask as well
+        apart = document[:, None] != document
+        return torch.zeros(apart.shape, dtype=base.dtype).masked_fill(apart, torch.finfo(base.dtype).min)[None, None]
 
     def widened(position_ids: Any) -> Any:
         made = masks(position_ids)
-        return {kind: symmetric(mask) for kind, mask in made.items()} if isinstance(made, dict) else symmetric(made)
+        if isinstance(made, dict):
+            return {kind: symmetric(mask, position_ids) for kind, mask in made.items()}
+        return symmetric(made, position_ids)
 
     model.attention_mask = widened
     return model

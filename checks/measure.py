@@ -1,6 +1,7 @@
 """Probes and measures that the checks share: synthetic rows, differences, gradients by parameter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,8 @@ def probe_rows(
 ) -> list[Row]:
     """Rows of random ids of a twin's vocabulary: one document and one question each, the last half supervised.
 
+    With `use_kl_loss`, every supervised token has a teacher.
+
     Args:
         documents: tokens of each document's chunks.
         questions: tokens of each question.
@@ -46,8 +49,18 @@ def probe_rows(
         asked = ids(question)
         labels = tuple(token if place >= question // 2 else -100 for place, token in enumerate(asked))
         pieces = tuple(ids(document) for _ in range(chunks[index] if chunks else 1))
-        rows.append(Row(record=index, chunks=pieces, queries=(Query(input_ids=asked, labels=labels),)))
+        query = Query(input_ids=asked, labels=labels)
+        if subject.config.use_kl_loss:
+            query = _with_teacher(query, vocabulary)
+        rows.append(Row(record=index, chunks=pieces, queries=(query,)))
     return rows
+
+
+def _with_teacher(query: Query, vocabulary: int) -> Query:
+    """The query with a teacher that names two tokens for every label, as a run with the KL loss has it."""
+    labels = [label for label in query.labels if label != -100]
+    likeliest = tuple((label, (label + 1) % vocabulary) for label in labels)
+    return replace(query, logprobs_vals=tuple((-0.7, -1.2) for _ in labels), logprobs_indices=likeliest)
 
 
 def probe_batch(subject: "Subject", **shape: Sequence[int]) -> PackedBatch:

@@ -137,3 +137,13 @@ def test_the_command_writes_a_file_that_a_run_learns_from(tmp_path: Path) -> Non
     again = d2l("data", "teacher", plain, "-o", taught, "--data", data)
     assert (again.exit_code, read_records([taught])) == (2, found)
     assert "never written over" in again.stderr
+
+
+def test_a_run_with_the_kl_loss_passes_its_preflight_and_trains(tmp_path: Path) -> None:
+    data, taught, tiny = tmp_path / "data.jsonl", tmp_path / "taught.jsonl", "configs/tiny_gpt_oss.yaml"
+    assert d2l("data", "needle", "-o", data, "--documents", 6).exit_code == 0
+    assert d2l("data", "teacher", tiny, "-o", taught, "--data", data, "--top-k", 4).exit_code == 0
+    options = ("--data", taught, "--set", "use_kl_loss=true", "--max-steps", 2, "--output", tmp_path / "run")
+    result = d2l("train", tiny, *options)
+    assert result.exit_code == 0, result.output
+    assert "kl_loss" in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")

@@ -23,7 +23,6 @@ Source
 failure mode 11; transformers#34191.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 def run(subject: "Subject") -> Result:
     """Gradient of the whole step, packed and accumulated."""
     rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
-    if subject.config.use_kl_loss:
-        rows = [_with_teacher(row) for row in rows]
     config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
     model = subject.twin()
     whole, accumulated = (
@@ -59,16 +56,6 @@ def run(subject: "Subject") -> Result:
             evidence,
         )
     return Pass(f"1 × {len(rows)} and {len(rows)} × 1 agree to {error:.1g} of the largest entry", evidence)
-
-
-def _with_teacher(row: Any) -> Any:
-    """The row with a teacher that is sure of two tokens per label."""
-    queries = []
-    for query in row.queries:
-        labels = [label for label in query.labels if label != -100]
-        values, indices = tuple((-0.7, -1.2) for _ in labels), tuple((label, (label + 1) % 64) for label in labels)
-        queries.append(replace(query, logprobs_vals=values, logprobs_indices=indices))
-    return replace(row, queries=tuple(queries))
 
 
 def _mean_of_means(healthy: "Implementation", model: Any, batches: Any, config: Any) -> Any:

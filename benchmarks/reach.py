@@ -68,7 +68,7 @@ def inquiries() -> tuple[Inquiry, Inquiry]:
     wider = Inquiry(
         "values",
         "More values than in training, and longer ones",
-        "Asked about more pairs and about values of four digits, of which neither the network nor the base saw any in training.",
+        "Asked about more pairs than the network saw in training, and about four digits, which the base never saw either.",
         {
             f"{pairs} × {digits}, {filler} words of filler": {"pairs": pairs, "digits": digits, "filler_tokens": filler}
             for pairs, digits, filler in WIDER

@@ -66,6 +66,13 @@ def pretrain_tiny(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="A new folder; default: the config's model.")
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Such a model, to go on from; default: none."),
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="R", min=1e-8, max=1, help="Of AdamW, until it can read.")
+    ] = 1.2e-3,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights and data.")] = 0,
     max_steps: Annotated[int, typer.Option("--max-steps", metavar="N", min=1, help="Give up after N steps.")] = 3000,
 ) -> None:
@@ -78,10 +85,11 @@ def pretrain_tiny(
     require_absent(folder)
     with redirect_stdout(sys.stderr):
         from d2l.prepare import run_stages
-        from d2l.pretrain import PASSING, pretrain, save_reader
+        from d2l.pretrain import PASSING, load_reader, pretrain, save_reader
 
+        model = None if start is None else load_reader(start)
     reached = None
-    for reached in pretrain(seed, max_steps, run_stages(settings)[-1]):
+    for reached in pretrain(seed, max_steps, run_stages(settings)[-1], model, learning_rate):
         _, at = reached
         typer.echo(f"step {at.step:>5}  loss {at.loss:.3f}  held-out exact match {at.accuracy:.3f}")
     assert reached is not None, "the last step is always measured"

@@ -55,13 +55,13 @@ class Proof:
         return found
 
 
-def d2l(*arguments: object, log: Path) -> None:
-    """Run a command of this installation; its output goes to `log`."""
+def d2l(*arguments: object, log: Path, accepted: Sequence[int] = (0,)) -> None:
+    """Run a command of this installation, which must end with an accepted exit code; its output goes to `log`."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # with more, processes that share the cores spin
     command = [str(Path(sys.executable).with_name("d2l")), *map(str, arguments)]
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=one_thread, check=False)
-    if done.returncode:
+    if done.returncode not in accepted:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}")
 

@@ -1,7 +1,7 @@
-"""How far it goes: documents longer than any in training, and more and longer values than `make prove` asks for.
+"""How far it goes: documents longer than any in training, and 8 values of 4 digits between 256 words of filler.
 
-One network, trained by the recipe of `configs/needle_tiny.yaml` on documents with filler, is asked about two sorts of
-documents, by the commands that users have. Each makes a page and a figure; nothing here has a bound to miss.
+Two networks, each trained by the recipe of `configs/needle_tiny.yaml` with other documents, by the commands that users
+have. Each makes a page and a figure; nothing here has a bound to miss.
 
     python benchmarks/reach.py
 """
@@ -21,54 +21,71 @@ from d2l.config import RunConfig
 from d2l.config_file import load_config
 
 PAGES = Path("benchmarks")
-COMMON = (
-    "Two pairs of two digits between filler, in chunks of two pairs or sentences, on the shipped base; the other settings "
-    "are those of `configs/needle_tiny.yaml`."
-)
 CHUNKS = (1, 2, 4, 8, 16, 24, 32, 40)
 CHUNK_WORDS = 6  # two pairs, or two sentences of filler, of three words each
-WIDER = ((4, 2, 0), (8, 2, 0), (16, 2, 0), (4, 2, 64), (8, 2, 64), (8, 2, 256), (2, 4, 0), (8, 4, 256))
-
-
-TWO = {"pairs": 2, "digits": 2}
-CHANGES = {  # of the recipe: filler in the last stage, up to eight chunks
-    "curriculum": (
-        {"pairs": 1, "digits": 1, "passing": 0.9},
-        {"pairs": 2, "digits": 1, "passing": 0.85},
-        TWO | {"passing": 0.85},
-        TWO | {"min_filler_tokens": 0, "filler_tokens": 7 * CHUNK_WORDS, "documents": 40000},
-    ),
-    "max_packed_ctx_len": 1024,
-}
+WIDER = ((2, 4, 0), (4, 4, 0), (8, 4, 0), (8, 4, 64), (8, 4, 128), (8, 4, 256), (8, 4, 512), (16, 4, 0), (16, 4, 256))
+READING_STEPS = 400
+FIRST_STAGES = (
+    {"pairs": 1, "digits": 1, "passing": 0.9},
+    {"pairs": 2, "digits": 1, "passing": 0.85},
+    {"pairs": 2, "digits": 2, "passing": 0.85},
+)
 
 
 @dataclass(frozen=True)
-class Inquiry:
-    """Held-out documents that the trained network is asked about.
+class Experiment:
+    """A network and what it is asked about.
 
     Attributes:
         name: of its page and figure; title, text: of the page.
-        kinds: a name for each kind of documents, and what `d2l data needle` makes them from.
+        changes: of the recipe's fields.
+        reads: documents that the shipped base first learns to read, one sort after the other, at a learning rate.
+        kinds: a name for each kind of held-out documents, and what `d2l data needle` makes them from.
     """
 
     name: str
     title: str
     text: str
+    changes: Mapping[str, Any]
+    reads: Sequence[tuple[Mapping[str, int], float]]
     kinds: Mapping[str, Mapping[str, int]]
 
 
-def inquiries() -> tuple[Inquiry, Inquiry]:
-    """More chunks than in training; then more pairs and longer values."""
-    longer = Inquiry(
+def experiments() -> tuple[Experiment, Experiment]:
+    """More chunks than in training; then more and longer values, far apart."""
+    two = {"pairs": 2, "digits": 2}
+    longer = Experiment(
         "chunks",
         "Longer than in training",
-        "Trained on documents of 1 to 8 chunks, asked about 1 to 40. Rows are numbers of chunks.",
-        {str(n): TWO | {"filler_tokens": CHUNK_WORDS * (n - 1)} for n in CHUNKS},
+        "Two pairs of two digits between filler, in chunks of two pairs or sentences: trained on documents of 1 to 8 "
+        "chunks, asked about 1 to 40. Rows are numbers of chunks.",
+        {
+            "curriculum": (
+                *FIRST_STAGES,
+                two | {"min_filler_tokens": 0, "filler_tokens": 7 * CHUNK_WORDS, "documents": 40000},
+            ),
+            "max_packed_ctx_len": 1024,
+        },
+        (),
+        {str(n): two | {"filler_tokens": CHUNK_WORDS * (n - 1)} for n in CHUNKS},
     )
-    wider = Inquiry(
+    wider = Experiment(
         "values",
-        "More values than in training, and longer ones",
-        "Asked about more pairs than the network saw in training, and about four digits, which the base never saw either.",
+        "More and longer values",
+        "Up to eight pairs of four digits between filler, in chunks of two pairs or sentences. Rows are pairs × digits.",
+        {
+            "curriculum": (
+                *FIRST_STAGES,
+                {"pairs": 2, "digits": 4, "passing": 0.7},
+                {"pairs": 4, "digits": 4, "passing": 0.7},
+                {"pairs": 8, "digits": 4, "min_filler_tokens": 0, "filler_tokens": 256, "documents": 40000},
+            ),
+            "max_ctx_chunk_len": 14,  # four tokens of the chat template around two pairs of five words
+            "max_packed_ctx_len": 2048,
+            "max_steps": 3000,
+            "decay_steps": 1500,
+        },
+        (({"pairs": 4, "digits": 4}, 1.2e-3), ({"pairs": 8, "digits": 4, "filler_tokens": 256}, 4e-4)),
         {
             f"{pairs} × {digits}, {filler} words of filler": {"pairs": pairs, "digits": digits, "filler_tokens": filler}
             for pairs, digits, filler in WIDER
@@ -77,38 +94,56 @@ def inquiries() -> tuple[Inquiry, Inquiry]:
     return longer, wider
 
 
-def ask(inquiry: Inquiry, trained: Path, work: Path, documents: int) -> None:
+def config_file(path: Path, changes: Mapping[str, Any]) -> Path:
+    """The recipe with some fields changed, as a file."""
+    values = load_config(CONFIG).model_dump(exclude={"remarks"}) | dict(changes)
+    path.write_text(RunConfig(**values).to_yaml(), encoding="utf-8")
+    return path
+
+
+def train(experiment: Experiment, work: Path) -> Path:
+    """Train its base, where it needs one, and its network: the folder of the run."""
+    base = load_config(CONFIG).model_name_or_path
+    for number, (documents, rate) in enumerate(experiment.reads, start=1):
+        start, base = base, str(work / f"base-{number}")
+        config = config_file(work / f"base-{number}.yaml", {"curriculum": (documents,)})
+        how = ("--start", start, "--learning-rate", rate, "--max-steps", READING_STEPS)
+        # exit code 1: it does not read all of them, which the column "document in the prompt" will show
+        d2l("pretrain-tiny", config, "-o", base, *how, log=work / f"base-{number}.log", accepted=(0, 1))
+    config, run = config_file(work / "config.yaml", experiment.changes), work / "run"
+    d2l("train", config, "--model", base, "--output", run, log=work / "train.log")
+    return run
+
+
+def ask(experiment: Experiment, run: Path, work: Path, documents: int) -> None:
     """Ask about every kind of documents, and write the page and its figure."""
-    folder = work / inquiry.name
-    folder.mkdir()
-    recipe = load_config(CONFIG)
-    base = ("--model", recipe.model_name_or_path)
+    base = ("--model", load_config(run / "config.yaml").model_name_or_path)
     rows, lines = [], []
-    for number, (kind, needles) in enumerate(inquiry.kinds.items()):
-        data, result = folder / f"asked-{number}.jsonl", folder / f"asked-{number}.json"
+    for number, (kind, needles) in enumerate(experiment.kinds.items()):
+        data, result = work / f"asked-{number}.jsonl", work / f"asked-{number}.json"
         options = [part for key, value in needles.items() for part in (f"--{key.replace('_', '-')}", value)]
         how = ("--documents", documents, "--style", "pairs", "--split", "heldout", "--seed", number)
-        d2l("data", "needle", "-o", data, *options, *how, log=folder / "data.log")
+        d2l("data", "needle", "-o", data, *options, *how, log=work / "data.log")
         lines.append(data.read_text(encoding="utf-8"))
-        d2l("eval", trained, "--data", data, *base, "-o", result, log=folder / f"eval-{number}.log")
+        d2l("eval", run, "--data", data, *base, "-o", result, log=work / f"eval-{number}.log")
         rows.append((kind, json.loads(result.read_text(encoding="utf-8"))["scores"]))
-    together, figure = folder / "asked.jsonl", PAGES / f"reach_{inquiry.name}.svg"
+    together, drawn = work / "asked.jsonl", work / "figure.svg"
     together.write_text("".join(lines), encoding="utf-8")
-    drawn = folder / "figure.svg"
-    d2l("eval", trained, "--data", together, *base, "--plot", drawn, log=folder / "eval.log")
+    d2l("eval", run, "--data", together, *base, "--plot", drawn, log=work / "eval.log")
+    figure = PAGES / f"reach_{experiment.name}.svg"
     figure.write_bytes(drawn.read_bytes())
-    figure.with_suffix(".md").write_text(page(inquiry, trained, rows, figure, documents), encoding="utf-8")
+    figure.with_suffix(".md").write_text(page(experiment, run, rows, figure, documents), encoding="utf-8")
 
 
 def page(
-    inquiry: Inquiry,
-    trained: Path,
+    experiment: Experiment,
+    run: Path,
     rows: Sequence[tuple[str, Mapping[str, Any]]],
     figure: Path,
     documents: int,
 ) -> str:
     """The table, what training saw of each stage, and the figure, in Markdown."""
-    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = [label for label, _, _ in CONDITIONS.values()]
     lines = [f"| exact match | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
     for kind, scores in rows:
@@ -121,35 +156,37 @@ def page(
         f"{stage.pairs} × {stage.digits}"
         + (f" with up to {stage.filler_tokens} words of filler" if stage.filler_tokens else "")
         + (f" until step {stages[number]['step']:,}" if number in stages else " never reached")
-        for number, stage in enumerate(load_config(trained / "config.yaml").curriculum, start=1)
+        for number, stage in enumerate(load_config(run / "config.yaml").curriculum, start=1)
     )
+    seconds = sum(step["seconds"] for step in metrics)
+    base = "the shipped base, which first learnt to read such documents" if experiment.reads else "the shipped base"
     return (
-        f"# {inquiry.title}\n\nWritten by `make reach`. {COMMON} {inquiry.text} One seed, held-out documents whose pairs and "
-        f"filler never occur in training, {documents} of each kind; brackets are 95% confidence intervals over documents."
-        f"\n\n{chr(10).join(lines)}\n\nStages: {course}.\n\n![]({figure.name})\n"
+        f"# {experiment.title}\n\nWritten by `make reach`. {experiment.text} One seed on {base}; other settings are those of "
+        f"`configs/needle_tiny.yaml`. Held-out documents whose pairs and filler never occur in training, {documents} of each "
+        f"kind; brackets are 95% confidence intervals over documents.\n\n{chr(10).join(lines)}\n\nStages: {course}. Training "
+        f"took {seconds / 60:.0f} minutes on one thread.\n\n![]({figure.name})\n"
     )
 
 
 def main() -> None:
-    """Train a network, then ask about all documents."""
+    """Run the experiments beside each other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, help="a new folder for everything that is made; default: runs/reach-N")
-    parser.add_argument("--run", type=Path, help="of an earlier call; default: it is trained here")
-    parser.add_argument("--only", choices=[inquiry.name for inquiry in inquiries()], help="default: both")
+    parser.add_argument("--only", choices=[experiment.name for experiment in experiments()], help="default: both")
+    parser.add_argument("--run", type=Path, help="with --only, of an earlier call; default: it is trained here")
     parser.add_argument("--documents", type=int, default=32, help="of each kind that is asked about")
     asked = parser.parse_args()
+    if asked.run and not asked.only:
+        parser.error("--run belongs to one experiment: give --only as well")
     work = asked.work or next(path for n in count(1) if not (path := Path(f"runs/reach-{n}")).exists())
-    work.mkdir(parents=True)
-    trained = asked.run
-    if trained is None:
-        config, trained = work / "config.yaml", work / "run"
-        config.write_text(
-            RunConfig(**load_config(CONFIG).model_dump(exclude={"remarks"}) | CHANGES).to_yaml(), encoding="utf-8"
-        )
-        d2l("train", config, "--output", trained, log=work / "train.log")
-    wanted = [inquiry for inquiry in inquiries() if asked.only in (None, inquiry.name)]
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        for job in [pool.submit(ask, inquiry, trained, work, asked.documents) for inquiry in wanted]:
+
+    def carry_out(experiment: Experiment) -> None:
+        folder = work / experiment.name
+        folder.mkdir(parents=True)
+        ask(experiment, asked.run or train(experiment, folder), folder, asked.documents)
+
+    with ThreadPoolExecutor() as pool:
+        for job in [pool.submit(carry_out, it) for it in experiments() if asked.only in (None, it.name)]:
             job.result()
 
 

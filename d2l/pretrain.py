@@ -1,4 +1,4 @@
-"""A tiny GPT-OSS that can read: trained from random weights to answer needle questions with the document in its prompt.
+"""A tiny GPT-OSS that can read: trained to answer needle questions with the document in its prompt.
 
 Three tasks share every step. Random sequences, said three times, teach to find what followed a token the last time
 (Olsson et al. 2022, "In-context Learning and Induction Heads"); pairs restated in other orders, to do so for a key and
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
-from d2l.config import Stage
+from d2l.config import RunConfig, Stage
 from d2l.data.chat import ChatFormat, chat_format
 from d2l.data.needle import PAIR_FILLER, PAIR_KEYS, Split, needle_records
+from d2l.errors import ModelError
 from d2l.folders import written_whole
 from d2l.paths import resource
+from d2l.prepare import run_base, run_base_config, run_tokenizer
 
 TEMPLATE = "chat_templates/needle.jinja"
 CONTROL_TOKENS = (
@@ -171,28 +173,33 @@ class Tasks:
         return ids.expand(count, -1)
 
 
-def pretrain(seed: int, max_steps: int, goal: Stage) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
-    """Train from random weights until held-out questions are answered, yielding every measurement with the model so far.
+def pretrain(
+    seed: int,
+    max_steps: int,
+    goal: Stage,
+    model: GptOssForCausalLM | None = None,
+    learning_rate: float = LEARNING_RATE,
+) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
+    """Train until held-out questions are answered, yielding every measurement with the model so far.
 
     Args:
-        seed: of weights and data.
+        seed: of data, and of weights.
         max_steps: at most.
         goal: the documents that are measured, and the largest that are trained.
+        model: to go on from, which is changed in place; default: random weights.
+        learning_rate: per step, until it can read.
     """
     chat = reader_chat()
     tasks, heldout = (
         Tasks(chat, seed),
         Tasks(chat, seed + 1).documents(HELDOUT, goal.pairs, goal.digits, goal.filler_tokens, "heldout", turns=1),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
-    model.set_experts_implementation("eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    model = model or _random_reader(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     cooled = 0  # measurements since it could first read
     for step in range(1, max_steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * COOLING**cooled
+            group["lr"] = learning_rate * min(1.0, step / WARMUP_STEPS) * COOLING**cooled
         loss = sum((_loss(model, batch) for batch in _batches(tasks, step, goal)), start=torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -204,6 +211,24 @@ def pretrain(seed: int, max_steps: int, goal: Stage) -> Iterator[tuple[GptOssFor
             yield model, Progress(step, loss.item(), accuracy)
             if accuracy >= PASSING:
                 return
+
+
+def load_reader(folder: Path) -> GptOssForCausalLM:
+    """A model that `save_reader` wrote, ready to be trained.
+
+    Raises:
+        ModelError: it is not there, not whole, or not such a model.
+    """
+    values = {"model_name_or_path": str(folder), "attn_implementation": "eager", "dtype": "float32"}
+    config = RunConfig.model_validate(values)
+    tokenizer = run_tokenizer(config)
+    model = run_base(config, run_base_config(config, tokenizer))
+    if not isinstance(model, GptOssForCausalLM) or tokenizer.get_vocab() != reader_tokenizer().get_vocab():
+        found = f"{model.config.model_type} with {len(tokenizer):,} tokens"
+        raise ModelError(
+            f"{folder}: expected a model that `d2l pretrain-tiny` made, found {found}. Give another --start."
+        )
+    return model.requires_grad_(True).train()
 
 
 def reader_chat() -> ChatFormat:
@@ -222,6 +247,14 @@ def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
         tokenizer = reader_tokenizer()
         tokenizer.chat_template = resource(TEMPLATE).read_text(encoding="utf-8")
         tokenizer.save_pretrained(partial)
+
+
+def _random_reader(seed: int) -> GptOssForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    return model
 
 
 def _batches(tasks: Tasks, step: int, goal: Stage) -> tuple[_Batch, ...]:

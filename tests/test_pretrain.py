@@ -4,17 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import cli
 from d2l import prepare
 from d2l.config import RunConfig, Stage
 from d2l.data.needle import PAIR_KEYS, Split, needle_records, split_of
-from d2l.pretrain import TEMPLATE, Tasks, pretrain, reader_chat, reader_config
+from d2l.pretrain import (
+    TEMPLATE,
+    Tasks,
+    load_reader,
+    pretrain,
+    reader_chat,
+    reader_config,
+    reader_tokenizer,
+    save_reader,
+)
 
 KEYS = set(PAIR_KEYS)
 GOAL = Stage(pairs=4, digits=2)
-CONFIG = "configs/needle_tiny.yaml"
+CONFIG, SHIPPED = "configs/needle_tiny.yaml", "configs/models/needle_tiny"
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +104,60 @@ def test_a_step_is_the_same_for_the_same_seed_and_changes_every_weight() -> None
     assert one == other
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert next(pretrain(seed=2, max_steps=1, goal=GOAL))[1] != one
+
+
+def test_a_start_is_where_training_goes_on_from(tmp_path: Path) -> None:
+    first, _ = next(pretrain(seed=1, max_steps=1, goal=GOAL))
+    save_reader(first, tmp_path / "first")
+    start = load_reader(tmp_path / "first")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
+    wider = Stage(pairs=8, digits=4)
+    (gone_on, one), (whole, other) = (next(pretrain(2, 1, wider, model)) for model in (start, first))
+    assert one == other
+    assert all(torch.equal(a, b) for a, b in zip(gone_on.parameters(), whole.parameters(), strict=True))
+    assert next(pretrain(2, 1, wider))[1] != one
+
+
+def test_the_learning_rate_is_how_far_a_step_goes() -> None:
+    def moved(learning_rate: float) -> torch.Tensor:
+        model = load_reader(Path(SHIPPED))
+        before = model.lm_head.weight.detach().clone()
+        next(pretrain(0, 1, GOAL, model, learning_rate))
+        return model.lm_head.weight.detach() - before
+
+    torch.testing.assert_close(moved(2e-3), 2 * moved(1e-3), rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path) -> None:
+    def go_on(start: Path | str, output: str) -> Result:
+        options = ["-o", str(tmp_path / output), "--start", str(start), "--max-steps", "1", "--learning-rate", "1e-3"]
+        return CliRunner().invoke(cli.app, ["pretrain-tiny", CONFIG, *options], prog_name="d2l")
+
+    def refused(start: Path) -> str:
+        result = go_on(start, "refused")
+        assert result.exit_code == 2
+        assert not (tmp_path / "refused").exists()
+        return result.stderr
+
+    assert go_on(SHIPPED, "wide").exit_code == 0  # it reads already
+    trained, _ = next(pretrain(0, 1, GOAL, load_reader(Path(SHIPPED)), 1e-3))
+    written = load_reader(tmp_path / "wide")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), written.parameters(), strict=True))
+
+    absent = tmp_path / "absent"
+    assert str(absent) in refused(absent)
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            vocab_size=len(reader_tokenizer()),
+        )
+    ).save_pretrained(other)
+    reader_tokenizer().save_pretrained(other)
+    assert "expected a model that `d2l pretrain-tiny` made, found llama" in refused(other)
 
 
 def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path)
 
     absent = tmp_path / "absent"
     assert str(absent) in refused(absent)
+    assert "found gpt_oss with 1,024 tokens" in refused(Path("configs/models/tiny_gpt_oss"))
     other = tmp_path / "other"
     LlamaForCausalLM(
         LlamaConfig(

@@ -13,12 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prove import CONDITIONS, CONFIG, d2l
 
 from d2l.config import RunConfig
 from d2l.config_file import load_config
+from d2l.data.limits import Limits
+from d2l.data.tokenize import document_chunks
+from d2l.prepare import run_chat, run_tokenizer
 
 PAGES = Path("benchmarks")
 CHUNKS = (1, 2, 4, 8, 16, 24, 32, 40)
@@ -49,6 +53,23 @@ class Experiment:
     changes: Mapping[str, Any]
     reads: Sequence[tuple[Mapping[str, int], float]]
     kinds: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one kind of documents gave.
+
+    Attributes:
+        kind: its name.
+        scores: of every condition, as `d2l eval` writes them.
+        whole, cut: exact match with the document's LoRA, 0 or 1, of every pair that stands whole in a chunk, and of every
+            pair that a boundary between chunks cuts in two.
+    """
+
+    kind: str
+    scores: Mapping[str, Any]
+    whole: Sequence[float]
+    cut: Sequence[float]
 
 
 def experiments() -> tuple[Experiment, Experiment]:
@@ -124,9 +145,10 @@ def ask(experiment: Experiment, run: Path, work: Path, documents: int) -> None:
         options = [part for key, value in needles.items() for part in (f"--{key.replace('_', '-')}", value)]
         how = ("--documents", documents, "--style", "pairs", "--split", "heldout", "--seed", number)
         d2l("data", "needle", "-o", data, *options, *how, log=work / "data.log")
-        lines.append(data.read_text(encoding="utf-8"))
         d2l("eval", run, "--data", data, *base, "-o", result, log=work / f"eval-{number}.log")
-        rows.append((kind, json.loads(result.read_text(encoding="utf-8"))["scores"]))
+        lines += data.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines[-documents:]]
+        rows.append(read_answers(kind, records, json.loads(result.read_text(encoding="utf-8")), run))
     together, drawn = work / "asked.jsonl", work / "figure.svg"
     together.write_text("".join(lines), encoding="utf-8")
     d2l("eval", run, "--data", together, *base, "--plot", drawn, log=work / "eval.log")
@@ -135,22 +157,33 @@ def ask(experiment: Experiment, run: Path, work: Path, documents: int) -> None:
     figure.with_suffix(".md").write_text(page(experiment, run, rows, figure, documents), encoding="utf-8")
 
 
-def page(
-    experiment: Experiment,
-    run: Path,
-    rows: Sequence[tuple[str, Mapping[str, Any]]],
-    figure: Path,
-    documents: int,
-) -> str:
+def read_answers(kind: str, records: Sequence[Mapping[str, Any]], result: Mapping[str, Any], run: Path) -> Asked:
+    """The scores, and which answers are about pairs that a boundary between chunks cuts."""
+    config = load_config(run / "config.yaml")
+    chat, limits = run_chat(config, run_tokenizer(config)), Limits.of(config)
+    chunks = [[chat.decode(chunk) for chunk in document_chunks(it["context"], chat, limits)] for it in records]
+    by_whole: dict[bool, list[float]] = {True: [], False: []}
+    for answer in result["answers"]:
+        if answer["condition"] == "document":
+            pair = records[answer["record"]]["responses"][answer["query"]]
+            by_whole[any(pair in chunk for chunk in chunks[answer["record"]])].append(answer["exact"])
+    return Asked(kind, result["scores"], by_whole[True], by_whole[False])
+
+
+def page(experiment: Experiment, run: Path, rows: Sequence[Asked], figure: Path, documents: int) -> str:
     """The table, what training saw of each stage, and the figure, in Markdown."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    labels = [label for label, _, _ in CONDITIONS.values()]
+    labels = [
+        *(label for label, _, _ in CONDITIONS.values()),
+        "its LoRA: pairs whole in a chunk",
+        "its LoRA: cut pairs",
+    ]
     lines = [f"| exact match | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
-    for kind, scores in rows:
-        cells = [
-            f"{it['value']:.3f} [{it['low']:.2f}, {it['high']:.2f}]" for it in (scores[c]["exact"] for c in CONDITIONS)
-        ]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for row in rows:
+        spans = [row.scores[condition]["exact"] for condition in CONDITIONS]
+        cells = [f"{it['value']:.3f} [{it['low']:.2f}, {it['high']:.2f}]" for it in spans]
+        cells += [f"{fmean(exact):.3f} of {len(exact)}" if exact else "none" for exact in (row.whole, row.cut)]
+        lines.append(f"| {row.kind} | {' | '.join(cells)} |")
     stages = {step["stage"]: step for step in metrics}  # the last step of each
     course = "; ".join(
         f"{stage.pairs} × {stage.digits}"

@@ -173,16 +173,14 @@ def read_answers(kind: str, records: Sequence[Mapping[str, Any]], result: Mappin
 def page(experiment: Experiment, run: Path, rows: Sequence[Asked], figure: Path, documents: int) -> str:
     """The table, what training saw of each stage, and the figure, in Markdown."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    labels = [
-        *(label for label, _, _ in CONDITIONS.values()),
-        "its LoRA: pairs whole in a chunk",
-        "its LoRA: cut pairs",
-    ]
+    labels, any_cut = [label for label, _, _ in CONDITIONS.values()], any(row.cut for row in rows)
+    labels += ["its LoRA: pairs whole in a chunk", "its LoRA: pairs cut in two"] if any_cut else []
     lines = [f"| exact match | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
     for row in rows:
         spans = [row.scores[condition]["exact"] for condition in CONDITIONS]
         cells = [f"{it['value']:.3f} [{it['low']:.2f}, {it['high']:.2f}]" for it in spans]
-        cells += [f"{fmean(exact):.3f} of {len(exact)}" if exact else "none" for exact in (row.whole, row.cut)]
+        for exact in (row.whole, row.cut) if any_cut else ():
+            cells.append(f"{fmean(exact):.3f} of {len(exact)}" if exact else "none")
         lines.append(f"| {row.kind} | {' | '.join(cells)} |")
     stages = {step["stage"]: step for step in metrics}  # the last step of each
     course = "; ".join(

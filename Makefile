@@ -46,7 +46,7 @@ study: install # half an hour and more: every variant and seed; goes on from wha
 	$(BIN)/python benchmarks/targets.py --output benchmarks/targets.json
 	$(BIN)/python benchmarks/targets_page.py benchmarks/targets.json
 
-reach: install # longer documents than in training, more and longer values
+reach: install # about an hour: longer documents than in training, more and longer values between much filler
 	$(BIN)/python benchmarks/reach.py
 
 bench: install

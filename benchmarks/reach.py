@@ -93,7 +93,10 @@ def experiments() -> tuple[Experiment, Experiment]:
     wider = Experiment(
         "values",
         "More and longer values",
-        "Up to eight pairs of four digits between filler, in chunks of two pairs or sentences. Rows are pairs × digits.",
+        "Trained on up to eight pairs of four digits between filler, in chunks of up to two pairs or sentences. Rows are "
+        "pairs × digits. "
+        "Chunks are of equal length: where sentences do not fill them, boundaries cut pairs in two, which the last columns "
+        "count apart.",
         {
             "curriculum": (
                 *FIRST_STAGES,

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test lint types golden fuzz prove study reach bench docs clean
+.PHONY: install run test lint types golden fuzz prove study reach layers bench docs clean
 
 install: $(VENV)/installed
 
@@ -40,14 +40,17 @@ docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md
 
 prove: install # under 30 minutes on 2 cores
-	$(BIN)/python benchmarks/prove.py
+	$(BIN)/python experiments/prove.py
 
-study: install # half an hour and more: every variant and seed; goes on from what benchmarks/targets.json holds
-	$(BIN)/python benchmarks/targets.py --output benchmarks/targets.json
-	$(BIN)/python benchmarks/targets_page.py benchmarks/targets.json
+study: install # half an hour and more: every variant and seed; goes on from what experiments/targets.json holds
+	$(BIN)/python experiments/targets.py --output experiments/targets.json
+	$(BIN)/python experiments/targets_page.py experiments/targets.json
 
 reach: install # about an hour: longer documents than in training, more and longer values between much filler
-	$(BIN)/python benchmarks/reach.py
+	$(BIN)/python experiments/reach.py
+
+layers: install # the import graph: modules, rooms, floors, arrows
+	$(BIN)/python tests/support/layers.py .
 
 bench: install
 	$(BIN)/python benchmarks/packing.py

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from d2l.data.cache import cached_rows
-from d2l.data.chat import ChatFormat, chat_format, load_tokenizer
-from d2l.data.needle import needle_records
+from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.needles import needle_records
 from d2l.data.shards import row_sizes
 from d2l.data.tokenize import Limits, Tokenized, tokenize_records
 
@@ -50,7 +50,7 @@ def measure(make: Callable[[], Tokenized]) -> tuple[float, float, float]:
 
 def compare(count: int, chat: ChatFormat, folder: Path) -> Iterator[tuple[str, ...]]:
     """A line of the table for each way."""
-    records, limits = needle_records(count, pairs=2, digits=2, filler_tokens=96, seed=0), Limits()
+    records, limits = needle_records(count, pairs=2, digits=2, filler_words=96, seed=0), Limits()
 
     def uncached() -> Tokenized:
         return tokenize_records(records, chat, limits, 0)

@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checks.subject import Subject
-from d2l import prepare
-from d2l.adapter import export_adapter
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
-from d2l.config import RunConfig
+from d2l.build import Components, build_chat, fitted_base_config, tokenize
+from d2l.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from d2l.config.schema import RunConfig
 from d2l.data.cache import cached_rows
-from d2l.data.chat import ChatFormat
+from d2l.data.chat.format import ChatFormat
+from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
 from d2l.data.records import Record
 from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
 from d2l.errors import ModelError
+from d2l.fingerprint import run_fingerprint
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
-from d2l.reference_import import import_reference
-from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from d2l.inference.adapter import export_adapter
+from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss
 from d2l.train.losses import Normalizer
 from d2l.train.processes import OneProcess
@@ -61,17 +63,18 @@ class Production:
         return find_targets(base, names)
 
     def chat(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        return prepare.run_chat(config, tokenizer)
+        return build_chat(config, tokenizer)
 
     def rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> Tokenized:
-        return prepare.run_rows(config, chat, records, self._on_tokenize)
+        base_config = fitted_base_config(config, chat.tokenizer)
+        return tokenize(config, base_config, chat, records, self._on_tokenize)
 
     def cached_rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record], folder: Path) -> Tokenized:
-        limits = Limits.of(config, read_base_config(config.model_name_or_path))
+        limits = Limits.of(config, fitted_base_config(config, chat.tokenizer))
         return cached_rows(records, chat, limits, config.seed, folder)
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
-        return prepare.epoch_batches(config, rows, epoch=0)
+        return epoch_batches(config, rows, epoch=0)
 
     def loss(self, model: DocToLora, batches: Sequence[PackedBatch], config: RunConfig) -> tuple[Tensor, Tensor]:
         normalizer = Normalizer.of(batches, config.lora_r)
@@ -123,21 +126,22 @@ def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = la
         ModelError: there is no such base model.
         DataError: data is named and cannot be used.
     """
+    components = Components(config)
     tokenizer, tokenizer_absent = None, ""
     try:
-        tokenizer = prepare.run_tokenizer(config)
+        tokenizer = components.tokenizer
     except ModelError as error:
         if config.tokenizer_name_or_path is not None:
             raise
         tokenizer_absent = f"no tokenizer: {str(error).splitlines()[0]}; pass --tokenizer FOLDER"
     records, records_absent = None, "no data: pass --data FILE, or set train_ds_names"
     if config.train_ds_names:
-        records = prepare.run_records(config)
-    base_config = prepare.run_base_config(config, tokenizer)
+        records = components.records
+    base_config = fitted_base_config(config, tokenizer)
     chat = None
     if tokenizer is not None:
         try:
-            chat = prepare.run_chat(config, tokenizer)
+            chat = components.chat
         except ModelError:
             chat = None  # LBL101 reports it
     versions = {package: metadata.version(package) for package in ("torch", "transformers")}
@@ -150,5 +154,5 @@ def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = la
         tokenizer_absent=tokenizer_absent,
         records=records,
         records_absent=records_absent,
-        fingerprint=prepare.run_fingerprint(config, base_config, chat, records, versions).total,
+        fingerprint=run_fingerprint(config, base_config, chat, records, versions).total,
     )

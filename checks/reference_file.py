@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

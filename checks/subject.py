@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from d2l.base.load import LoadPlan
-    from d2l.data.chat import ChatFormat
+    from d2l.checkpoint import Checkpoint
+    from d2l.data.chat.format import ChatFormat
     from d2l.data.packing import PackedBatch
     from d2l.data.records import Record
     from d2l.data.tokenize import Row, Tokenized
     from d2l.hypernet.lora import Lora
-    from d2l.train.checkpoint import Checkpoint
 
 
 class Model(Protocol):

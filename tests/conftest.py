@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import golden
 import pytest
+from support import golden
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from d2l.adapter import export_adapter
 from d2l.base.load import plan_load, random_base
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ModelError
 from d2l.hypernet.lora import Lora, Spans, bind, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
+from d2l.inference.adapter import export_adapter
 
 SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16},
@@ -136,7 +136,7 @@ def test_nothing_is_written_over_and_nothing_half_written_stays(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("d2l.adapter.save_file", full)
+    monkeypatch.setattr("d2l.inference.adapter.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         export_adapter(lora, base, tmp_path / "adapter", "")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -4,25 +4,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
-from golden import assert_close, load_case
+from support import golden
+from support.golden import assert_close, load_case
+from support.tiny_run import make_run
 from test_end_to_end import build
-from tiny_run import make_run
 from torch import Tensor
 
-from d2l.answer import answer_text, ask, generate, internalize, prompt_ids, stop_ids
-from d2l.config import RunConfig
-from d2l.data.chat import chat_format
+from d2l.checkpoint import load_checkpoint, save_checkpoint, step_folder
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import chat_format
 from d2l.data.document import decode_document
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
 from d2l.data.tokenize import Row, document_chunks
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, Spans, bind
-from d2l.train.checkpoint import load_checkpoint, save_checkpoint, step_folder
-from d2l.trained import Trained, load_trained
+from d2l.inference.generate import answer_text, ask, generate, internalize, prompt_ids, stop_ids
+from d2l.inference.load import Trained, load_trained
 
 SHORT = "The ferry to Brennick leaves at nine."
 LONG = " ".join(f"On day {day} the ferry leaves at {day % 12}." for day in range(12))
@@ -72,7 +72,7 @@ def test_another_base_is_refused_before_it_is_loaded(
     saved = load_checkpoint(step_folder(run_folder, 1))
     state = {**saved.state, "base": {**saved.state["base"], **facts}}
     save_checkpoint(tmp_path / "step-000001", replace(saved, state=state))
-    monkeypatch.setattr("d2l.prepare.run_base", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("d2l.build.build_base", lambda *_: pytest.fail("the weights were loaded"))
     with pytest.raises(CheckpointError, match=expected):
         load_trained(tmp_path / "step-000001")
 
@@ -93,7 +93,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, run_folder: Pa
 
 
 def test_a_base_that_has_moved(run_folder: Path, trained: Trained, tmp_path: Path) -> None:
-    from d2l.paths import resource
+    from d2l.io.resources import resource
 
     tiny = resource("configs/models/tiny_gpt_oss")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):

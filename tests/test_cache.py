@@ -16,16 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2l import prepare
-from d2l.config import RunConfig
+from d2l import build as run_build
+from d2l.config.schema import RunConfig
 from d2l.data import cache, shards
 from d2l.data.cache import MANIFEST, cached_rows, default_folder, key_parts
-from d2l.data.chat import ChatFormat, Encoded, chat_format, load_tokenizer
-from d2l.data.needle import needle_records
+from d2l.data.chat.format import ChatFormat, Encoded, chat_format, load_tokenizer
+from d2l.data.epochs import epoch_batches
+from d2l.data.needles import needle_records
 from d2l.data.records import Record
 from d2l.data.shards import row_sizes
 from d2l.data.tokenize import Limits, Tokenized, tokenize_record, tokenize_records
 from d2l.errors import DataError
+from d2l.fingerprint import run_fingerprint
 
 USER, ASSISTANT, END = 1, 2, 3
 
@@ -337,8 +339,8 @@ BUILDER = """
 import sys
 from pathlib import Path
 from d2l.data import cache
-from d2l.data.chat import chat_format, load_tokenizer
-from d2l.data.needle import needle_records
+from d2l.data.chat.format import chat_format, load_tokenizer
+from d2l.data.needles import needle_records
 from d2l.data.tokenize import Limits, tokenize_records
 
 cache.RECORDS_PER_SHARD = 3
@@ -481,10 +483,10 @@ def test_sizes_and_packing_read_no_tokens_and_a_batch_reads_its_own_rows(
 
     monkeypatch.setattr(shards.Shard, "row", spy)
     config = RunConfig.model_validate({"max_packed_inp_len": 30, "max_packed_ctx_len": 30})
-    batches = prepare.epoch_batches(config, rows, epoch=0)
+    batches = epoch_batches(config, rows, epoch=0)
     assert read == []
     assert len(batches) > 2
-    expected = prepare.epoch_batches(config, FRESH.rows, epoch=0)
+    expected = epoch_batches(config, FRESH.rows, epoch=0)
     for ours, theirs in zip(batches, expected, strict=True):
         assert ours.record_ids == theirs.record_ids
         assert ours.input_ids.equal(theirs.input_ids)
@@ -575,10 +577,16 @@ def test_a_run_caches_many_records_and_leaves_nothing_of_few(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(prepare, "CACHED_FROM", 10)
+    monkeypatch.setattr(run_build, "CACHED_FROM", 10)
     told: list[tuple[int, int]] = []
     config, records = RunConfig.model_validate(settings), RECORDS[:count]
-    rows = prepare.run_rows(config, CHAT, records, lambda done, total: told.append((done, total)))
+    rows = run_build.tokenize(
+        config,
+        run_build.fitted_base_config(config, None),
+        CHAT,
+        records,
+        lambda done, total: told.append((done, total)),
+    )
     assert_same(rows, tokenize_records(records, CHAT, Limits.of(config), config.seed))
     assert told[-1] == (count, count)
     written = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("?" * 64)}
@@ -588,6 +596,6 @@ def test_a_run_caches_many_records_and_leaves_nothing_of_few(
 def test_where_rows_lie_is_no_part_of_what_a_run_is() -> None:
     config = RunConfig.model_validate({})
     elsewhere = RunConfig.model_validate({"cache": False, "cache_dir": "mine"})
-    base_config = prepare.run_base_config(config, None)
-    first, second = (prepare.run_fingerprint(it, base_config, None, None, {}).total for it in (config, elsewhere))
+    base_config = run_build.fitted_base_config(config, None)
+    first, second = (run_fingerprint(it, base_config, None, None, {}).total for it in (config, elsewhere))
     assert first == second

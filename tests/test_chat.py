@@ -6,17 +6,17 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from chat_formats import ANSWER, CHATML, PLAIN, QUESTION, TINY, generic, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import VOCABULARY_SIZE, build_tiny_tokenizer
+from support.chat_formats import ANSWER, CHATML, PLAIN, QUESTION, TINY, generic, tiny
+from support.tiny_tokenizer import VOCABULARY_SIZE, build_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from d2l.data.chat import DEFAULT_DATE, chat_format, default_template, load_tokenizer
-from d2l.data.harmony import CONTROL_TOKENS, ChannelMessage, final_text, parse_channels
+from d2l.data.chat.format import DEFAULT_DATE, chat_format, default_template, load_tokenizer
+from d2l.data.chat.harmony import CONTROL_TOKENS, ChannelMessage, final_text, parse_channels
 from d2l.errors import ConfigError, DataError, ModelError
-from d2l.paths import resource
+from d2l.io.resources import resource
 
 harmony = chat_format(tiny)
 

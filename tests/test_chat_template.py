@@ -8,17 +8,17 @@ from typing import Any
 
 import jinja2
 import pytest
-from harmony_rules import harmony_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_jinja import plain_jinja
+from support.harmony_rules import harmony_text
+from support.plain_jinja import plain_jinja
 from transformers import PreTrainedTokenizerBase
 
-from d2l.data.chat import chat_format, load_tokenizer
-from d2l.data.harmony import TEMPLATE, expected_supervision
-from d2l.data.supervision import supervised_texts, supervision_faults
+from d2l.data.chat.format import chat_format, load_tokenizer
+from d2l.data.chat.harmony import TEMPLATE, expected_supervision
+from d2l.data.chat.supervision import supervised_texts, supervision_faults
 from d2l.errors import DataError
-from d2l.paths import resource
+from d2l.io.resources import resource
 
 TEXT = resource(TEMPLATE).read_text(encoding="utf-8")
 

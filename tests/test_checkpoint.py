@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2l.errors import CheckpointError
-from d2l.train import checkpoint as module
-from d2l.train.checkpoint import (
+from d2l import checkpoint as module
+from d2l.checkpoint import (
     MANIFEST,
     Checkpoint,
     load_checkpoint,
@@ -17,6 +16,7 @@ from d2l.train.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from d2l.errors import CheckpointError
 
 
 def example(**hypernet: object) -> Checkpoint:

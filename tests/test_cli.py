@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import cli
 from checks.result import Fail, Pass, Report, Skip, Warn
 from checks.rule import Fault, Rule
+from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def world(monkeypatch):
     stand_in(
         "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
     )
-    stand_in("d2l.config_file", load_config=world.load_config)
+    stand_in("d2l.config.load", load_config=world.load_config)
     stand_in(
         "d2l.train.run",
         train=world.train,
@@ -362,7 +363,7 @@ def test_one_process_of_several_speaks(world):
 
 def test_a_terminal_gets_bars():
     console = Console(file=StringIO(), force_terminal=True, width=120)
-    with cli._steps(console, 2) as (show, on_tokenize):
+    with steps_progress(console, 2) as (show, on_tokenize):
         on_tokenize(1200, 1200)
         for record in RECORDS:
             show(record)

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import cli
-import cli_data
-from d2l.data import needle
+from commands import data
+from d2l.data import needles as needle
 from d2l.data.records import read_records
 
 
@@ -18,7 +18,7 @@ def d2l(*arguments: object) -> Result:
 
 def test_the_file_holds_what_was_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "needles.jsonl"
-    options = {"--documents": 5, "--pairs": 3, "--digits": 1, "--filler-tokens": 8, "--seed": 7}
+    options = {"--documents": 5, "--pairs": 3, "--digits": 1, "--filler-words": 8, "--seed": 7}
     arguments = [part for option in options.items() for part in option]
     result = d2l("-o", path, *arguments, "--style", "pairs", "--split", "heldout")
     assert result.exit_code == 0, result.stderr
@@ -32,8 +32,8 @@ def test_the_file_holds_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_styles_and_splits_are_those_of_the_generator() -> None:
-    assert get_args(cli_data.Style) == get_args(needle.Style)
-    assert get_args(cli_data.Split) == get_args(needle.Split)
+    assert get_args(data.Style) == get_args(needle.Style)
+    assert get_args(data.Split) == get_args(needle.Split)
 
 
 @pytest.mark.parametrize(

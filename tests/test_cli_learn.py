@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import make_run
+from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
-from cli_tables import LABELS
-from d2l.data.needle import needle_records
+from commands.tables import LABELS
+from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
 
 

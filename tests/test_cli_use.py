@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_run
+from support.tiny_run import make_run
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 import cli
 from checks.reference_file import reference_state, write_reference_file
-from d2l.config import RunConfig
-from d2l.hypernet.heads import HypernetShape, Hypernetwork
+from d2l.checkpoint import MANIFEST, load_checkpoint, step_folder
+from d2l.config.schema import RunConfig
+from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
 from d2l.hypernet.lora import Lora
-from d2l.train.checkpoint import MANIFEST, load_checkpoint, step_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = "The ferry to Brennick leaves at nine."
@@ -71,7 +71,7 @@ def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
         asked.append((lora.n_contexts, *rest))
         return "At nine."
 
-    monkeypatch.setattr("d2l.answer.ask", chatty)
+    monkeypatch.setattr("d2l.inference.generate.ask", chatty)
     result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
     assert (result.stdout, result.stderr) == ("At nine.\n", "a library has something to say\n")
     d2l("ask", run_folder, document, "When?")

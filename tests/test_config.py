@@ -6,11 +6,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from d2l.config import RunConfig
-from d2l.config_file import find_config, load_config
+from d2l.config.load import find_config, load_config
+from d2l.config.reference_keys import HAS_NO_EFFECT, UNSUPPORTED
+from d2l.config.schema import RunConfig
 from d2l.errors import ConfigError
-from d2l.paths import resource
-from d2l.reference_keys import HAS_NO_EFFECT, UNSUPPORTED
+from d2l.io.resources import resource
 
 FIVE_MISTAKES = """\
 lora_rr: 8
@@ -95,7 +95,7 @@ def test_the_published_summary_stands_in_the_20b_config() -> None:
         "ctx_encoder_type": "per_layer_activations",
         "per_rank_gen": True,
         "per_layer_processing": True,
-        "use_kl_loss": False,
+        "loss": "ce",
         "gradient_checkpointing": True,
         "max_packed_inp_len": 1024,
         "max_packed_ctx_len": 1024,

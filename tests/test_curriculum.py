@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tiny_model import random_rows, run_config, tiny_model
+from support.tiny_model import random_rows, run_config, tiny_model
 
-from d2l import prepare
-from d2l.config import RunConfig, Stage
-from d2l.train.checkpoint import load_checkpoint, save_checkpoint
+from d2l.build import load_records
+from d2l.checkpoint import load_checkpoint, save_checkpoint
+from d2l.config.schema import RunConfig, Stage
+from d2l.data.epochs import stage_rows
 from d2l.train.curriculum import MEMORY, Curriculum
 from d2l.train.loop import Trainer
 
@@ -50,17 +51,17 @@ def test_one_lucky_step_passes_nothing_and_the_last_stage_never_ends() -> None:
 
 def test_rows_are_dealt_to_the_stages_that_they_were_made_for() -> None:
     config = RunConfig(**NEEDLES, needle_style="pairs")
-    records = prepare.run_records(config)
+    records = load_records(config)
     assert [len(record.prompts) for record in records] == [1] * 4 + [2] * 7
     assert [len(record.responses[0].split()) for record in records] == [2] * 7 + [3] * 4
     rows = [row for record in range(11) for row in [replace(random_rows()[0], record=record)] * (1 + record % 2)]
-    ranges = prepare.stage_rows(config, rows)
+    ranges = stage_rows(config, rows)
     assert [{OF_STAGE[rows[place].record] for place in stage} for stage in ranges] == [{0}, {1}, {2}]
     assert [place for stage in ranges for place in stage] == list(range(len(rows)))
 
 
 def test_without_a_curriculum_every_row_is_of_the_only_stage() -> None:
-    assert prepare.stage_rows(RunConfig(), random_rows()) == [range(len(random_rows()))]
+    assert stage_rows(RunConfig(), random_rows()) == [range(len(random_rows()))]
 
 
 def staged_trainer() -> Trainer:
@@ -114,8 +115,8 @@ def test_a_resumed_run_goes_on_in_its_stage(tmp_path: Path) -> None:
         ({"curriculum": [{"pairs": 1, "digits": 5}]}, "less than or equal to 4"),
         ({"curriculum": [{"pairs": 1, "digits": 1, "passing": 0}]}, "greater than 0"),
         (
-            {"curriculum": [{"pairs": 1, "digits": 1, "filler_tokens": 3, "min_filler_tokens": 4}]},
-            "above filler_tokens",
+            {"curriculum": [{"pairs": 1, "digits": 1, "filler_words": 3, "min_filler_words": 4}]},
+            "above filler_words",
         ),
     ],
 )

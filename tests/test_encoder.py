@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import LAYERS, VOCABULARY, tiny_base
+from support.tiny_model import LAYERS, VOCABULARY, tiny_base
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig, PreTrainedConfig, PreTrainedModel
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
-from golden import Case, assert_close, load_case
+from support import golden
+from support.golden import Case, assert_close, load_case
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from d2l.base.load import plan_load, random_base
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
 from d2l.train.losses import Normalizer, compute_loss, label_positions
@@ -90,7 +90,7 @@ def losses_of(case: Case, model: DocToLora, batch: PackedBatch, name: str) -> to
         batch,
         lora,
         Normalizer.of([batch], model.hypernet.shape.rank),
-        use_kl_loss=name.startswith("kl"),
+        loss="kl" if name.startswith("kl") else "ce",
         use_per_ctx_average_loss="perctx" in name,
         l1_coefficient=L1_COEFFICIENT if name.endswith("l1") else 0.0,
     )

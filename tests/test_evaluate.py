@@ -4,23 +4,23 @@ import random
 
 import pytest
 import torch
-from tiny_run import make_run
+from support.tiny_run import make_run
 
-from d2l.answer import ask, internalize
-from d2l.data.needle import needle_records
+from d2l.data.needles import needle_records
 from d2l.data.packing import collate
 from d2l.data.tokenize import Limits, Row, tokenize_record
 from d2l.errors import DataError
-from d2l.evaluate import (
+from d2l.evaluation.run import (
     Evaluation,
     _other_documents,
     evaluate,
 )
-from d2l.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
+from d2l.evaluation.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
+from d2l.inference.generate import ask, internalize
+from d2l.inference.load import Trained, load_trained
 from d2l.train.losses import label_positions
-from d2l.trained import Trained, load_trained
 
-RECORDS = needle_records(documents=3, pairs=2, digits=2, filler_tokens=8, seed=5, split="heldout")
+RECORDS = needle_records(documents=3, pairs=2, digits=2, filler_words=8, seed=5, split="heldout")
 NEW_TOKENS = 4
 
 
@@ -99,7 +99,7 @@ def test_another_document_is_another_text() -> None:
 
 
 def test_sizes_are_those_of_the_documents_as_read(trained: Trained) -> None:
-    records = [*RECORDS[:2], *needle_records(documents=1, pairs=1, digits=2, filler_tokens=100, seed=5)]
+    records = [*RECORDS[:2], *needle_records(documents=1, pairs=1, digits=2, filler_words=100, seed=5)]
     evaluation = evaluate(trained, records, max_new_tokens=1)
     found = {it.record: (it.document_tokens, it.chunks) for it in evaluation.answers}
     longest = trained.config.max_ctx_chunk_len - sum(map(len, trained.chat.context_affixes()))
@@ -120,7 +120,7 @@ def test_a_document_over_the_limits_is_refused_before_any_question(
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("a question was asked")
 
-    monkeypatch.setattr("d2l.evaluate.generate", asked)
-    long = needle_records(documents=1, pairs=2, digits=2, filler_tokens=9000, seed=5)
+    monkeypatch.setattr("d2l.evaluation.run.generate", asked)
+    long = needle_records(documents=1, pairs=2, digits=2, filler_words=9000, seed=5)
     with pytest.raises(DataError, match="does not fit the checkpoint"):
         evaluate(trained, [*RECORDS, *long])

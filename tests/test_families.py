@@ -6,21 +6,21 @@ from typing import Any, cast
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, Family
+from support.families import FAMILIES, LAYERS, Family
 
-from d2l.answer import answer_text, prompt_ids, stop_ids
 from d2l.base.load import plan_load, random_base
-from d2l.config import RunConfig
-from d2l.data.chat import ChatFormat, chat_format, default_template
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat, chat_format, default_template
+from d2l.data.chat.supervision import supervised_texts, supervision_faults
+from d2l.data.chat.templates import SHIPPED
 from d2l.data.limits import Limits
 from d2l.data.records import Record
-from d2l.data.supervision import supervised_texts, supervision_faults
-from d2l.data.templates import SHIPPED
 from d2l.data.tokenize import document_chunks, tokenize_records
 from d2l.errors import DataError, ModelError
 from d2l.hypernet.model import DocToLora
+from d2l.inference.generate import answer_text, prompt_ids, stop_ids
+from d2l.inference.load import Trained
 from d2l.train.loop import Trainer
-from d2l.trained import Trained
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -9,9 +9,9 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from d2l.evaluate import Evaluation
-from d2l.figures import draw
-from d2l.scores import CONDITIONS, Answered, by_chunks, by_length, scores
+from d2l.evaluation.figures import draw
+from d2l.evaluation.run import Evaluation
+from d2l.evaluation.scores import CONDITIONS, Answered, by_chunks, by_length, scores
 
 
 def evaluation(sizes: list[tuple[int, int]]) -> Evaluation:
@@ -84,5 +84,5 @@ def test_no_window_system_is_touched(tmp_path: Path) -> None:
     backend = matplotlib.rcParams._get("backend")
     draw(evaluation([(9, 1), (40, 2)]), tmp_path / "a.png")
     assert matplotlib.rcParams._get("backend") is backend
-    code = "import sys, d2l.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, d2l.evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

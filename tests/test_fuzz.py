@@ -17,7 +17,7 @@ from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import run
 from checks.subject import Subject, changed
-from d2l.config_file import load_config
+from d2l.config.load import load_config
 
 CLEAN = make_subject(load_config())
 PLANTED = [(rule, fault) for rule in RULES for fault in rule.faults]

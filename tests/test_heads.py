@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import (
+from support.golden import (
     GRADIENTS,
     OUTPUTS,
     Case,
@@ -23,7 +23,7 @@ from golden import (
 from torch import Tensor
 
 from d2l.errors import ModelError
-from d2l.hypernet.heads import HypernetShape, Hypernetwork
+from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
 from d2l.hypernet.perceiver import Segments
 
 CASES = [

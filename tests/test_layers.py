@@ -1,51 +1,52 @@
-"""The direction of dependencies: `d2l` ← `checks` ← `cli`, and inside `d2l` never upstream."""
+"""The direction of dependencies, derived from the folders: `d2l` ← `checks` ← `commands` ← `cli`, and floor by floor."""
 
 import ast
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
+from support.layers import PACKAGES, Graph, Import, circles, declared_floors, read_graph, room, wrong_imports
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {path.stem for path in ROOT.glob("cli*.py")}
-
-# Each bank of the river may use those before it. What stands above all banks puts them together.
-BANKS = ("base", "data", "hypernet", "train")
-ABOVE_ALL_BANKS = {"prepare", "adapter", "answer", "evaluate", "scores", "figures", "trained", "reference_import"}
+FLOORS = declared_floors(ROOT)
+GRAPH = read_graph(ROOT)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def test_every_room_stands_on_one_floor() -> None:
+    rooms = sorted({room(module).removeprefix("d2l.") for module in GRAPH.modules if module.startswith("d2l.")})
+    assert rooms == sorted(name for floor in FLOORS for name in floor)
 
 
-@pytest.mark.parametrize(("package", "forbidden"), [("d2l", {"checks", *COMMANDS}), ("checks", COMMANDS)])
-def test_no_package_imports_what_stands_above_it(package: str, forbidden: set[str]) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert len(files) > 5
-    found = [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in files
-        for name in imports(path)
-        if name.split(".")[0] in forbidden
-    ]
-    assert not found
+def test_imports_go_downwards() -> None:
+    assert wrong_imports(GRAPH, FLOORS) == []
 
 
-def test_no_bank_reaches_upstream() -> None:
-    found = []
-    for rank, bank in enumerate(BANKS):
-        later = {f"d2l.{name}" for name in (*BANKS[rank + 1 :], *(ABOVE_ALL_BANKS if bank != "train" else ()))}
-        for path in sorted((ROOT / "d2l" / bank).glob("*.py")):
-            names = {".".join(name.split(".")[:2]) for name in imports(path)}
-            found += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names & later)]
-    assert not found
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    assert circles(GRAPH.arrows({module: module for module in GRAPH.modules})) == []
+
+
+@pytest.mark.parametrize("level", range(len(FLOORS) + len(PACKAGES) - 1))
+def test_an_import_upwards_is_seen_on_every_floor(level: int, tmp_path: Path) -> None:
+    """A file of each floor, with one import of the floor above or beside it, in a copy of the tree."""
+    floors = [*([f"d2l.{name}" for name in floor] for floor in FLOORS), *([package] for package in PACKAGES)]
+    for package in PACKAGES:
+        source = ROOT / package
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
+    shutil.copy(ROOT / "cli.py", tmp_path)
+    higher = floors[level][1] if len(floors[level]) > 1 else floors[level + 1][0]
+    path = tmp_path / floors[level][0].replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    file.write_text(f"{file.read_text(encoding='utf-8')}\nimport {higher}\n", encoding="utf-8")
+    planted = wrong_imports(read_graph(tmp_path), FLOORS)
+    assert [line.partition(" imports ")[2] for line in planted] == [higher]
+
+
+def test_rooms_beside_each_other_may_not_import_each_other() -> None:
+    graph = Graph(
+        frozenset({"d2l.train.run", "d2l.inference.load"}), (Import("d2l.train.run", "d2l.inference.load", 1),)
+    )
+    assert wrong_imports(graph, FLOORS) == ["d2l.train.run:1 imports d2l.inference.load"]
 
 
 def test_no_library_module_prints() -> None:

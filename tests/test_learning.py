@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2l import prepare
-from d2l.config import RunConfig
-from d2l.config_file import load_config
-from d2l.data.needle import needle_records
+from d2l.build import Components, load_records
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+from d2l.data.epochs import epoch_batches
+from d2l.data.needles import needle_records
 from d2l.data.packing import PackedBatch
 from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Row
@@ -34,23 +35,21 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def model(config: RunConfig) -> DocToLora:
-    tokenizer = prepare.run_tokenizer(config)
-    rows = rows_of(config, prepare.run_records(config))
-    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
-    trainer = Trainer(prepare.run_model(config, base), rows, config, OneProcess(torch.device("cpu")))
+    components = Components(config)
+    rows = tuple(components.rows)
+    trainer = Trainer(components.model, rows, config, OneProcess(torch.device("cpu")))
     for _ in range(STEPS):
         trainer.step()
     return trainer.model
 
 
 def rows_of(config: RunConfig, records: tuple[Record, ...]) -> tuple[Row, ...]:
-    chat = prepare.run_chat(config, prepare.run_tokenizer(config))
-    return tuple(prepare.run_rows(config, chat, records).rows)
+    return tuple(Components(config, records=records).rows)
 
 
 def unseen(config: RunConfig) -> tuple[Record, ...]:
     """Documents whose pairs never stood together in training. One digit leaves too few pairs to hold any out."""
-    seen = {frozenset(record.responses) for record in prepare.run_records(config)}
+    seen = {frozenset(record.responses) for record in load_records(config)}
     drawn = needle_records(2 * ASKED, PAIRS, DIGITS, 0, seed=999, style="pairs")
     return tuple(record for record in drawn if frozenset(record.responses) not in seen)[:ASKED]
 
@@ -69,7 +68,7 @@ def exact_match(model: DocToLora, batches: list[PackedBatch], loras: list[Lora |
 def test_unseen_documents_are_recalled_from_their_own_lora_alone(model: DocToLora, config: RunConfig) -> None:
     records = unseen(config)
     assert len(records) == ASKED
-    batches = list(prepare.epoch_batches(config, rows_of(config, records), epoch=0))
+    batches = list(epoch_batches(config, rows_of(config, records), epoch=0))
     loras = [model.lora(batch) for batch in batches]
     others = [
         replace(lora, A={k: v.roll(1, 0) for k, v in lora.A.items()}, B={k: v.roll(1, 0) for k, v in lora.B.items()})
@@ -84,5 +83,5 @@ def test_unseen_documents_are_recalled_from_their_own_lora_alone(model: DocToLor
 def test_the_shipped_base_reads_documents_in_its_prompt(model: DocToLora, config: RunConfig) -> None:
     records = needle_records(ASKED, 4, 2, 0, seed=0, split="heldout", style="pairs")
     rows = rows_of(config, tuple(document_in_prompts(record) for record in records))
-    batches = list(prepare.epoch_batches(config, rows, epoch=0))
+    batches = list(epoch_batches(config, rows, epoch=0))
     assert exact_match(model, batches, [None] * len(batches)) >= 0.97

@@ -14,9 +14,9 @@ from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, r
 from d2l.base.masks import packed_masks
 from d2l.base.mxfp4 import PackedExperts
 from d2l.base.twin import twin_config
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
-from d2l.paths import resource
+from d2l.io.resources import resource
 
 GPT_OSS = read_base_config("openai/gpt-oss-20b")
 TWIN = twin_config(GPT_OSS)

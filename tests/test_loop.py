@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import random_rows, run_config, tiny_model
+from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor
 
-from d2l import prepare
-from d2l.config import RunConfig
+from d2l.build import Components
+from d2l.checkpoint import Checkpoint, load_checkpoint, load_hypernet, save_checkpoint, step_folder
+from d2l.config.schema import RunConfig
+from d2l.data.epochs import epoch_batches
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORED, Row
 from d2l.errors import CheckpointError, NonFiniteError
-from d2l.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, step_folder
-from d2l.train.loop import METRICS, StepMetrics, Trainer, load_hypernet, run
+from d2l.fingerprint import base_facts
+from d2l.train.loop import METRICS, StepMetrics, Trainer, run
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -50,10 +52,10 @@ def steps_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(("kl", "task"), [(False, "ce_loss"), (True, "kl_loss")])
 def test_one_line_of_metrics_for_every_step(tmp_path: Path, kl: bool, task: str) -> None:
-    config = run_config(use_kl_loss=kl, max_steps=3)
+    config = run_config(loss="kl" if kl else "ce", max_steps=3)
     taken = list(run(trainer(config, random_rows(top_k=3 if kl else None)), tmp_path))
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert lines == [step.record(task) for step in taken]
+    assert lines == [step.record() for step in taken]
     keys = (
         "step",
         task,
@@ -67,7 +69,7 @@ def test_one_line_of_metrics_for_every_step(tmp_path: Path, kl: bool, task: str)
         "seconds",
     )
     assert all(tuple(line) == keys for line in lines)
-    assert len(keys) == len(fields(StepMetrics))
+    assert len(keys) == len(fields(StepMetrics)) - 1  # the loss's name is part of a key
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["seconds"] > 0 and line[task] > 0 and line["gen_lora_l1_norm"] > 0 for line in lines)
 
@@ -92,7 +94,7 @@ def test_a_checkpoint_is_written_before_the_first_step(tmp_path: Path) -> None:
     assert_equal(dict(checkpoint.hypernet), before)
     assert checkpoint.state["fingerprint"] == "abc"
     assert checkpoint.state["config"] == new.config.resolved()
-    assert checkpoint.state["base"] == prepare.base_facts(new.model.base.config)
+    assert checkpoint.state["base"] == base_facts(new.model.base.config)
 
 
 def test_a_run_that_cannot_save_fails_before_the_first_step(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_resumed_run_goes_on_exactly_as_one_that_never_stopped(
         gradient_checkpointing=checkpointing,
         muon_learning_rate=muon_lr,
     )
-    assert len(prepare.epoch_batches(config, random_rows(), 0)) == 3
+    assert len(epoch_batches(config, random_rows(), 0)) == 3
     whole = trainer(config)
     expected = [whole.step() for _ in range(4)]
     assert whole.epoch > 0
@@ -300,7 +302,7 @@ def test_the_loss_of_needles_falls() -> None:
         train_ds_names="needle",
         needle_documents=2,
         needle_pairs=1,
-        needle_filler_tokens=0,
+        needle_filler_words=0,
         max_packed_inp_len=150,
         max_packed_ctx_len=150,
         gradient_accumulation_steps=1,
@@ -308,8 +310,8 @@ def test_the_loss_of_needles_falls() -> None:
         learning_rate=0.02,
         lr_scheduler_type="constant_with_warmup",
     )
-    tokenizer = prepare.run_tokenizer(config)
-    rows = prepare.run_rows(config, prepare.run_chat(config, tokenizer), prepare.run_records(config)).rows
-    new = Trainer(tiny_model(config, awake=False, vocab_size=len(tokenizer), **SHALLOW), rows, config)
+    components = Components(config)
+    model = tiny_model(config, awake=False, vocab_size=len(components.tokenizer), **SHALLOW)
+    new = Trainer(model, components.rows, config)
     losses = [new.step().task_loss for _ in range(24)]
     assert losses[-1] < 0.6 * losses[0]  # 0.3, measured

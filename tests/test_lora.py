@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from golden import BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel

@@ -124,7 +124,11 @@ def step_loss(micro_batches: Sequence[Sequence[Context]], kl: bool, per_context:
     normalizer = Normalizer.of([batch for _, batch, _ in parts], RANK)
     losses = [
         compute_loss(
-            *part, normalizer, use_kl_loss=kl, use_per_ctx_average_loss=per_context, l1_coefficient=L1_COEFFICIENT
+            *part,
+            normalizer,
+            loss="kl" if kl else "ce",
+            use_per_ctx_average_loss=per_context,
+            l1_coefficient=L1_COEFFICIENT,
         )
         for part in parts
     ]
@@ -243,17 +247,17 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     logits, batch, lora = packed(contexts)
     normalizer = Normalizer.of([batch], RANK)
     for kl in (False, True):
-        half = compute_loss(logits.bfloat16(), batch, lora, normalizer, use_kl_loss=kl).task
+        half = compute_loss(logits.bfloat16(), batch, lora, normalizer, loss="kl" if kl else "ce").task
         assert half.dtype == torch.float32
-        same = compute_loss(logits.bfloat16().float(), batch, lora, normalizer, use_kl_loss=kl).task
+        same = compute_loss(logits.bfloat16().float(), batch, lora, normalizer, loss="kl" if kl else "ce").task
         torch.testing.assert_close(half, same, rtol=0, atol=0)
 
 
 def test_kl_without_a_teacher_names_the_records() -> None:
     logits, batch, lora = packed(draw(HARD))
     batch = replace(batch, logprobs_vals=None, logprobs_indices=None)
-    with pytest.raises(DataError, match=r"records \[40, 41, 42\] have none.*use_kl_loss: false"):
-        compute_loss(logits, batch, lora, Normalizer.of([batch], RANK), use_kl_loss=True)
+    with pytest.raises(DataError, match=r"records \[40, 41, 42\] have none.*loss: ce"):
+        compute_loss(logits, batch, lora, Normalizer.of([batch], RANK), loss="kl")
 
 
 def test_a_teacher_of_other_tokens_names_the_records() -> None:
@@ -263,7 +267,7 @@ def test_a_teacher_of_other_tokens_names_the_records() -> None:
     with pytest.raises(
         DataError, match=r"records \[40, 41, 42\]: expected one row for each of 8 label tokens, found 7"
     ):
-        compute_loss(logits, batch, lora, Normalizer.of([batch], RANK), use_kl_loss=True)
+        compute_loss(logits, batch, lora, Normalizer.of([batch], RANK), loss="kl")
 
 
 def test_teacher_ids_beyond_the_vocabulary_name_the_records_that_hold_them() -> None:
@@ -274,7 +278,7 @@ def test_teacher_ids_beyond_the_vocabulary_name_the_records_that_hold_them() -> 
         indices[places, 1] = VOCABULARY
         spoilt = replace(batch, logprobs_indices=indices)
         with pytest.raises(DataError, match=rf"records {records}: expected token ids below 7, found 7"):
-            compute_loss(logits, spoilt, lora, Normalizer.of([batch], RANK), use_kl_loss=True)
+            compute_loss(logits, spoilt, lora, Normalizer.of([batch], RANK), loss="kl")
         compute_loss(logits, spoilt, lora, Normalizer.of([batch], RANK))
 
 

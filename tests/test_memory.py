@@ -10,7 +10,7 @@ from d2l.base.load import plan_load, random_base, read_base_config
 from d2l.base.masks import packed_masks
 from d2l.base.memory import MemoryPlan, count_weights, memory_plan
 from d2l.base.twin import twin_config
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 
 GPT_OSS = read_base_config("openai/gpt-oss-20b")
 GB = 10**9

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from d2l.data.needle import KEYS, PAIR_FILLER, PAIR_KEYS, needle_records, split_of
+from d2l.data.needles import KEYS, PAIR_FILLER, PAIR_KEYS, needle_records, split_of
 from d2l.data.records import Record, read_records, write_records
 from d2l.errors import ConfigError
 
@@ -113,6 +113,6 @@ def test_more_pairs_than_keys_are_refused() -> None:
 
 
 def test_filler_is_drawn_between_its_bounds() -> None:
-    records = needle_records(300, 1, 2, 12, seed=0, style="pairs", min_filler_tokens=0)
+    records = needle_records(300, 1, 2, 12, seed=0, style="pairs", min_filler_words=0)
     lengths = [len(record.context.split()) for record in records]
     assert set(lengths) == {3, 6, 9, 12, 15}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import random_rows, run_config, tiny_model
+from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
 
 from d2l.train.loop import Trainer

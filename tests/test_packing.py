@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import data_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import data_cases
 
 from d2l.data import packing
 from d2l.data.packing import Oversized, PackedBatch, collate, pack

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_run import make_run, tiny_config
+from support.tiny_run import make_run, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -19,7 +19,7 @@ from checks.report import plain_text
 from checks.rules import RULES
 from checks.runner import run
 from checks.selftest import run_selftest
-from d2l.data.needle import needle_records
+from d2l.data.needles import needle_records
 from d2l.data.records import write_records
 from d2l.errors import ModelError
 from d2l.hypernet.lora import Lora, Spans, bind, merge_chunks

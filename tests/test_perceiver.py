@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.golden import (
     GRADIENTS,
     OUTPUTS,
     assert_close,
@@ -15,8 +17,6 @@ from golden import (
     load_case,
     probe_loss,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from d2l.errors import ModelError

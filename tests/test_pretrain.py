@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import cli
-from d2l import prepare
-from d2l.config import RunConfig, Stage
-from d2l.data.needle import PAIR_KEYS, Split, needle_records, split_of
-from d2l.pretrain import (
+from d2l.build import Components
+from d2l.config.schema import RunConfig, Stage
+from d2l.data.needles import PAIR_KEYS, Split, needle_records, split_of
+from d2l.tiny.pretrain import (
     TEMPLATE,
     Tasks,
     load_reader,
@@ -31,7 +31,7 @@ CONFIG, SHIPPED = "configs/needle_tiny.yaml", "configs/models/needle_tiny"
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REPEATED", "NEEDLES", "HELDOUT"):
-        monkeypatch.setattr(f"d2l.pretrain.{name}", 4)
+        monkeypatch.setattr(f"d2l.tiny.pretrain.{name}", 4)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,10 @@ def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
     assert result.exit_code == 1  # a step is not enough, and it says so
     assert "stayed below" in result.stderr
     config = RunConfig(model_name_or_path=str(folder), chat_template=TEMPLATE, target_modules=("v_proj",))
-    tokenizer = prepare.run_tokenizer(config)
-    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
+    components = Components(config)
     trained, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
-    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in base.state_dict().items())
-    chat = prepare.run_chat(config, tokenizer)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in components.base.state_dict().items())
+    chat = components.chat
     assert chat.fingerprint == reader_chat().fingerprint
     record = needle_records(1, 2, 2, 0, seed=0, style="pairs")[0]
     ids = chat.encode_text(record.context)

@@ -9,24 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
-from golden import assert_close, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import golden
+from support.golden import assert_close, load_case
 from test_end_to_end import batch_of, build
 from transformers import LlamaConfig
 
 from checks.reference_file import Call, Global, Instance, reference_state, write_reference_file
-from d2l import inert_pickle
-from d2l.config import RunConfig
+from d2l.checkpoint import load_checkpoint, load_hypernet
+from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.hypernet.heads import HypernetShape, Hypernetwork
-from d2l.inert_pickle import OrderedMapping, Record, TorchFile
-from d2l.reference_import import import_reference
-from d2l.train.checkpoint import load_checkpoint
-from d2l.train.loop import load_hypernet
+from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
+from d2l.reference import inert_pickle
+from d2l.reference.inert_pickle import OrderedMapping, Record, TorchFile
+from d2l.reference.load import import_reference
 
 BASE = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
 SIZES = {"q_proj": (16, 32), "down_proj": (24, 16)}
@@ -278,7 +277,7 @@ class Evil:
         ("collections.OrderedDict.__class__", b"\x80\x02ccollections\nOrderedDict.__class__\n."),
         ("torch._utils._rebuild_tensor_v2.__globals__", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n."),
         ("torch.load", b"\x80\x02ctorch\nload\n."),
-        ("d2l.inert_pickle.os", b"\x80\x02cd2l.inert_pickle\nos\n."),
+        ("d2l.reference.inert_pickle.os", b"\x80\x02cd2l.reference.inert_pickle\nos\n."),
         ("ctx_to_lora.modeling.hypernet.HyperLoRA", b"\x80\x02cctx_to_lora.modeling.hypernet\nHyperLoRA\n."),
         ("functools.partial", b"\x80\x02cfunctools\npartial\n."),
     ],

@@ -15,9 +15,9 @@ from checks.result import Report
 from checks.rules import RULES, targets_carry_little
 from checks.runner import run
 from checks.selftest import run_selftest
-from d2l.config import RunConfig
-from d2l.config_file import load_config
-from d2l.paths import resource
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+from d2l.io.resources import resource
 
 REAL = Path("configs/gpt_oss_20b.yaml")
 TINY_TOKENIZER = "configs/models/tiny_gpt_oss"  # speaks harmony as the real one, and is shipped

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import base_config, run_config
+from support.tiny_model import base_config, run_config
 
-from d2l.config import RunConfig
-from d2l.config_file import load_config
+from d2l.checkpoint import MANIFEST, Checkpoint, load_checkpoint, save_checkpoint, step_folder
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.train.checkpoint import MANIFEST, Checkpoint, load_checkpoint, save_checkpoint, step_folder
 from d2l.train.loop import METRICS
 from d2l.train.run import checkpoint_to_resume, new_folder, train
 
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> RunConfig:
         train_ds_names=("needle",),
         needle_documents=3,
         needle_pairs=1,
-        needle_filler_tokens=0,
+        needle_filler_words=0,
         max_packed_inp_len=80,
         max_packed_ctx_len=80,
         gradient_accumulation_steps=1,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2l.scores import (
+from d2l.evaluation.scores import (
     CONDITIONS,
     COUNTS_ALONE,
     Answered,

@@ -5,12 +5,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from chat_formats import ANSWER, CHATML, PLAIN, QUESTION, UNTAGGED, generic, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_formats import ANSWER, CHATML, PLAIN, QUESTION, UNTAGGED, generic, tiny
 
-from d2l.data.chat import chat_format
-from d2l.data.supervision import supervised_texts, supervision_faults
+from d2l.data.chat.format import chat_format
+from d2l.data.chat.supervision import supervised_texts, supervision_faults
 from d2l.errors import ModelError
 
 harmony = chat_format(tiny)

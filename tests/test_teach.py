@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import cli
-from d2l import prepare
-from d2l.config import RunConfig
-from d2l.config_file import load_config
-from d2l.data.chat import ChatFormat
-from d2l.data.needle import needle_records
+from d2l.build import Components
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat
+from d2l.data.needles import needle_records
 from d2l.data.records import Record, read_records
 from d2l.errors import DataError
-from d2l.teach import teach
+from d2l.train.teacher import teach
 
 CONFIG = Path("configs/needle_tiny.yaml")
 TOP_K = 5
@@ -30,12 +30,12 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def chat(config: RunConfig) -> ChatFormat:
-    return prepare.run_chat(config, prepare.run_tokenizer(config))
+    return Components(config).chat
 
 
 @pytest.fixture(scope="module")
 def base(config: RunConfig) -> PreTrainedModel:
-    return prepare.run_base(config, prepare.run_base_config(config, prepare.run_tokenizer(config)))
+    return Components(config).base
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_a_kl_run_takes_the_records_as_they_are(
     base: PreTrainedModel, chat: ChatFormat, records: list[Record], config: RunConfig
 ) -> None:
     taught = teach(records, base, chat, top_k=TOP_K, packed_tokens=512)
-    kl = config.model_copy(update={"use_kl_loss": True, "curriculum": (), "cache": False})
-    rows = prepare.run_rows(kl, chat, taught).rows
+    kl = config.model_copy(update={"loss": "kl", "curriculum": (), "cache": False})
+    rows = Components(kl, records=taught).rows
     values = [row for it in rows for query in it.queries for row in query.logprobs_vals or ()]
     assert len(values) == sum(len(query.labels) - query.labels.count(-100) for it in rows for query in it.queries)
     assert all(sum(map(math.exp, row)) <= 1 + 1e-5 for row in values)
@@ -121,7 +121,7 @@ def d2l(*arguments: object) -> Result:
 
 def test_the_command_writes_a_file_that_a_run_learns_from(tmp_path: Path) -> None:
     data, taught = tmp_path / "data.jsonl", tmp_path / "taught.jsonl"
-    assert d2l("data", "needle", "-o", data, "--documents", 4, "--style", "pairs", "--filler-tokens", 0).exit_code == 0
+    assert d2l("data", "needle", "-o", data, "--documents", 4, "--style", "pairs", "--filler-words", 0).exit_code == 0
     result = d2l("data", "teacher", CONFIG, "-o", taught, "--data", data, "--top-k", 3)
     assert result.exit_code == 2
     assert "curriculum" in result.stderr  # that config's documents are generated
@@ -143,7 +143,7 @@ def test_a_run_with_the_kl_loss_passes_its_preflight_and_trains(tmp_path: Path) 
     data, taught, tiny = tmp_path / "data.jsonl", tmp_path / "taught.jsonl", "configs/tiny_gpt_oss.yaml"
     assert d2l("data", "needle", "-o", data, "--documents", 6).exit_code == 0
     assert d2l("data", "teacher", tiny, "-o", taught, "--data", data, "--top-k", 4).exit_code == 0
-    options = ("--data", taught, "--set", "use_kl_loss=true", "--max-steps", 2, "--output", tmp_path / "run")
+    options = ("--data", taught, "--set", "loss=kl", "--max-steps", 2, "--output", tmp_path / "run")
     result = d2l("train", tiny, *options)
     assert result.exit_code == 0, result.output
     assert "kl_loss" in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")

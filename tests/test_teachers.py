@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config
+from support.tiny_run import tiny_config
 from typer.testing import CliRunner
 
 import cli
-from d2l import prepare
+from d2l import build
+from d2l.build import Components
+from d2l.data.logprobs import check_logprobs, require_teachers
 from d2l.data.records import Record, write_records
-from d2l.data.teachers import check_logprobs, require_teachers
 from d2l.errors import DataError
 
 
@@ -51,9 +52,9 @@ def test_records_without_a_teacher_are_named() -> None:
     with pytest.raises(DataError) as caught:
         require_teachers(records, 10)
     lines = str(caught.value).splitlines()
-    assert lines[:2] == ["use_kl_loss needs teacher logprobs; 10 of 11 records have none:", "  record 1 (a.jsonl:2)"]
+    assert lines[:2] == ["loss: kl needs teacher logprobs; 10 of 11 records have none:", "  record 1 (a.jsonl:2)"]
     assert "and 5 more" in lines[-2]
-    assert lines[-1].endswith("--set use_kl_loss=false")
+    assert lines[-1].endswith("--set loss=ce")
 
 
 def test_ids_beyond_the_vocabulary_are_named_with_record_and_prompt() -> None:
@@ -84,16 +85,15 @@ def test_rows_of_a_kl_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int | None, problem: str | None, cached: bool
 ) -> None:
     if cached:
-        monkeypatch.setattr(prepare, "CACHED_FROM", 1)
+        monkeypatch.setattr(build, "CACHED_FROM", 1)
     path = tmp_path / "taught.jsonl"
     write_taught(path, largest)
-    config = tiny_config(use_kl_loss=True, train_ds_names=str(path), cache=cached, cache_dir=str(tmp_path / "cache"))
-    chat, records = prepare.run_chat(config, prepare.run_tokenizer(config)), prepare.run_records(config)
+    config = tiny_config(loss="kl", train_ds_names=str(path), cache=cached, cache_dir=str(tmp_path / "cache"))
     if problem is None:
-        assert len(prepare.run_rows(config, chat, records).rows) == 2
+        assert len(Components(config).rows) == 2
         return
     with pytest.raises(DataError, match=problem):
-        prepare.run_rows(config, chat, records)
+        _ = Components(config).rows
 
 
 def write_taught(path: Path, largest: int | None) -> None:
@@ -112,7 +112,7 @@ def test_training_does_not_start(tmp_path: Path, largest: int | None, words: str
     path = tmp_path / "taught.jsonl"
     write_taught(path, largest)
     arguments = ["train", "configs/tiny_gpt_oss.yaml", "--data", str(path), "--output", str(tmp_path / "run")]
-    result = CliRunner().invoke(cli.app, [*arguments, "--set", "use_kl_loss=true"], prog_name="d2l")
+    result = CliRunner().invoke(cli.app, [*arguments, "--set", "loss=kl"], prog_name="d2l")
     assert result.exit_code in (2, 10), result.output
     assert words in " ".join(result.output.split())
     assert "Traceback" not in result.output

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from golden import data_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import tiny_config
+from support.golden import data_cases
+from support.tiny_run import tiny_config
 from transformers import LlamaConfig, PreTrainedConfig
 
-from d2l import prepare
-from d2l.config import RunConfig
-from d2l.data.chat import ChatFormat, Encoded, chat_format, load_tokenizer
+from d2l.build import Components
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat, Encoded, chat_format, load_tokenizer
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record, read_records
 from d2l.data.tokenize import (
@@ -30,7 +30,7 @@ from d2l.data.tokenize import (
     tokenize_records,
 )
 from d2l.errors import ConfigError, DataError
-from d2l.paths import resource
+from d2l.io.resources import resource
 
 USER, ASSISTANT, END = 1, 2, 3
 
@@ -379,10 +379,10 @@ def test_a_run_reports_what_is_longer_than_its_base_was_made_for(tmp_path: Path)
     config = tiny_config(max_ctx_chunk_len=-1, max_packed_ctx_len=4000)
     base = json.loads((resource(config.model_name_or_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(base | {"max_position_embeddings": 100}))
-    tokenizer = prepare.run_tokenizer(config)
-    config = config.model_copy(update={"model_name_or_path": str(tmp_path / "config.json")})
+    places = {"model_name_or_path": str(tmp_path / "config.json"), "tokenizer_name_or_path": config.model_name_or_path}
+    config = config.model_copy(update=places)
     records = [Record(text, ("q",), ("a",), "a.jsonl:1") for text in ("The fox.", "The quiet fox. " * 40)]
-    tokenized = prepare.run_rows(config, prepare.run_chat(config, tokenizer), records)
+    tokenized = Components(config, records=records).tokenized
     assert [(drop.record, drop.kind) for drop in tokenized.dropped] == [(1, "document too long")]
 
 

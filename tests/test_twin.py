@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from d2l.base.load import plan_load, quantization_method, random_base, read_base_config, skeleton
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.base.twin import TWIN_CANNOT_SHOW, WINDOW, twin_config
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 
 FAMILIES = (

@@ -26,7 +26,7 @@ failure mode 11; transformers#34191.
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.measure import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
+from checks.probes import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import changed

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import configure, override
-from checks.measure import probe_batch
+from checks.probes import probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

@@ -33,7 +33,7 @@ from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
-from d2l.data.supervision import supervision_faults
+from d2l.data.chat.supervision import supervision_faults
 from d2l.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from checks.faults import override
-from checks.measure import TOLERANCE, difference, probe_batch
+from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config import RunConfig
+    from d2l.config.schema import RunConfig
 
 
 class _DoublingLinear(nn.Linear):

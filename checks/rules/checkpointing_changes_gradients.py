@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import configure, override
-from checks.measure import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
+from checks.probes import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

@@ -28,7 +28,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.measure import alone, gradients, probe_rows
+from checks.probes import alone, gradients, probe_rows
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

@@ -27,7 +27,7 @@ failure modes 13 and 31; gpt_oss_in_transformers, section 5.
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.measure import gradients, norm, probe_batch
+from checks.probes import gradients, norm, probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

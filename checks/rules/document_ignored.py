@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
-from checks.measure import TOLERANCE, difference, probe_batch
+from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

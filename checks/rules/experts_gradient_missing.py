@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
-from checks.measure import probe_batch
+from checks.probes import probe_batch
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation

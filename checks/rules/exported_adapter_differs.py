@@ -35,13 +35,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
-from checks.measure import TOLERANCE, difference, probe_batch
+from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, NotApplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
-from d2l.adapter import NO_FORMAT
 from d2l.errors import D2LError
 from d2l.hypernet.targets import MLP_BLOCK
+from d2l.inference.adapter import NO_FORMAT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
-from checks.measure import TOLERANCE, alone, difference, probe_rows
+from checks.probes import TOLERANCE, alone, difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model

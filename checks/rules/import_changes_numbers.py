@@ -32,18 +32,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
-from checks.measure import TOLERANCE, difference, probe_batch
+from checks.probes import TOLERANCE, difference, probe_batch
 from checks.reference_file import reference_state, write_reference_file
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.checkpoint import Checkpoint
     from d2l.hypernet.lora import Lora
-    from d2l.train.checkpoint import Checkpoint
 
 REMEDY = "import with `d2l import-reference`, every tensor under its own name, and keep the folder's config"
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.measure import difference, probe_rows
+from checks.probes import difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, changed

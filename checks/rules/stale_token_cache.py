@@ -37,8 +37,8 @@ from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config import RunConfig
-    from d2l.data.chat import ChatFormat
+    from d2l.config.schema import RunConfig
+    from d2l.data.chat.format import ChatFormat
     from d2l.data.records import Record
 
     Inputs = tuple[RunConfig, ChatFormat, tuple[Record, ...]]

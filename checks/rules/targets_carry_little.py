@@ -14,7 +14,7 @@ values of the document without their keys. The documented runs on gpt-oss-20b ch
 
 How it is detected
 ------------------
-A table of one study (benchmarks/targets.md: the same steps, documents and hypernetwork for every module, three seeds,
+A table of one study (experiments/targets.md: the same steps, documents and hypernetwork for every module, three seeds,
 exact match on unseen documents of two keys; chance is .10, a value without its key .55). It says what a tiny base
 learns in a small budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are
 not judged.
@@ -25,7 +25,7 @@ How to fix
 
 Source
 ------
-benchmarks/targets.md; the published run on gpt-oss-20b with q_proj kept no control.
+experiments/targets.md; the published run on gpt-oss-20b with q_proj kept no control.
 """
 
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from checks.rule import Fault, Rule
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-# Mean exact match of three seeds, from benchmarks/targets.json (a test compares them).
+# Mean exact match of three seeds, from experiments/targets.json (a test compares them).
 MEASURED = {"k_proj": 0.62, "mlp": 0.96, "o_proj": 0.96, "q_proj": 0.66, "v_proj": 0.96}
 GUESSED = 0.55  # a value of the document: one of two, or both alike by chance
 HALF_WAY = (1 + GUESSED) / 2
@@ -67,7 +67,7 @@ RULE = Rule(
     name="targets-carry-little",
     stage="static",
     severity="warning",
-    source="benchmarks/targets.md",
+    source="experiments/targets.md",
     run=run,
     requires=("TGT101",),
     faults=(

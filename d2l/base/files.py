@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from d2l.errors import ModelError
-from d2l.hub import from_cache_or_hub
-from d2l.paths import local_or_shipped, resource
+from d2l.io.hub import from_cache_or_hub
+from d2l.io.resources import local_or_shipped, resource
 
 TINY = "configs/models/tiny_gpt_oss"
 LOADING_FAILURES = (

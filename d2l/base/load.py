@@ -23,10 +23,10 @@ from d2l.base.files import (
 )
 from d2l.base.masks import causal_lm_class
 from d2l.base.mxfp4 import PackedExperts, dequantize
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
-from d2l.hub import from_cache_or_hub
-from d2l.paths import resource
+from d2l.io.hub import from_cache_or_hub
+from d2l.io.resources import resource
 
 GPT_OSS_20B = "openai/gpt-oss-20b"
 

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.load import LoadPlan, skeleton
 from d2l.base.mxfp4 import BITS_PER_WEIGHT
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 
 _FLOAT32 = 4
 # Bytes an element, measured on a CPU: the result, its transpose, indices, casts. CUDA takes fewer.

@@ -22,10 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from d2l.data import chat as chat_code
 from d2l.data import limits as limits_code
 from d2l.data import tokenize as tokenize_code
-from d2l.data.chat import ChatFormat
+from d2l.data.chat import format as chat_code
+from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 from d2l.data.shards import MappedRows, Shard, write_shard
 from d2l.data.tokenize import Limits, OnProgress, Part, Tokenized, complete, tokenize_record

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.errors import DataError
 
 

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from d2l.errors import DataError
-from d2l.folders import file_written_whole
+from d2l.io.atomic import file_written_whole
 
 EXPECTED = (
     'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from d2l.data.chat import ChatFormat
+from d2l.data.chat.format import ChatFormat
 from d2l.data.limits import DoesNotFitError, Limits, check_chunk_length, check_question_length, over
+from d2l.data.logprobs import check_logprobs, first_of_each_k
 from d2l.data.records import Record, listing
-from d2l.data.teachers import check_logprobs, first_of_each_k
 from d2l.errors import ConfigError, DataError
 
 IGNORED = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from d2l.base.masks import Masks, packed_masks
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.encoder import ContextEncoder
-from d2l.hypernet.heads import HypernetShape, Hypernetwork
+from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
 from d2l.hypernet.lora import Lora, Spans, bind, checkpoint_contexts, merge_chunks
 from d2l.hypernet.perceiver import Segments
 from d2l.hypernet.targets import find_targets, target_sizes

@@ -6,7 +6,7 @@ What ends a stage is counted in steps and answers, never in seconds: the same co
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2l.config import Stage
+from d2l.config.schema import Stage
 
 MEMORY = 0.9  # weight of the past in the moving average of exact match: about the last ten steps count
 

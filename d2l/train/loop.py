@@ -6,7 +6,7 @@ each optimizer step: its micro-batches are dealt out by rank, and every loss is 
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import nn
 
-from d2l.config import RunConfig
+from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint, step_folder
+from d2l.config.schema import LossName, RunConfig
+from d2l.data.epochs import epoch_batches, stage_rows
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError
+from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
-from d2l.prepare import base_facts, epoch_batches, run_stages, stage_rows
-from d2l.train.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint, step_folder
 from d2l.train.curriculum import Curriculum
 from d2l.train.guards import require_finite_step
 from d2l.train.losses import Loss, Normalizer, compute_loss, label_positions
@@ -38,7 +39,8 @@ class StepMetrics:
 
     Attributes:
         step: 1 for the first.
-        task_loss: cross-entropy or KL, in nats, as the config asks for.
+        loss: the name of the task's loss, as the config has it.
+        task_loss: its value, in nats.
         grad_norm: of all hypernetwork gradients before clipping.
         gen_lora_l1_norm: mean |A| + mean |B| of the generated LoRA, per context.
         exact_match: share of the questions whose supervised tokens are all the likeliest ones.
@@ -50,6 +52,7 @@ class StepMetrics:
     """
 
     step: int
+    loss: LossName
     task_loss: float
     grad_norm: float
     gen_lora_l1_norm: float
@@ -60,10 +63,11 @@ class StepMetrics:
     label_tokens: int
     seconds: float
 
-    def record(self, task: str) -> dict[str, float]:
-        """One line of metrics.jsonl; `task` is `ce_loss` or `kl_loss`."""
+    def record(self) -> dict[str, float]:
+        """Return a line of metrics.jsonl; the task's loss stands under its name, such as `ce_loss`."""
         values = asdict(self)
-        return {task if name == "task_loss" else name: value for name, value in values.items()}
+        name = f"{values.pop('loss')}_loss"
+        return {name if key == "task_loss" else key: value for key, value in values.items()}
 
 
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
@@ -75,7 +79,7 @@ def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, con
         batch,
         lora,
         normalizer,
-        use_kl_loss=config.use_kl_loss,
+        loss=config.loss,
         use_per_ctx_average_loss=config.use_per_ctx_average_loss,
         l1_coefficient=config.gen_lora_l1_reg_coef,
     )
@@ -107,7 +111,7 @@ class Trainer:
         self.optimizer = make_optimizer(model.hypernet, config)
         self.scheduler = make_schedule(self.optimizer, config)
         self.step_number, self.epoch, self.position = 0, 0, 0
-        self.curriculum, self._stage_rows = Curriculum(run_stages(config)), stage_rows(config, rows)
+        self.curriculum, self._stage_rows = Curriculum(config.stages), stage_rows(config, rows)
         self._packed: tuple[int, Sequence[PackedBatch]] = (-1, [])
 
     def step(self) -> StepMetrics:
@@ -142,6 +146,7 @@ class Trainer:
             self.epoch, self.position = self.epoch + 1, 0
         return StepMetrics(
             step=self.step_number,
+            loss=self.config.loss,
             task_loss=task,
             grad_norm=float(grad_norm),
             gen_lora_l1_norm=l1,
@@ -238,35 +243,6 @@ class Trainer:
         return self._packed[1]
 
 
-def load_hypernet(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's parameters into a hypernetwork.
-
-    Raises:
-        CheckpointError: see `require_fitting`.
-    """
-    require_fitting(hypernet, tensors)
-    hypernet.load_state_dict(tensors)
-
-
-def require_fitting(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Compare a checkpoint's parameters with those of a hypernetwork, which may be on the meta device.
-
-    Raises:
-        CheckpointError: a parameter is missing, left over, or of another shape, and what that means.
-    """
-    own = hypernet.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
-    if missing or unexpected or other:
-        name = (other or missing or unexpected)[0]
-        found = list(tensors[name].shape) if name in tensors else "none"
-        expected = list(own[name].shape) if name in own else "none"
-        raise CheckpointError(
-            f"the checkpoint is of another model: {len(missing)} parameters missing, {len(unexpected)} left over, "
-            f"{len(other)} of another shape; {name}: expected {expected}, found {found}; use the config it was made with"
-        )
-
-
 def run(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
     """Train to `max_steps`, yielding every step's metrics, and write them and checkpoints into the run's folder.
 
@@ -282,14 +258,13 @@ def run(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics
         CheckpointError: a checkpoint cannot be written.
     """
     config, main = trainer.config, trainer.processes.is_main_process
-    task = "kl_loss" if config.use_kl_loss else "ce_loss"
     with (folder / METRICS).open("a", encoding="utf-8") as metrics_file:
         if main and trainer.step_number == 0:
             save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
             if main:
-                metrics_file.write(json.dumps(metrics.record(task)) + "\n")
+                metrics_file.write(json.dumps(metrics.record()) + "\n")
                 metrics_file.flush()
                 if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
                     save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))

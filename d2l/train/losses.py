@@ -6,12 +6,13 @@ of four contexts and four batches of one give the same gradient.
 Shape legend: N = label tokens of a micro-batch, V = vocabulary, K = teacher's top entries.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from d2l.config.schema import LossName
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import IGNORED
 from d2l.errors import DataError
@@ -86,7 +87,7 @@ def compute_loss(
     lora: Lora,
     normalizer: Normalizer,
     *,
-    use_kl_loss: bool = False,
+    loss: LossName = "ce",
     use_per_ctx_average_loss: bool = False,
     l1_coefficient: float = 0.0,
 ) -> Loss:
@@ -97,7 +98,7 @@ def compute_loss(
         batch: the packed row.
         lora: the merged LoRAs of the row's contexts.
         normalizer: the counts of the whole step.
-        use_kl_loss: divergence from the teacher's stored top-K instead of cross-entropy.
+        loss: the name of the loss of a label token, a key of `TOKEN_LOSSES`.
         use_per_ctx_average_loss: mean over tokens, then queries, then contexts, instead of over all tokens.
         l1_coefficient: weight of the L1 term.
 
@@ -105,7 +106,7 @@ def compute_loss(
         DataError: KL without teacher logprobs, with another number of rows than label tokens, or with unknown ids.
     """
     positions = label_positions(batch)
-    per_token = _teacher_divergence(logits, batch) if use_kl_loss else _cross_entropy(logits, batch, positions)
+    per_token = TOKEN_LOSSES[loss](logits, batch)
     if use_per_ctx_average_loss:
         task = _sum_of_context_means(per_token, batch) / normalizer.contexts
     else:
@@ -124,17 +125,18 @@ def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
     return lora.l1() * (lora.n_contexts * lora.rank) / (normalizer.contexts * normalizer.rank)
 
 
-def _cross_entropy(logits: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, batch: PackedBatch) -> Tensor:
     """Cross-entropy in nats of every label token, float32 `[N]`."""
-    return torch.nn.functional.cross_entropy(logits.float(), batch.labels[0, positions], reduction="none")
+    labels = batch.labels[0, label_positions(batch)]
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _teacher_divergence(logits: Tensor, batch: PackedBatch) -> Tensor:
     """-Σ_k p_k log q_k over the teacher's stored top-K, not renormalised, float32 `[N]` (the reference's KL)."""
     if batch.logprobs_vals is None or batch.logprobs_indices is None:
         raise DataError(
-            f"use_kl_loss needs teacher logprobs, but records {list(batch.record_ids)} have none; "
-            "add logprobs_vals and logprobs_indices to the data, or set use_kl_loss: false"
+            f"loss: kl needs teacher logprobs, but records {list(batch.record_ids)} have none; "
+            "add logprobs_vals and logprobs_indices to the data, or set loss: ce"
         )
     if len(batch.logprobs_vals) != len(logits):
         raise DataError(
@@ -181,3 +183,11 @@ def _sum_of_context_means(per_token: Tensor, batch: PackedBatch) -> Tensor:
     labelled = labelled.index_add(0, context, (tokens > 0).to(means.dtype))
     totals = torch.zeros_like(labelled).index_add(0, context, means)
     return (totals / labelled.clamp(min=1)).sum()
+
+
+# The loss of every label token, float32 [N], from logits [N, V] and the packed row. A new one needs its name in
+# `d2l.config.schema.LossName` and a line here.
+TOKEN_LOSSES: dict[LossName, Callable[[Tensor, PackedBatch], Tensor]] = {
+    "ce": _cross_entropy,
+    "kl": _teacher_divergence,
+}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from d2l.config import RunConfig
+from d2l.config.schema import RunConfig
 
 MUON_MOMENTUM = 0.95
 # Keller Jordan's quintic: it takes the singular values of a matrix of norm 1 into [0.7, 1.2] within five iterations.

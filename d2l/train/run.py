@@ -8,11 +8,12 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from d2l import prepare
-from d2l.config import RunConfig
+from d2l.build import Components
+from d2l.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, step_folder
+from d2l.config.renamed import with_current_names
+from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.errors import CheckpointError
-from d2l.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, step_folder
 from d2l.train.loop import METRICS, Trainer, run
 from d2l.train.processes import processes
 
@@ -56,7 +57,7 @@ def checkpoint_to_resume(config: RunConfig, place: Path) -> tuple[Path, Checkpoi
     checkpoint = load_checkpoint(folder)
     if not checkpoint.trainer:
         raise CheckpointError(f"{folder} holds a trained model, but no run to continue: it was imported")
-    ours, theirs = config.resolved(), checkpoint.state.get("config", {})
+    ours, theirs = config.resolved(), with_current_names(checkpoint.state.get("config", {}))[0]
     changed = [key for key in ours if key not in _FREE_TO_CHANGE and ours[key] != theirs.get(key)]
     if changed:
         lines = [f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours[key]!r} now" for key in changed]
@@ -83,14 +84,12 @@ def train(
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.
 
     Raises:
-        D2LError: see `d2l.prepare` and `d2l.train.loop.run`.
+        D2LError: see `d2l.build` and `d2l.train.loop.run`.
     """
     this = processes()  # before the base is loaded: gives each process a GPU of its own
-    tokenizer = prepare.run_tokenizer(config)
-    chat, records = prepare.run_chat(config, tokenizer), prepare.run_records(config)
-    rows = prepare.run_rows(config, chat, records, on_tokenize).rows
-    base = prepare.run_base(config, prepare.run_base_config(config, tokenizer))
-    trainer = Trainer(prepare.run_model(config, base), rows, config)
+    components = Components(config, on_tokenize)
+    rows = components.rows  # before the base is loaded: data that cannot be used should be said first
+    trainer = Trainer(components.model, rows, config)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         if this.is_main_process:
@@ -100,9 +99,8 @@ def train(
         (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         (folder / PREFLIGHT).write_text(json.dumps(preflight, indent=1, ensure_ascii=False), encoding="utf-8")
     this.wait_for_everyone()
-    task = "kl_loss" if config.use_kl_loss else "ce_loss"
     for metrics in run(trainer, folder, fingerprint=preflight["fingerprint"], preflight=preflight["summary"]):
-        on_step(metrics.record(task))
+        on_step(metrics.record())
 
 
 def _rewind(folder: Path, step: int) -> None:

@@ -1,0 +1,99 @@
+"""The commands that use a trained checkpoint: import one, make adapters of documents, ask. Heavy imports come late."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands.console import BaseOption, CheckpointArgument, libraries_to_stderr
+from d2l.errors import DataError
+
+STDIN = "-"
+
+DocumentArgument = Annotated[str, typer.Argument(metavar="DOCUMENT", help="A text file (.txt, .md), or - for stdin.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands with the application."""
+    commands: tuple[Callable[..., None], ...] = (internalize, ask, import_reference)
+    for command in commands:
+        app.command()(command)
+
+
+def internalize(
+    checkpoint: CheckpointArgument,
+    document: DocumentArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER_DIR", help="A new folder.")],
+    model: BaseOption = None,
+) -> None:
+    """Make a PEFT adapter of a document."""
+    from d2l.io.atomic import require_absent
+
+    require_absent(output)
+    text = _read(document)
+    with libraries_to_stderr():
+        from d2l.inference.adapter import export_adapter
+        from d2l.inference.generate import internalize as read_into_lora
+        from d2l.inference.load import load_trained
+
+        trained = load_trained(checkpoint, model)
+        lora = read_into_lora(trained, text)
+        rank = export_adapter(lora, trained.model.base, output, trained.config.model_name_or_path)
+    typer.echo(
+        f"adapter  {output}\n"
+        f"rank     {rank}, on {', '.join(lora.A)} of every layer\n"
+        f"base     {trained.config.model_name_or_path}\n"
+        f"use      PeftModel.from_pretrained(base, {str(output)!r})"
+    )
+
+
+def ask(
+    checkpoint: CheckpointArgument,
+    document: DocumentArgument,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the document.")],
+    model: BaseOption = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most.")] = 256,
+) -> None:
+    """Ask about a document, which is not in the prompt."""
+    if not question.strip():
+        raise DataError("the question is empty")
+    text = _read(document)
+    with libraries_to_stderr():
+        from d2l.inference.generate import ask as answer
+        from d2l.inference.generate import internalize as read_into_lora
+        from d2l.inference.load import load_trained
+
+        trained = load_trained(checkpoint, model)
+        said = answer(trained, read_into_lora(trained, text), question, max_new_tokens)
+    typer.echo(said)
+
+
+def import_reference(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The reference's pytorch_model.bin.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder.")],
+) -> None:
+    """Import a checkpoint of the reference; no code in it is run."""
+    with libraries_to_stderr():
+        from d2l.checkpoint import load_checkpoint
+        from d2l.reference.load import import_reference as convert
+
+        convert(file, output)
+        state = load_checkpoint(output).state
+    typer.echo(f"checkpoint  {output}\nbase        {state['config']['model_name_or_path']}")
+
+
+def _read(document: str) -> str:
+    """The text of a document.
+
+    Raises:
+        DataError: it cannot be read, or is not text.
+    """
+    from d2l.data.document import decode_document
+
+    if document == STDIN:
+        return decode_document(typer.get_binary_stream("stdin").read(), "stdin")
+    try:
+        return decode_document(Path(document).read_bytes(), document)
+    except OSError as error:
+        raise DataError(f"cannot read {document}: {error.strerror}; pass a text file, or - for stdin") from None

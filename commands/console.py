@@ -1,0 +1,107 @@
+"""What the commands share: options, reading a configuration, progress, and where output goes."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from checks.result import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from d2l.config.schema import RunConfig
+
+Format = Literal["text", "json"]
+Texts = list[str] | None
+OnProgress = Callable[[int, int], None]
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Base model: hub id, folder or config file.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="TOKENIZER", help="Tokenizer: hub id or folder.")
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Training data: JSONL, Parquet or a dataset folder.")
+]
+SetOption = Annotated[Texts, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key; repeatable.")]
+IgnoreOption = Annotated[
+    Texts, typer.Option("--ignore", metavar="CODE=REASON", help="Let the finding of a check pass, visibly; repeatable.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint: a step folder, or a run's folder (its newest one).")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Base model's place now, if it moved: hub id or folder."),
+]
+
+
+def read_config(path: Path | None, settings: Sequence[str], **options: Any) -> "RunConfig":
+    """Read a configuration and print what was noted about its keys on stderr.
+
+    Args:
+        settings: `KEY=VALUE` texts of `--set`.
+        options: see `load_config`.
+    """
+    from d2l.config.load import load_config
+
+    config = load_config(path, pairs("--set", settings), **options)
+    for remark in config.remarks:
+        typer.echo(f"Note: {remark}", err=True)
+    return config
+
+
+def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Split the `KEY=VALUE` texts of an option into a mapping.
+
+    Raises:
+        UsageError: a text has another form, or a key is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{option} expects {'CODE=REASON' if option == '--ignore' else 'KEY=VALUE'}. Got {text!r}")
+        if key.strip() in found:
+            raise UsageError(f"{option} {key.strip()} is given twice")
+        found[key.strip()] = value
+    return found
+
+
+def console(*, stderr: bool = False, quiet: bool = False) -> "Console":
+    """Make a console that prints text as it stands: no markup, no emoji, no highlighting."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def libraries_to_stderr() -> Iterator[None]:
+    """Send what libraries print meanwhile to stderr: stdout is for the command's own output."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def progress(what: str) -> Iterator[OnProgress]:
+    """Yield a function that shows how many are done, of how many: a bar on a terminal's stderr, nothing elsewhere.
+
+    Args:
+        what: the things that are counted.
+    """
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,120 @@
+"""The commands about learning: pretrain a tiny base that can read, evaluate a checkpoint. Heavy imports come late."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checks.result import jsonable
+from commands.console import BaseOption, CheckpointArgument, FormatOption, libraries_to_stderr, progress
+from d2l.errors import DataError
+
+PLOTS = (".png", ".svg")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands with the application."""
+    commands: tuple[tuple[str, Callable[..., None]], ...] = (("eval", evaluate), ("pretrain-tiny", pretrain_tiny))
+    for name, command in commands:
+        app.command(name)(command)
+
+
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="JSONL, Parquet or a dataset folder.")],
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=2, help="At most N documents.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the other documents and the intervals.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="JSON to a new file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A new .png or .svg file.")] = None,
+    output_format: FormatOption = "text",
+    model: BaseOption = None,
+) -> None:
+    """Answer questions with a document's LoRA, another's, none, and in the prompt."""
+    _require_new_files(output, plot)
+    with libraries_to_stderr():
+        from d2l.data.records import read_records
+        from d2l.evaluation.run import evaluate as ask_everything
+        from d2l.inference.load import load_trained
+
+        records = read_records([data], limit)
+        trained = load_trained(checkpoint, model)
+        with progress("documents") as show:
+            result = ask_everything(trained, records, seed=seed, max_new_tokens=max_new_tokens, on_progress=show)
+        asked = {"checkpoint": str(checkpoint), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
+        text = json.dumps(jsonable(asked | result.record()), ensure_ascii=False, indent=1)
+        if output is not None:
+            _write(output, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        if plot is not None:
+            from d2l.evaluation.figures import draw
+
+            _write(plot, lambda file: draw(result, file))
+    if output_format == "json":
+        typer.echo(text)
+    else:
+        from commands.tables import show_scores
+
+        show_scores(result)
+
+
+def pretrain_tiny(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Whose needles it must be able to read.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="A new folder; default: the config's model.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Such a model, to go on from; default: none."),
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="R", min=1e-8, max=1, help="Of AdamW, until it can read.")
+    ] = 1.2e-3,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights and data.")] = 0,
+    max_steps: Annotated[int, typer.Option("--max-steps", metavar="N", min=1, help="Give up after N steps.")] = 3000,
+) -> None:
+    """Train a tiny GPT-OSS that answers questions on a document in its prompt."""
+    from d2l.config.load import load_config
+    from d2l.io.atomic import require_absent
+
+    settings = load_config(config)
+    folder = Path(settings.model_name_or_path) if output is None else output
+    require_absent(folder)
+    with libraries_to_stderr():
+        from d2l.tiny.pretrain import PASSING, load_reader, pretrain, save_reader
+
+        model = None if start is None else load_reader(start)
+    reached = None
+    for reached in pretrain(seed, max_steps, settings.stages[-1], model, learning_rate):
+        _, at = reached
+        typer.echo(f"step {at.step:>5}  loss {at.loss:.3f}  held-out exact match {at.accuracy:.3f}")
+    assert reached is not None, "the last step is always measured"
+    model, progress = reached
+    save_reader(model, folder)
+    typer.echo(f"model  {folder}")
+    if progress.accuracy < PASSING:
+        typer.echo(f"It stayed below {PASSING}: give it more --max-steps or another --seed.", err=True)
+        raise typer.Exit(1)
+
+
+def _require_new_files(output: Path | None, plot: Path | None) -> None:
+    """Refuse what could not be written, before anything takes time."""
+    from d2l.io.atomic import require_new_file
+
+    if plot is not None and plot.suffix.lower() not in PLOTS:
+        raise DataError(
+            f"--plot {plot}: expected a name that ends in {' or '.join(PLOTS)}, found {plot.suffix or 'none'}"
+        )
+    for path in (output, plot):
+        if path is not None:
+            require_new_file(path)
+    if output is not None and output == plot:
+        raise DataError(f"-o and --plot both name {output}: give one of them another name")
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    from d2l.io.atomic import file_written_whole
+
+    with file_written_whole(path) as partial:
+        write(partial)

@@ -1,0 +1,145 @@
+"""The commands about checks: run them, list them, explain one. Heavy imports come late."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from checks.result import FailLevel, Report, UsageError
+from commands.console import (
+    DataOption,
+    Format,
+    FormatOption,
+    IgnoreOption,
+    ModelOption,
+    OnProgress,
+    SetOption,
+    Texts,
+    TokenizerOption,
+    console,
+    libraries_to_stderr,
+    pairs,
+    read_config,
+)
+
+if TYPE_CHECKING:
+    from checks.runner import Observer
+    from checks.selftest import Selftest
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands with the application."""
+    app.command()(preflight)
+    app.command()(explain)
+    app.command()(checks)
+
+
+def preflight(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
+    ] = None,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    data: DataOption = None,
+    settings: SetOption = None,
+    stages: Annotated[
+        Texts, typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device.")
+    ] = None,
+    select: Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")] = None,
+    ignore: IgnoreOption = None,
+    fail_level: Annotated[
+        FailLevel, typer.Option("--fail-level", help="Exit with 1 on findings of this severity and above.")
+    ] = "error",
+    output_format: FormatOption = "text",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
+    ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
+    ] = False,
+) -> None:
+    """Check a run before it costs money.
+
+    Exit codes: 0 pass, 1 a finding at or above the fail level, 2 bad usage or config, 3 a check crashed, 4 a check that
+    was asked for did not run, 5 the selftest missed a planted fault.
+    """
+    reasons = pairs("--ignore", ignore or ())
+    if selftest and reasons:
+        raise UsageError("--selftest plants faults that have to be seen: leave --ignore out")
+    if output is not None:
+        _require_new_file(output)
+    resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
+
+    from checks.production import make_subject, one_thread  # takes seconds: mistakes above are reported at once
+    from checks.rules import RULES
+    from checks.runner import run
+    from checks.selftest import run_selftest
+
+    report: Report | Selftest
+    with checks_progress() as (observe, on_tokenize), one_thread():
+        subject = make_subject(resolved, str(config or ""), on_tokenize)
+        if selftest:
+            report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
+        else:
+            report = run(subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe)
+    _deliver(report, output_format, output, fail_level)
+    raise typer.Exit(report.exit_code(fail_level))
+
+
+def explain(
+    check: Annotated[str, typer.Argument(metavar="CODE", help="Check to explain, by its code or name.")],
+) -> None:
+    """Explain what a check does and how to fix what it finds."""
+    from checks import docs
+    from checks.rules import RULES
+
+    typer.echo(docs.explain(RULES, check), nl=False)
+
+
+def checks(output_format: FormatOption = "text") -> None:
+    """List every check."""
+    from checks.docs import as_json, as_list
+    from checks.rules import RULES
+
+    typer.echo(as_json(RULES) if output_format == "json" else as_list(RULES))
+
+
+@contextmanager
+def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
+    """Yield what shows, on a terminal, the check that is running, and what shows how many records are tokenized."""
+    screen = console(stderr=True)
+    with libraries_to_stderr():
+        if not screen.is_terminal:
+            yield lambda rule: None, lambda done, records: None
+            return
+        with screen.status("starting") as status:
+            yield (
+                lambda rule: status.update(f"{rule.code} {rule.name}"),
+                lambda done, records: status.update(f"tokenizing: {done:,} of {records:,} records"),
+            )
+
+
+def _require_new_file(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} exists and is not overwritten: move it away or give -o another name")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder of {path} does not exist: make it or give -o another name")
+
+
+def _deliver(report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel) -> None:
+    """Print pure JSON on stdout where it was asked for; with -o, write that format and print text."""
+    from checks.report import json_text, plain_text, print_report
+
+    text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level)
+    if output is not None:
+        try:
+            with output.open("x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            raise UsageError(f"the report cannot be written to {output}: {error.strerror}") from None
+    if form == "json" and output is None:
+        typer.echo(text, nl=False)
+    else:
+        print_report(report, console(), fail_level)

@@ -1,0 +1,134 @@
+"""The command that trains: the preflight as a gate, then the loop with its progress. Heavy imports come late."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from commands.console import (
+    DataOption,
+    IgnoreOption,
+    ModelOption,
+    OnProgress,
+    SetOption,
+    TokenizerOption,
+    console,
+    pairs,
+    read_config,
+)
+from commands.preflight import checks_progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from d2l.checkpoint import Checkpoint
+    from d2l.config.schema import RunConfig
+
+REFUSED = 10  # exit code
+METRICS = ("ce_loss", "kl_loss", "grad_norm", "gen_lora_l1_norm", "tokens")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the command with the application."""
+    app.command()(train)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).")],
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    data: DataOption = None,
+    settings: SetOption = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", metavar="N", help="Stop after N optimizer steps in all.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run, or from this checkpoint.")
+    ] = None,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Train, if the preflight finds nothing against it.
+
+    Exit codes: 0 done, 2 bad usage or config, 10 refused by the preflight, 11 stopped on a value that is not finite.
+    """
+    options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
+    reasons = pairs("--ignore", ignore or ())
+    resolved = read_config(config, settings or (), **options)
+
+    from checks.production import make_subject, one_thread
+    from checks.report import print_report
+    from checks.rules import RULES
+    from checks.runner import run
+    from d2l.train.run import checkpoint_to_resume, new_folder
+
+    if resume is None:
+        folder, checkpoint = new_folder(resolved, numbered=output is None), None
+    else:
+        folder, checkpoint = checkpoint_to_resume(resolved, resume)
+    screen = console(quiet=os.environ.get("RANK", "0") != "0")  # one of several processes prints, each one checks
+    with checks_progress() as (observe, on_tokenize), one_thread():
+        report = run(make_subject(resolved, str(config), on_tokenize), RULES, ignore=reasons, observe=observe)
+    print_report(report, screen)
+    if report.exit_code() != 0:
+        typer.echo("Error: training refused by preflight, nothing was written; `d2l explain CODE` says more", err=True)
+        raise typer.Exit(REFUSED)
+    _train(resolved, folder, checkpoint, report.to_json(), screen)
+
+
+def _train(
+    config: "RunConfig", folder: Path, checkpoint: "Checkpoint | None", preflight: Mapping[str, Any], screen: "Console"
+) -> None:
+    """Train with a bar on a terminal and lines elsewhere, then print the last metrics and where the run lies."""
+    from d2l.train.run import train
+
+    records: list[Mapping[str, float]] = []
+    with steps_progress(screen, config.max_steps) as (show, on_tokenize):
+
+        def on_step(record: Mapping[str, float]) -> None:
+            records.append(record)
+            show(record)
+
+        train(config, folder, preflight=preflight, checkpoint=checkpoint, on_step=on_step, on_tokenize=on_tokenize)
+    rows = {"steps of this run": str(len(records))}
+    if records:
+        rows |= {key: f"{records[-1][key]:.6g}" for key in METRICS if key in records[-1]}
+        rows["tokens"] = f"{sum(record['tokens'] for record in records):,.0f}"
+    rows["run folder"] = str(folder)
+    width = max(map(len, rows))
+    screen.out("\n".join(["", *(f"{label:<{width}}  {value}" for label, value in rows.items())]), highlight=False)
+
+
+@contextmanager
+def steps_progress(
+    screen: "Console", total: int
+) -> "Iterator[tuple[Callable[[Mapping[str, float]], None], OnProgress]]":
+    """Yield what shows one line of metrics, and what shows how many records are tokenized."""
+    if not screen.is_terminal or screen.is_dumb_terminal:
+
+        def print_tokenized(done: int, records: int) -> None:
+            if done == records:
+                screen.out(f"tokenized {records:,} records", highlight=False)
+
+        yield (
+            lambda it: screen.out(f"step {it['step']:.0f}/{total}  {_numbers(it, METRICS)}", highlight=False),
+            print_tokenized,
+        )
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    numbers = TextColumn("{task.fields[numbers]}", markup=False)
+    with Progress(MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), numbers, console=screen) as bar:
+        data = bar.add_task("tokenizing", total=None, numbers="records tokenized")
+        task = bar.add_task("training", total=total, numbers="")
+        yield (
+            lambda it: bar.update(task, completed=it["step"], numbers=_numbers(it, METRICS[:3])),
+            lambda done, records: bar.update(data, completed=done, total=records),
+        )
+
+
+def _numbers(record: Mapping[str, float], keys: Sequence[str]) -> str:
+    return "  ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)

@@ -1,0 +1,204 @@
+"""From a configuration to the components of a run: tokenizer, chat format, records, rows, base and model.
+
+Training, checks, evaluation and experiments all come through here, so what is diagnosed is what runs.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from d2l.base.files import is_config_only
+from d2l.base.load import load_base, plan_load, read_base_config
+from d2l.base.masks import attention_layout
+from d2l.config.schema import NEEDLE, RunConfig
+from d2l.data.cache import cached_rows, default_folder
+from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.limits import Limits
+from d2l.data.logprobs import require_teachers
+from d2l.data.needles import needle_records
+from d2l.data.records import Record, read_records
+from d2l.data.tokenize import OnProgress, Row, Tokenized, tokenize_records
+from d2l.errors import DataError, ModelError
+from d2l.hypernet.model import DocToLora
+from d2l.io.resources import local_or_shipped
+
+CACHED_FROM = 1000  # records: fewer take seconds, and leave nothing behind on the disk
+
+
+class Components:
+    """The components of a run, each built once, when it is first asked for.
+
+    Args:
+        config: the resolved configuration.
+        on_tokenize: called while the data is tokenized, with the records that are done and all of them.
+        records: documents to take instead of those that the configuration names.
+
+    Raises:
+        ModelError: by a component: the base model, its tokenizer or its chat template cannot be used.
+        DataError: by `records` and `tokenized`: no data is named, or it cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        on_tokenize: OnProgress = lambda done, total: None,
+        records: Sequence[Record] | None = None,
+    ) -> None:
+        self.config = config
+        self._on_tokenize = on_tokenize
+        self._records = records
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the configuration names, else the base model's own."""
+        return load_tokenizer(self.config.tokenizer_name_or_path or self.config.model_name_or_path)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations are written and supervised."""
+        return build_chat(self.config, self.tokenizer)
+
+    @cached_property
+    def base_config(self) -> PreTrainedConfig:
+        """The base model's config, with room for the tokenizer's ids."""
+        return fitted_base_config(self.config, self.tokenizer)
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """The run's documents with their questions."""
+        return load_records(self.config) if self._records is None else tuple(self._records)
+
+    @cached_property
+    def tokenized(self) -> Tokenized:
+        """Token rows of all records, and an account of what is not in them."""
+        return tokenize(self.config, self.base_config, self.chat, self.records, self._on_tokenize)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The token rows alone."""
+        return self.tokenized.rows
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The frozen base model, loaded by its plan."""
+        return build_base(self.config, self.base_config)
+
+    @cached_property
+    def model(self) -> DocToLora:
+        """The whole model, its hypernetwork initialised from the run's seed."""
+        return build_model(self.config, self.base)
+
+
+def fitted_base_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """Read the base model's config. A base that is random anyway gets the vocabulary of the tokenizer in use.
+
+    Args:
+        tokenizer: None where none can be had; then the config stays as it is.
+
+    Raises:
+        ModelError: no such model, one whose documents cannot be packed, or weights with fewer embeddings than the
+            tokenizer has ids.
+    """
+    base_config = read_base_config(config.model_name_or_path)
+    attention_layout(base_config)
+    if tokenizer is None or len(tokenizer) <= base_config.vocab_size:
+        return base_config
+    if not is_config_only(config.model_name_or_path):
+        raise ModelError(
+            f"{config.model_name_or_path} has {base_config.vocab_size:,} token embeddings, the tokenizer "
+            f"{tokenizer.name_or_path} has {len(tokenizer):,} ids; pass the model's own with --tokenizer"
+        )
+    base_config.vocab_size = len(tokenizer)
+    return base_config
+
+
+def build_chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """Put a tokenizer together with the template that the configuration names, else the shipped or its own.
+
+    Raises:
+        ModelError: the template's file cannot be read, or there is no template.
+    """
+    template = None
+    if config.chat_template is not None:
+        try:
+            named = local_or_shipped(config.chat_template) or Path(config.chat_template)
+            template = named.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"chat_template: cannot read {config.chat_template}: {error}") from None
+    return chat_format(tokenizer, template=template, supervision=config.supervision, current_date=config.current_date)
+
+
+def load_records(config: RunConfig) -> tuple[Record, ...]:
+    """Read the run's documents from files, or generate needles.
+
+    Raises:
+        DataError: no data is named, or a file or record cannot be used.
+    """
+    if not config.train_ds_names:
+        raise DataError("no training data: pass --data FILE, or set train_ds_names")
+    records: list[Record] = []
+    for name in config.train_ds_names:
+        if name == NEEDLE:
+            records += _needles(config)
+        else:
+            records += read_records([name], config.max_train_samples_per_ds)
+    return tuple(records)
+
+
+def _needles(config: RunConfig) -> list[Record]:
+    """Generate the documents of every stage."""
+    records: list[Record] = []
+    for number, stage in enumerate(config.stages):
+        records += needle_records(
+            documents=config.documents_of(stage),
+            pairs=stage.pairs,
+            digits=stage.digits,
+            filler_words=stage.filler_words,
+            seed=config.seed + number,
+            style=config.needle_style,
+            min_filler_words=stage.min_filler_words,
+        )[: config.max_train_samples_per_ds]
+    return records
+
+
+def tokenize(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    chat: ChatFormat,
+    records: Sequence[Record],
+    on_progress: OnProgress = lambda done, total: None,
+) -> Tokenized:
+    """Tokenize all records; 1,000 and more are tokenized once and kept on disk.
+
+    Args:
+        on_progress: called after every record, with the records that are done and all of them.
+
+    Raises:
+        DataError: no row is left, teacher logprobs are missing or do not match, or the cache cannot be written.
+    """
+    if config.needs_teacher:
+        require_teachers(records, max(base_config.vocab_size, len(chat.tokenizer)))
+    limits = Limits.of(config, base_config)
+    if not config.cache or len(records) < CACHED_FROM:
+        return tokenize_records(records, chat, limits, config.seed, on_progress)
+    folder = default_folder() if config.cache_dir is None else Path(config.cache_dir)
+    return cached_rows(records, chat, limits, config.seed, folder, on_progress)
+
+
+def build_base(config: RunConfig, base_config: PreTrainedConfig) -> PreTrainedModel:
+    """Load the frozen base by its plan.
+
+    Raises:
+        ModelError: the weights are absent or do not fit.
+    """
+    return load_base(config.model_name_or_path, base_config, plan_load(config, base_config), config.seed)
+
+
+def build_model(config: RunConfig, base: PreTrainedModel) -> DocToLora:
+    """Put a hypernetwork around a base, initialised from the run's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return DocToLora(base, config)

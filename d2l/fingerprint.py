@@ -1,0 +1,56 @@
+"""What identifies a run and its base model: hashes of everything that shapes the run, and facts of the base's config."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat
+from d2l.data.records import Record
+
+_PLACES = {"output_dir", "cache", "cache_dir"}  # where things lie shapes nothing
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What shapes a run, each part as a sha256 or version, and one hash over all of it."""
+
+    parts: dict[str, str]
+
+    @property
+    def total(self) -> str:
+        """Hex sha256 over all parts."""
+        return _sha256(json.dumps(self.parts, sort_keys=True))
+
+
+def run_fingerprint(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    chat: ChatFormat | None,
+    records: Sequence[Record] | None,
+    versions: dict[str, str],
+) -> Fingerprint:
+    """Hash configuration, base config, template, tokenizer and data; name the library versions."""
+    settings = {key: value for key, value in config.resolved().items() if key not in _PLACES}
+    parts = {
+        "config": _sha256(json.dumps(settings, sort_keys=True)),
+        "base_config": _sha256(base_config.to_json_string()),
+        "chat": chat.fingerprint if chat else "none",
+        "tokenizer": chat.tokenizer_fingerprint if chat else "none",
+        "data": _sha256(json.dumps([[r.context, r.prompts, r.responses] for r in records])) if records else "none",
+    }
+    return Fingerprint(parts | versions)
+
+
+def base_facts(base_config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the facts that identify the base model, as JSON values; every checkpoint keeps them."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return {name: getattr(base_config, name) for name in names}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

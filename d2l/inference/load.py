@@ -1,0 +1,78 @@
+"""A trained checkpoint, ready for use: its base, hypernetwork, chat format and configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2l.build import Components
+from d2l.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_hypernet
+from d2l.config.load import saved_config
+from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat
+from d2l.errors import CheckpointError, ConfigError, ModelError
+from d2l.fingerprint import base_facts
+from d2l.hypernet.model import DocToLora
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What answers questions about documents.
+
+    Attributes:
+        model: in eval mode, on the base's device.
+        chat: how the questions of training were written.
+        config: that of training, but for where the base lies.
+    """
+
+    model: DocToLora
+    chat: ChatFormat
+    config: RunConfig
+
+
+def load_trained(place: Path, model: str | None = None) -> Trained:
+    """Load a checkpoint's base and put its hypernetwork around it.
+
+    Args:
+        place: a checkpoint folder, or a run's folder, whose newest whole checkpoint is taken.
+        model: where the base lies now, if not where it lay in training.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it was trained around another base.
+        ModelError: the base, its tokenizer or its chat template cannot be used.
+    """
+    folder = find_checkpoint(place)
+    checkpoint = load_checkpoint(folder)
+    config = _config(checkpoint, folder, model)
+    components = Components(config)
+    try:
+        base_config = components.base_config
+    except ModelError as error:
+        reason = str(error).splitlines()[0]  # what follows is advice for a run's configuration
+        raise ModelError(f"{folder} needs its base model: {reason}\npass where it lies now: --model MODEL") from error
+    found = base_facts(base_config)
+    _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
+    chat, trained = components.chat, components.model
+    load_hypernet(trained.hypernet, checkpoint.hypernet)
+    return Trained(trained.to(trained.base.device).eval(), chat, config)
+
+
+def _config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:
+    values = dict(checkpoint.state.get("config", {}))
+    if model is not None:
+        values["model_name_or_path"] = model
+    try:
+        return saved_config(values)
+    except ConfigError as error:
+        problems = [f"  {problem}" for problem in error.problems]
+        raise CheckpointError("\n".join([f"{folder}: its configuration is of another version:", *problems])) from None
+
+
+def _require_same_base(folder: Path, name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint says of its base with the model at hand, before its weights are loaded."""
+    differences = [
+        f"  {key}: expected {value!r}, found {found[key]!r}" for key, value in expected.items() if found[key] != value
+    ]
+    if differences:
+        lines = [f"{folder} was trained around another base than {name}:", *differences]
+        raise CheckpointError("\n".join([*lines, "pass the base of its training: --model MODEL"]))

@@ -1,0 +1,283 @@
+"""A tiny GPT-OSS that can read: trained to answer needle questions with the document in its prompt.
+
+Three tasks share every step. Random sequences, said three times, teach to find what followed a token the last time
+(Olsson et al. 2022, "In-context Learning and Induction Heads"); pairs restated in other orders, to do so for a key and
+its digits; documents with their questions, to do so in the chat format.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+
+from d2l.build import Components
+from d2l.config.schema import RunConfig, Stage
+from d2l.data.chat.format import ChatFormat, chat_format
+from d2l.data.needles import PAIR_FILLER, PAIR_KEYS, Split, needle_records
+from d2l.errors import ModelError
+from d2l.io.atomic import written_whole
+from d2l.io.resources import resource
+
+TEMPLATE = "chat_templates/needle.jinja"
+CONTROL_TOKENS = (
+    *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>"),
+    *("<|message|>", "<|call|>"),
+)
+WORDS = ("user", "assistant", "final", *"0123456789", *PAIR_KEYS, *PAIR_FILLER)
+
+LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP_STEPS = 1.2e-3, (0.9, 0.98), 0.01, 30
+INITIALIZER_RANGE = 0.06
+REPEATED, REPEATED_LENGTHS, REPEATS = 32, (8, 17), 3  # sequences of a step, their lengths, how often each is said
+NEEDLES, RESTATED_TOKENS, FILLER = 16, 36, 15  # documents of a step; tokens of restated pairs; words of filler
+EVALUATE_STEPS, HELDOUT, PASSING = 25, 512, 0.985
+READS, COOLING = 0.8, 0.8  # from this accuracy on, the learning rate falls by this factor at every measurement
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a measured step saw: the sum of the tasks' losses in nats, and the exact match on held-out documents."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Token ids int64 [n, T], and which of them are supervised, bool [n, T]."""
+
+    ids: Tensor
+    supervised: Tensor
+
+
+def reader_config() -> GptOssConfig:
+    """About 1M parameters, with every part that GPT-OSS has: sinks, sliding and full attention, routed experts."""
+    return GptOssConfig(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=16,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=len(CONTROL_TOKENS) + len(WORDS),
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=False,
+        bos_token_id=CONTROL_TOKENS.index("<|startoftext|>"),
+        eos_token_id=CONTROL_TOKENS.index("<|return|>"),
+        pad_token_id=CONTROL_TOKENS.index("<|endoftext|>"),
+        use_cache=False,
+    )
+
+
+def reader_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every word, digit and control token."""
+    tokens = [*CONTROL_TOKENS, *WORDS]
+    core = Tokenizer(models.WordLevel({token: place for place, token in enumerate(tokens)}, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(list(CONTROL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|startoftext|>",
+        eos_token="<|return|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Tasks:
+    """Draws batches of the three tasks from one generator.
+
+    Args:
+        chat: the format of questions and answers; its tokenizer is `reader_tokenizer()`.
+        seed: same seed, same batches.
+    """
+
+    def __init__(self, chat: ChatFormat, seed: int) -> None:
+        self._chat, self._generator = chat, torch.Generator().manual_seed(seed)
+        turn = chat.encode([{"role": "user", "content": PAIR_KEYS[0]}, {"role": "assistant", "content": PAIR_KEYS[1]}])
+        question, answer = (turn.input_ids.index(key) for key in chat.encode_text(" ".join(PAIR_KEYS[:2])))
+        self._before, self._between, self._after = (
+            torch.tensor(part)
+            for part in (turn.input_ids[:question], turn.input_ids[question + 1 : answer], turn.input_ids[answer + 1 :])
+        )
+        self._end = self._between[:1]  # of the question, and of every answer but the last
+
+    def repeated(self, count: int) -> _Batch:
+        """Distinct random tokens, said several times; what follows a token the second time is supervised."""
+        length = self._draw(*REPEATED_LENGTHS)
+        ids = self._shuffled(count, len(self._chat.tokenizer))[:, :length].repeat(1, REPEATS)
+        supervised = torch.ones_like(ids, dtype=torch.bool)
+        supervised[:, : length + 1] = False
+        return _Batch(ids, supervised)
+
+    def restated(self, count: int, pairs: int, digits: int) -> _Batch:
+        """Pairs, then the same pairs in other orders, whose digits are supervised."""
+        _, stated = self._needles(count, pairs, digits, 0, "train")
+        times = max(2, RESTATED_TOKENS // (pairs * (1 + digits)))
+        ids = torch.cat([self._reordered(stated).flatten(1) for _ in range(times)], dim=1)
+        supervised = (torch.arange(ids.shape[1]) % (1 + digits) > 0) & (
+            torch.arange(ids.shape[1]) >= pairs * (1 + digits)
+        )
+        return _Batch(ids, supervised.expand_as(ids))
+
+    def documents(
+        self, count: int, pairs: int, digits: int, filler: int = 0, split: Split = "train", turns: int | None = None
+    ) -> _Batch:
+        """Documents with questions, one turn for each (default: every pair), whose answers are supervised.
+
+        The end of an answer is supervised in the last turn only: which one is the last cannot be told in advance.
+        """
+        contexts, stated = self._needles(count, pairs, digits, filler, split)
+        asked = self._reordered(stated)[:, :turns].unbind(1)
+        last = len(asked) - 1
+        parts = [(self._rows(self._before, count), False), (contexts, False)]
+        for turn, pair in enumerate(asked):
+            parts += [(self._rows(self._before, count), False)] if turn else []
+            parts += [(pair[:, :1], False), (self._rows(self._between, count), False), (pair, True)]
+            parts += [(self._rows(self._after if turn == last else self._end, count), turn == last)]
+        supervised = torch.cat([torch.full(part.shape, mark) for part, mark in parts], dim=1)
+        return _Batch(torch.cat([part for part, _ in parts], dim=1), supervised)
+
+    def _needles(self, count: int, pairs: int, digits: int, filler: int, split: Split) -> tuple[Tensor, Tensor]:
+        """Documents as token ids [count, T], and their pairs [count, pairs, 1 + digits]: each word is one token."""
+        seed = self._draw(0, 2**31)
+        records = needle_records(count, pairs, digits, filler, seed, split, "pairs")
+        contexts = [self._chat.encode_text(record.context) for record in records]
+        stated = [[self._chat.encode_text(response) for response in record.responses] for record in records]
+        return torch.tensor(contexts), torch.tensor(stated)
+
+    def _reordered(self, stated: Tensor) -> Tensor:
+        order = self._shuffled(*stated.shape[:2])
+        return stated.gather(1, order[..., None].expand_as(stated))
+
+    def _shuffled(self, count: int, size: int) -> Tensor:
+        """Permutations of `size` numbers, [count, size]."""
+        return torch.rand(count, size, generator=self._generator).argsort(dim=1)
+
+    def _draw(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self._generator))
+
+    @staticmethod
+    def _rows(ids: Tensor, count: int) -> Tensor:
+        return ids.expand(count, -1)
+
+
+def pretrain(
+    seed: int,
+    max_steps: int,
+    goal: Stage,
+    model: GptOssForCausalLM | None = None,
+    learning_rate: float = LEARNING_RATE,
+) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
+    """Train until held-out questions are answered, yielding every measurement with the model so far.
+
+    Args:
+        seed: of data, and of weights.
+        max_steps: at most.
+        goal: the documents that are measured, and the largest that are trained.
+        model: to go on from, which is changed in place; default: random weights.
+        learning_rate: per step, until it can read.
+    """
+    chat = reader_chat()
+    tasks, heldout = (
+        Tasks(chat, seed),
+        Tasks(chat, seed + 1).documents(HELDOUT, goal.pairs, goal.digits, goal.filler_words, "heldout", turns=1),
+    )
+    model = model or _random_reader(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    cooled = 0  # measurements since it could first read
+    for step in range(1, max_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, step / WARMUP_STEPS) * COOLING**cooled
+        loss = sum((_loss(model, batch) for batch in _batches(tasks, step, goal)), start=torch.zeros(()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % EVALUATE_STEPS == 0 or step == max_steps:
+            accuracy = _accuracy(model, heldout)
+            cooled += accuracy >= READS or cooled > 0
+            yield model, Progress(step, loss.item(), accuracy)
+            if accuracy >= PASSING:
+                return
+
+
+def load_reader(folder: Path) -> GptOssForCausalLM:
+    """A model that `save_reader` wrote, ready to be trained.
+
+    Raises:
+        ModelError: it is not there, not whole, or not such a model.
+    """
+    values = {"model_name_or_path": str(folder), "attn_implementation": "eager", "dtype": "float32"}
+    config = RunConfig.model_validate(values)
+    components = Components(config)
+    tokenizer, model = components.tokenizer, components.base
+    if not isinstance(model, GptOssForCausalLM) or tokenizer.get_vocab() != reader_tokenizer().get_vocab():
+        found = f"{model.config.model_type} with {len(tokenizer):,} tokens"
+        raise ModelError(
+            f"{folder}: expected a model that `d2l pretrain-tiny` made, found {found}. Give another --start."
+        )
+    return model.requires_grad_(True).train()
+
+
+def reader_chat() -> ChatFormat:
+    """The chat format of the reader: harmony without a system message."""
+    return chat_format(reader_tokenizer(), template=resource(TEMPLATE).read_text(encoding="utf-8"))
+
+
+def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
+    """Write weights, config and tokenizer, as `save_pretrained` lays them out.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written.
+    """
+    with written_whole(folder, "model") as partial:
+        model.save_pretrained(partial)
+        tokenizer = reader_tokenizer()
+        tokenizer.chat_template = resource(TEMPLATE).read_text(encoding="utf-8")
+        tokenizer.save_pretrained(partial)
+
+
+def _random_reader(seed: int) -> GptOssForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    return model
+
+
+def _batches(tasks: Tasks, step: int, goal: Stage) -> tuple[_Batch, ...]:
+    """One batch of every task, with documents of all sizes up to the largest."""
+    digits = 1 + (step // 4) % goal.digits
+    pairs = (2, goal.pairs, 1, goal.pairs)[step % 4]
+    filler = (0, max(FILLER, goal.filler_words), 0, FILLER // 4)[step % 4]
+    return (
+        tasks.repeated(REPEATED),
+        tasks.restated(NEEDLES, 2 * (1 + step % 4), digits),
+        tasks.documents(NEEDLES, pairs, digits, filler),
+    )
+
+
+def _loss(model: GptOssForCausalLM, batch: _Batch) -> Tensor:
+    """Mean cross-entropy of the supervised tokens, in nats."""
+    wanted = batch.supervised[:, 1:]
+    logits = model(input_ids=batch.ids[:, :-1]).logits[wanted]
+    return functional.cross_entropy(logits, batch.ids[:, 1:][wanted])
+
+
+@torch.no_grad()
+def _accuracy(model: GptOssForCausalLM, batch: _Batch) -> float:
+    """Share of rows whose supervised tokens are all the likeliest."""
+    right = model(input_ids=batch.ids[:, :-1]).logits.argmax(-1) == batch.ids[:, 1:]
+    return float((right | ~batch.supervised[:, 1:]).all(dim=1).float().mean())

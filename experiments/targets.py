@@ -1,0 +1,239 @@
+"""Which targets, features and losses can carry a document: needles in a tiny GPT-OSS, one budget, several seeds.
+
+Every variant trains the same hypernetwork on the same documents for the same number of steps, and is asked about
+unseen documents: the share of questions whose every answer token is the likeliest one, with the document's LoRA and
+with another document's. `targets_page.py` turns the JSON file into a page and a figure.
+
+    python experiments/targets.py --output experiments/targets.json
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2l.build import Components, build_model, load_records
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+from d2l.data.epochs import epoch_batches
+from d2l.data.needles import needle_records
+from d2l.data.packing import PackedBatch
+from d2l.data.records import Record
+from d2l.data.tokenize import Row
+from d2l.hypernet.lora import Lora
+from d2l.hypernet.model import DocToLora
+from d2l.train.loop import Trainer
+from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.processes import OneProcess
+from d2l.train.teacher import teach
+
+CONFIG = "configs/needle_tiny.yaml"
+UNSEEN = 192  # documents
+SEEDS = (1, 2, 3)
+TOP_K = 8  # of the teacher's tokens
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "q_proj": ("q_proj",),
+    "k_proj": ("k_proj",),
+    "v_proj": ("v_proj",),
+    "o_proj": ("o_proj",),
+    "v_proj + o_proj": ("o_proj", "v_proj"),
+    "all four": ("k_proj", "o_proj", "q_proj", "v_proj"),
+    "mlp (residual route)": ("mlp",),
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "per layer, as published": {"ctx_encoder_type": "per_layer_activations"},
+    "early exit, layer 1": {"ctx_encoder_type": "early_exit", "layer_idx": 1},
+    "early exit, layer 3": {"ctx_encoder_type": "early_exit", "layer_idx": 3},
+    "all layers side by side": {},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the study: what differs from the shipped config."""
+
+    part: str
+    name: str
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed of a variant reached.
+
+    Attributes:
+        exact, other: exact match on unseen documents with the document's LoRA and with another's.
+        train: exact match of the last steps, averaged as the curriculum does.
+        stage: of the curriculum that it was in, 1 for the first; seconds: of the processor, for training.
+    """
+
+    part: str
+    name: str
+    seed: int
+    exact: float
+    other: float
+    train: float
+    stage: int
+    seconds: float
+
+
+def variants() -> list[Variant]:
+    """All rows, in the order of the page."""
+    rows = [Variant("targets", name, {"target_modules": modules}) for name, modules in TARGETS.items()]
+    rows += [Variant("features", name, changes) for name, changes in FEATURES.items()]
+    rows.append(Variant("curriculum", "1 pair, then 2", {}))
+    rows.append(Variant("curriculum", "2 pairs from the first step", {"curriculum": STAGES[1:]}))
+    rows.append(Variant("loss", "cross-entropy to the answers", {"curriculum": TWO_DIGITS}))
+    kl = {"curriculum": TWO_DIGITS, "loss": "kl"}
+    rows.append(Variant("loss", "KL to the base with the document in its prompt", kl))
+    rows.append(Variant("query scale", "10", {}))
+    rows.append(Variant("query scale", "1, as published", {"perceiver_query_scale": 1.0}))
+    rows.append(Variant("optimizer", "Muon for weights, AdamW for the rest", {}))
+    rows.append(Variant("optimizer", "AdamW", {"muon_learning_rate": None, "weight_decay": 0.01}))
+    return rows
+
+
+STAGES = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 1})
+# For the losses. A document of two values of one digit is not what the base was made for: asked with such a document in its
+# prompt, it ends its answer after that digit with a probability of .37, so what a teacher could teach ends there.
+TWO_DIGITS = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 2})
+
+
+def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outcome:
+    """Train one seed of a variant for `steps` and ask it about unseen documents."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    base_values = load_config(Path(CONFIG)).model_dump(exclude={"remarks"})
+    fixed = {"curriculum": STAGES, "needle_documents": documents, "max_steps": steps, "decay_steps": steps // 4}
+    config = RunConfig(**base_values | fixed | variant.changes | {"seed": seed})
+    data_config = config.model_copy(update={"seed": 0})  # every seed and variant sees the same documents
+    components = Components(data_config)
+    base, records = components.base, components.records
+    if config.needs_teacher:
+        records = tuple(teach(records, base, components.chat, top_k=TOP_K, packed_tokens=config.max_packed_inp_len))
+    rows = Components(data_config, records=records).rows
+    started = time.process_time()
+    trainer = Trainer(build_model(config, base), rows, config, OneProcess(torch.device("cpu")))
+    for _ in range(steps):
+        metrics = trainer.step()
+    seconds = time.process_time() - started
+    asked = data_config.model_copy(update={"loss": "ce"})
+    unseen = Components(asked, records=unseen_records(data_config)).rows
+    exact, other = recall(trainer.model, config, list(unseen))
+    return Outcome(
+        part=variant.part,
+        name=variant.name,
+        seed=seed,
+        exact=exact,
+        other=other,
+        train=trainer.curriculum.average,
+        stage=metrics.stage,
+        seconds=seconds,
+    )
+
+
+def unseen_records(config: RunConfig) -> list[Record]:
+    """Documents whose pairs never occur in training; of one digit, too few to hold any out, never stand together in it."""
+    last = config.stages[-1]
+    if last.digits > 1:
+        return needle_records(UNSEEN, last.pairs, last.digits, 0, seed=999, split="heldout", style="pairs")
+    seen = {frozenset(record.responses) for record in load_records(config)}
+    drawn = needle_records(2 * UNSEEN, last.pairs, last.digits, 0, seed=999, style="pairs")
+    return [record for record in drawn if frozenset(record.responses) not in seen][:UNSEEN]
+
+
+@torch.no_grad()
+def recall(model: DocToLora, config: RunConfig, rows: list[Row]) -> tuple[float, float]:
+    """Exact match with each document's LoRA, and with that of the next document of its batch."""
+    batches = list(epoch_batches(config, rows, epoch=0))
+    normalizer = Normalizer.of(batches, config.lora_r)
+    loras = [model.lora(batch) for batch in batches]
+    return tuple(
+        sum(
+            exact_match(model, batch, shifted(lora, by), normalizer) for batch, lora in zip(batches, loras, strict=True)
+        )
+        for by in (0, 1)
+    )  # type: ignore[return-value]
+
+
+def shifted(lora: Lora, by: int) -> Lora:
+    """Each context gets the LoRA of the one `by` places further."""
+    A, B = ({name: x.roll(by, 0) for name, x in side.items()} for side in (lora.A, lora.B))
+    return replace(lora, A=A, B=B)
+
+
+def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: Normalizer) -> float:
+    """The batch's part of the share of questions that are answered without a wrong token."""
+    logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+    return float(compute_loss(logits, batch, lora, normalizer).exact_match)
+
+
+def outcomes(
+    seeds: list[int], steps: int, documents: int, done: list[Outcome], processes: int
+) -> Iterator[list[Outcome]]:
+    """Every seed of every variant that is not `done`, seeds outermost, so that a cut study has whole rounds.
+
+    Rows of different parts that change nothing are one and the same run.
+    """
+    have = {(outcome.part, outcome.name, outcome.seed) for outcome in done}
+    with ProcessPoolExecutor(processes) as pool:
+        jobs = {}
+        for seed in seeds:
+            groups: dict[str, list[Variant]] = {}
+            for variant in variants():
+                groups.setdefault(json.dumps(_changes(variant), sort_keys=True), []).append(variant)
+            for group in groups.values():
+                missing = [variant for variant in group if (variant.part, variant.name, seed) not in have]
+                if missing:
+                    jobs[pool.submit(run_variant, missing[0], seed, steps, documents)] = missing
+        for job in as_completed(jobs):
+            yield [replace(job.result(), part=variant.part, name=variant.name) for variant in jobs[job]]
+
+
+def _changes(variant: Variant) -> dict[str, Any]:
+    """What a variant changes of the shipped config."""
+    shipped = load_config(Path(CONFIG)).model_dump()
+    return {key: value for key, value in variant.changes.items() if shipped[key] != value}
+
+
+def main() -> None:
+    """Run the study, writing the file after every run; what is in it already is not run again."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--documents", type=int, default=8000)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    asked = parser.parse_args()
+    done: list[Outcome] = []
+    if asked.output.exists():
+        before = json.loads(asked.output.read_text())
+        if (before["steps"], before["documents"]) != (asked.steps, asked.documents):
+            raise SystemExit(f"{asked.output} is of {before['steps']} steps and {before['documents']} documents")
+        done = [Outcome(**values) for values in before["outcomes"]]
+    for found in outcomes(asked.seeds, asked.steps, asked.documents, list(done), asked.processes):
+        done += found
+        order = [(variant.part, variant.name) for variant in variants()]
+        done.sort(key=lambda it: (order.index((it.part, it.name)), it.seed))
+        values = {"steps": asked.steps, "documents": asked.documents, "outcomes": [asdict(it) for it in done]}
+        partial = asked.output.with_name(f"{asked.output.name}.partial")
+        partial.write_text(json.dumps(values, indent=1))
+        partial.replace(asked.output)
+        for outcome in found:
+            sys.stdout.write(
+                f"{outcome.part:<12}{outcome.name:<28}seed {outcome.seed}  exact {outcome.exact:.3f}  "
+                f"other {outcome.other:.3f}  stage {outcome.stage}  train {outcome.train:.3f}  {outcome.seconds:.0f} s\n"
+            )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What `test_two_processes.py` starts, by torchrun: a run of three steps, and a fourth that one process spoils.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/two_processes.py FOLDER
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from d2l.config.schema import RunConfig
+from d2l.errors import NonFiniteError
+from d2l.train.loop import Trainer, run
+from d2l.train.processes import processes
+from d2l.train.run import new_folder
+from support.tiny_model import random_rows, run_config, tiny_model
+
+
+def config_for(processes: int) -> RunConfig:
+    """Two micro-batches to a step, dealt out to so many processes."""
+    return run_config(max_steps=3, gradient_accumulation_steps=2 // processes)
+
+
+def main(output: Path) -> None:
+    """Train in a new folder of `output`, and leave a note of what each process saw."""
+    rank = processes().process_index
+    time.sleep(0.5 * rank)  # the other process makes the folder before this one looks for a free one
+    config = config_for(processes=2)
+    folder = new_folder(config.model_copy(update={"output_dir": str(output / "run")}), numbered=True)
+    folder.mkdir(exist_ok=True)
+    (folder / f"seen by {rank}").touch()
+    trainer = Trainer(tiny_model(config), random_rows(), config)
+    for _ in run(trainer, folder):
+        pass
+    if rank == 1:
+        with torch.no_grad():
+            trainer.model.hypernet.get_parameter("head.weight").view(-1)[0] = math.nan
+    note = {"folder": str(folder), "refused": ""}
+    try:
+        trainer.step()
+    except NonFiniteError as error:
+        note["refused"] = str(error)
+    (output / f"{rank}.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""What version 0.1.0 wrote (tests/fixtures/version_0_1_0, made by its own code) is read, and computes the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.golden import assert_close
+
+from d2l.build import Components
+from d2l.config.load import load_config
+from d2l.config.renamed import with_current_names
+from d2l.data.packing import collate
+from d2l.data.tokenize import IGNORED, Query, Row
+from d2l.inference.generate import internalize, prompt_ids
+from d2l.inference.load import load_trained
+from d2l.train.loop import Trainer
+from d2l.train.run import checkpoint_to_resume
+
+OLD = Path(__file__).parent / "fixtures" / "version_0_1_0"
+
+
+def test_the_yaml_is_read_with_a_note_for_each_name_that_changed() -> None:
+    config = load_config(OLD / "run.yaml")
+    assert config.loss == "ce"
+    assert config.needle_filler_words == 16
+    assert [stage.filler_words for stage in config.curriculum] == [8, 16]
+    assert config.curriculum[0].min_filler_words == 0
+    assert "use_kl_loss is called loss: ce now" in config.remarks
+    assert "needle_filler_tokens is called needle_filler_words: 16 now" in config.remarks
+    assert load_config(OLD / "run" / "config.yaml").model_dump(
+        exclude={"max_steps", "output_dir"}
+    ) == config.model_dump(exclude={"max_steps", "output_dir"})
+
+
+def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
+    trained = load_trained(OLD / "run")
+    with safe_open(OLD / "expected.safetensors", "pt") as file:
+        told = file.metadata()
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    lora = internalize(trained, told["document"])
+    ids = tuple(prompt_ids(trained.chat, told["question"]))
+    query = Query(ids, (IGNORED,) * len(ids))
+    batch = collate([Row(record=0, chunks=((0,),), queries=(query,))])
+    with torch.no_grad():
+        logits = trained.model.logits(batch, lora, positions=torch.tensor([len(ids) - 2, len(ids) - 1]))
+    found = {"logits": logits} | {f"A.{k}": v for k, v in lora.A.items()} | {f"B.{k}": v for k, v in lora.B.items()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(found[name], value, 1e-6, name)
+
+
+def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    config = load_config(OLD / "run.yaml")
+    folder, checkpoint = checkpoint_to_resume(config, tmp_path / "run")
+    assert folder == tmp_path / "run"
+    components = Components(config)
+    trainer = Trainer(components.model, components.rows, config)
+    trainer.restore(checkpoint)
+    taken, expected = trainer.step().record(), json.loads((OLD / "third_step.json").read_text())
+    assert taken.keys() == expected.keys()
+    for key in ("step", "ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens", "label_tokens", "lr", "stage"):
+        assert taken[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_kl_loss": True, "loss": "ce"},  # both names at once: the old one stays, and is refused as unknown
+        {"use_kl_loss": "yes"},
+    ],
+)
+def test_what_is_not_clear_keeps_its_old_name(values: dict[str, object]) -> None:
+    assert with_current_names(values) == (values, {})

@@ -31,7 +31,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rule:
-    """One check. Its documentation is the docstring of the module that defines `run`.
+    """One check. Its documentation is the docstring of the module that defines `check`.
 
     Args:
         code: stable and never used twice, such as `ATT201`.
@@ -46,14 +46,14 @@ class Rule:
     stage: Stage
     severity: Severity
     source: str
-    run: "Callable[[Subject], Result]"
+    check: "Callable[[Subject], Result]"
     requires: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
 
     @property
     def documentation(self) -> str:
         """The docstring of the rule's file."""
-        return sys.modules[self.run.__module__].__doc__ or ""
+        return sys.modules[self.check.__module__].__doc__ or ""
 
 
 def find_rule(rules: Sequence[Rule], code_or_name: str) -> Rule:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Observer = Callable[[Rule], None]  # told about every rule just before it runs
 
 
-def run(
+def run_checks(
     subject: "Subject",
     rules: Sequence[Rule],
     *,
@@ -128,7 +128,7 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
     """Run one rule; whatever it raises is a crash of the rule, never a finding about the subject."""
     start = time.perf_counter()
     try:
-        outcome = _judge(rule, rule.run(subject))
+        outcome = _judge(rule, rule.check(subject))
     except Exception as error:
         outcome = _outcome(
             rule,

@@ -35,9 +35,9 @@ def internalize(
     with libraries_to_stderr():
         from d2l.inference.adapter import export_adapter
         from d2l.inference.generate import internalize as read_into_lora
-        from d2l.inference.load import load_trained
+        from d2l.inference.load import load_model
 
-        trained = load_trained(checkpoint, model)
+        trained = load_model(checkpoint, model)
         lora = read_into_lora(trained, text)
         rank = export_adapter(lora, trained.model.base, output, trained.config.model_name_or_path)
     typer.echo(
@@ -62,9 +62,9 @@ def ask(
     with libraries_to_stderr():
         from d2l.inference.generate import ask as answer
         from d2l.inference.generate import internalize as read_into_lora
-        from d2l.inference.load import load_trained
+        from d2l.inference.load import load_model
 
-        trained = load_trained(checkpoint, model)
+        trained = load_model(checkpoint, model)
         said = answer(trained, read_into_lora(trained, text), question, max_new_tokens)
     typer.echo(said)
 

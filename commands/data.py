@@ -57,12 +57,12 @@ def teacher(
     with libraries_to_stderr():
         from d2l.build import Components
         from d2l.data.records import write_records
-        from d2l.train.teacher import teach
+        from d2l.train.teacher import add_teacher_logprobs
 
         components = Components(resolved)
         records, chat, base = components.records, components.chat, components.base
         with progress("passes") as show:
             options = {"top_k": top_k, "packed_tokens": resolved.max_packed_inp_len}
-            taught = teach(records, base, chat, **options, on_progress=show)
+            taught = add_teacher_logprobs(records, base, chat, **options, on_progress=show)
         write_records(output, taught)
     typer.echo(f"data       {output}\ndocuments  {len(taught):,}\nquestions  {sum(len(it.prompts) for it in taught):,}")

@@ -37,14 +37,14 @@ def evaluate(
     with libraries_to_stderr():
         from d2l.data.records import read_records
         from d2l.evaluation.run import evaluate as ask_everything
-        from d2l.inference.load import load_trained
+        from d2l.inference.load import load_model
 
         records = read_records([data], limit)
-        trained = load_trained(checkpoint, model)
+        trained = load_model(checkpoint, model)
         with progress("documents") as show:
             result = ask_everything(trained, records, seed=seed, max_new_tokens=max_new_tokens, on_progress=show)
         asked = {"checkpoint": str(checkpoint), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
-        text = json.dumps(jsonable(asked | result.record()), ensure_ascii=False, indent=1)
+        text = json.dumps(jsonable(asked | result.to_json()), ensure_ascii=False, indent=1)
         if output is not None:
             _write(output, lambda file: file.write_text(text + "\n", encoding="utf-8"))
         if plot is not None:
@@ -82,16 +82,16 @@ def pretrain_tiny(
     folder = Path(settings.model_name_or_path) if output is None else output
     require_absent(folder)
     with libraries_to_stderr():
-        from d2l.tiny.pretrain import PASSING, load_reader, pretrain, save_reader
+        from d2l.tiny.pretrain import PASSING, load_tiny_base, pretrain, save_tiny_base
 
-        model = None if start is None else load_reader(start)
+        model = None if start is None else load_tiny_base(start)
     reached = None
     for reached in pretrain(seed, max_steps, settings.stages[-1], model, learning_rate):
         _, at = reached
         typer.echo(f"step {at.step:>5}  loss {at.loss:.3f}  held-out exact match {at.accuracy:.3f}")
     assert reached is not None, "the last step is always measured"
     model, progress = reached
-    save_reader(model, folder)
+    save_tiny_base(model, folder)
     typer.echo(f"model  {folder}")
     if progress.accuracy < PASSING:
         typer.echo(f"It stayed below {PASSING}: give it more --max-steps or another --seed.", err=True)

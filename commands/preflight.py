@@ -74,7 +74,7 @@ def preflight(
 
     from checks.production import make_subject, one_thread  # takes seconds: mistakes above are reported at once
     from checks.rules import RULES
-    from checks.runner import run
+    from checks.runner import run_checks
     from checks.selftest import run_selftest
 
     report: Report | Selftest
@@ -83,7 +83,9 @@ def preflight(
         if selftest:
             report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
         else:
-            report = run(subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe)
+            report = run_checks(
+                subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe
+            )
     _deliver(report, output_format, output, fail_level)
     raise typer.Exit(report.exit_code(fail_level))
 

@@ -62,7 +62,7 @@ def train(
     from checks.production import make_subject, one_thread
     from checks.report import print_report
     from checks.rules import RULES
-    from checks.runner import run
+    from checks.runner import run_checks
     from d2l.train.run import checkpoint_to_resume, new_folder
 
     if resume is None:
@@ -71,7 +71,7 @@ def train(
         folder, checkpoint = checkpoint_to_resume(resolved, resume)
     screen = console(quiet=os.environ.get("RANK", "0") != "0")  # one of several processes prints, each one checks
     with checks_progress() as (observe, on_tokenize), one_thread():
-        report = run(make_subject(resolved, str(config), on_tokenize), RULES, ignore=reasons, observe=observe)
+        report = run_checks(make_subject(resolved, str(config), on_tokenize), RULES, ignore=reasons, observe=observe)
     print_report(report, screen)
     if report.exit_code() != 0:
         typer.echo("Error: training refused by preflight, nothing was written; `d2l explain CODE` says more", err=True)

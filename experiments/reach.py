@@ -93,7 +93,7 @@ def experiments() -> tuple[Experiment, Experiment]:
     wider = Experiment(
         "values",
         "More and longer values",
-        "Trained on up to eight pairs of four digits between filler, in chunks of up to two pairs or sentences. Rows are "
+        "TrainedModel on up to eight pairs of four digits between filler, in chunks of up to two pairs or sentences. Rows are "
         "pairs × digits. "
         "Chunks are of equal length: where sentences do not fill them, boundaries cut pairs in two, which the last columns "
         "count apart.",

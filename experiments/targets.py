@@ -32,7 +32,7 @@ from d2l.hypernet.model import DocToLora
 from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss, label_positions
 from d2l.train.processes import OneProcess
-from d2l.train.teacher import teach
+from d2l.train.teacher import add_teacher_logprobs
 
 CONFIG = "configs/needle_tiny.yaml"
 UNSEEN = 192  # documents
@@ -118,7 +118,9 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
     components = Components(data_config)
     base, records = components.base, components.records
     if config.needs_teacher:
-        records = tuple(teach(records, base, components.chat, top_k=TOP_K, packed_tokens=config.max_packed_inp_len))
+        records = tuple(
+            add_teacher_logprobs(records, base, components.chat, top_k=TOP_K, packed_tokens=config.max_packed_inp_len)
+        )
     rows = Components(data_config, records=records).rows
     started = time.process_time()
     trainer = Trainer(build_model(config, base), rows, config, OneProcess(torch.device("cpu")))

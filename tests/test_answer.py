@@ -22,7 +22,7 @@ from d2l.data.tokenize import Row, document_chunks
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, Spans, bind
 from d2l.inference.generate import answer_text, ask, generate, internalize, prompt_ids, stop_ids
-from d2l.inference.load import Trained, load_trained
+from d2l.inference.load import TrainedModel, load_model
 
 SHORT = "The ferry to Brennick leaves at nine."
 LONG = " ".join(f"On day {day} the ferry leaves at {day % 12}." for day in range(12))
@@ -36,25 +36,25 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(run_folder: Path) -> Trained:
-    return load_trained(run_folder)
+def trained(run_folder: Path) -> TrainedModel:
+    return load_model(run_folder)
 
 
-def supervised(trained: Trained, supervision: Any) -> Trained:
+def supervised(trained: TrainedModel, supervision: Any) -> TrainedModel:
     return replace(trained, chat=chat_format(trained.chat.tokenizer, supervision=supervision))
 
 
 # Loading
 
 
-def test_the_newest_checkpoint_of_a_run_is_loaded_with_its_config(run_folder: Path, trained: Trained) -> None:
+def test_the_newest_checkpoint_of_a_run_is_loaded_with_its_config(run_folder: Path, trained: TrainedModel) -> None:
     saved = load_checkpoint(step_folder(run_folder, 1))
     own = trained.model.hypernet.state_dict()
     assert all(torch.equal(own[name], value) for name, value in saved.hypernet.items())
     assert trained.config == RunConfig(**saved.state["config"])
     assert not any(parameter.requires_grad for parameter in trained.model.base.parameters())
     assert not any(module.training for module in trained.model.modules())
-    first = load_trained(step_folder(run_folder, 0)).model.hypernet.state_dict()
+    first = load_model(step_folder(run_folder, 0)).model.hypernet.state_dict()
     assert not any(first[f"scaler_B.{name}"].any() for name in trained.config.target_modules)
 
 
@@ -74,7 +74,7 @@ def test_another_base_is_refused_before_it_is_loaded(
     save_checkpoint(tmp_path / "step-000001", replace(saved, state=state))
     monkeypatch.setattr("d2l.build.build_base", lambda *_: pytest.fail("the weights were loaded"))
     with pytest.raises(CheckpointError, match=expected):
-        load_trained(tmp_path / "step-000001")
+        load_model(tmp_path / "step-000001")
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, run_folder: Path) -> None:
@@ -82,25 +82,25 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, run_folder: Pa
     config = {**saved.state["config"], "lora_rank": 4, "lora_r": "eight"}
     save_checkpoint(tmp_path / "other", replace(saved, state={"config": config}))
     with pytest.raises(CheckpointError, match=r"another version:\n(.*\n)?  lora_r: .*integer"):
-        load_trained(tmp_path / "other")
+        load_model(tmp_path / "other")
     save_checkpoint(tmp_path / "rank", replace(saved, state={"config": {**saved.state["config"], "lora_r": 2}}))
     with pytest.raises(CheckpointError, match=r"of another model: .* expected .* found"):
-        load_trained(tmp_path / "rank")
+        load_model(tmp_path / "rank")
     with pytest.raises(CheckpointError, match="expected a run's folder or a step-NNNNNN folder"):
-        load_trained(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(ModelError, match="no/such/model"):
-        load_trained(run_folder, "no/such/model")
+        load_model(run_folder, "no/such/model")
 
 
-def test_a_base_that_has_moved(run_folder: Path, trained: Trained, tmp_path: Path) -> None:
+def test_a_base_that_has_moved(run_folder: Path, trained: TrainedModel, tmp_path: Path) -> None:
     from d2l.io.resources import resource
 
     tiny = resource("configs/models/tiny_gpt_oss")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
     with pytest.raises(ModelError, match=r"holds neither model\.safetensors"):
-        load_trained(run_folder, str(tmp_path))  # a folder without weights is not taken for the random base
-    moved = load_trained(run_folder, str(tiny))
+        load_model(run_folder, str(tmp_path))  # a folder without weights is not taken for the random base
+    moved = load_model(run_folder, str(tiny))
     assert moved.config.model_name_or_path == str(tiny)
     assert torch.equal(internalize(moved, SHORT).A["v_proj"], internalize(trained, SHORT).A["v_proj"])
 
@@ -108,7 +108,7 @@ def test_a_base_that_has_moved(run_folder: Path, trained: Trained, tmp_path: Pat
 # Documents
 
 
-def test_a_document_becomes_the_lora_that_training_made_of_it(trained: Trained) -> None:
+def test_a_document_becomes_the_lora_that_training_made_of_it(trained: TrainedModel) -> None:
     for text, chunks in ((SHORT, 1), (LONG, 4)):
         pieces = document_chunks(text, trained.chat, Limits.of(trained.config))
         assert len(pieces) == chunks
@@ -123,7 +123,7 @@ def test_a_document_becomes_the_lora_that_training_made_of_it(trained: Trained) 
             assert not lora.A[name].requires_grad
 
 
-def test_a_document_over_the_limits_is_refused(trained: Trained) -> None:
+def test_a_document_over_the_limits_is_refused(trained: TrainedModel) -> None:
     few = replace(trained, config=trained.config.model_copy(update={"max_ctx_chunk_num": 2}))
     with pytest.raises(DataError, match="max_ctx_chunk_num 2"):
         internalize(few, LONG)
@@ -134,7 +134,7 @@ def test_a_document_over_the_limits_is_refused(trained: Trained) -> None:
 
 
 def test_a_document_longer_than_the_base_was_made_for_is_refused(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = replace(trained, config=trained.config.model_copy(update={"max_ctx_chunk_len": -1}))
     internalize(whole, LONG)
@@ -161,7 +161,7 @@ def test_documents_are_utf8_text() -> None:
 
 
 @pytest.mark.parametrize("supervision", ["content", "sampled"])
-def test_a_prompt_ends_where_training_begins_to_supervise(trained: Trained, supervision: str) -> None:
+def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel, supervision: str) -> None:
     chat = supervised(trained, supervision).chat
     encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
     begin = encoded.supervised.index(True)
@@ -185,13 +185,13 @@ def test_a_prompt_ends_where_training_begins_to_supervise(trained: Trained, supe
         ("sampled", "final At nine.", ""),
     ],
 )
-def test_no_channel_leaks_into_an_answer(trained: Trained, supervision: str, said: str, expected: str) -> None:
+def test_no_channel_leaks_into_an_answer(trained: TrainedModel, supervision: str, said: str, expected: str) -> None:
     chat = supervised(trained, supervision).chat
     assert answer_text(chat, chat.encode_text(said)) == expected
 
 
 @pytest.fixture
-def scripted(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Any:
+def scripted(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the base say a text, whatever it is asked; keeps what it was asked, and under which config."""
     calls: list[tuple[list[int], Any]] = []
 
@@ -215,7 +215,7 @@ def scripted(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_an_answer_ends_at_its_stop_token(
-    trained: Trained, scripted: Any, supervision: str, said: str, expected: str
+    trained: TrainedModel, scripted: Any, supervision: str, said: str, expected: str
 ) -> None:
     calls = scripted(said)
     asked = supervised(trained, supervision)
@@ -227,14 +227,16 @@ def test_an_answer_ends_at_its_stop_token(
     assert not config.do_sample
 
 
-def test_a_random_model_answers_deterministically_and_without_control_tokens(trained: Trained) -> None:
+def test_a_random_model_answers_deterministically_and_without_control_tokens(trained: TrainedModel) -> None:
     lora = internalize(trained, LONG)
     answers = {ask(trained, lora, "When does the ferry leave?", 12) for _ in range(2)}
     assert len(answers) == 1
     assert "<|" not in answers.pop()
 
 
-def test_generation_is_greedy_whatever_the_model_s_files_say(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_is_greedy_whatever_the_model_s_files_say(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = torch.tensor([prompt_ids(trained.chat, "When?")])
     lora = internalize(trained, SHORT)
     expected = generate(trained.model, lora, prompt, stop=[], max_new_tokens=6)
@@ -251,7 +253,7 @@ def strong(lora: Lora) -> Lora:
 
 
 @torch.no_grad()
-def test_cached_generation_is_the_argmax_of_whole_forwards(trained: Trained) -> None:
+def test_cached_generation_is_the_argmax_of_whole_forwards(trained: TrainedModel) -> None:
     """Two contexts in one batch, longer than the sliding window, against a loop without a cache."""
     model = trained.model
     texts = (LONG, "Snow fell on the pass, and nobody came.")

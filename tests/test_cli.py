@@ -77,7 +77,7 @@ def rule(code, result=None, **rest):
     own = Fault("own", "the rule's own", lambda subject: replace(subject, defects=subject.defects | {"own"}))
     name = f"toy-{code.lower()}"
     return Rule(
-        code, name, **{"stage": "twin", "severity": "error", "source": "toy", "faults": (own,), "run": run} | rest
+        code, name, **{"stage": "twin", "severity": "error", "source": "toy", "faults": (own,), "check": run} | rest
     )
 
 
@@ -262,7 +262,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(world, tmp_path):
         target.write_text("precious")
         return Pass("fine")
 
-    world.rules[:] = [rule("TOY201", run=meanwhile)]
+    world.rules[:] = [rule("TOY201", check=meanwhile)]
     assert d2l("preflight", "-o", str(target)).exit_code == 2
     assert target.read_text() == "precious"
 

@@ -12,15 +12,15 @@ from support.tiny_model import random_rows, run_config, tiny_model
 
 from d2l.build import load_records
 from d2l.checkpoint import load_checkpoint, save_checkpoint
-from d2l.config.schema import RunConfig, Stage
+from d2l.config.schema import CurriculumStage, RunConfig
 from d2l.data.epochs import stage_rows
 from d2l.train.curriculum import MEMORY, Curriculum
 from d2l.train.loop import Trainer
 
 STAGES = (
-    Stage(pairs=1, digits=1, passing=0.5),
-    Stage(pairs=2, digits=1, passing=0.9, documents=3),
-    Stage(pairs=2, digits=2),
+    CurriculumStage(pairs=1, digits=1, passing=0.5),
+    CurriculumStage(pairs=2, digits=1, passing=0.9, documents=3),
+    CurriculumStage(pairs=2, digits=2),
 )
 OF_STAGE = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2)  # of each record
 NEEDLES: dict[str, Any] = {"train_ds_names": ["needle"], "needle_documents": 4, "curriculum": STAGES}

@@ -23,13 +23,15 @@ def rule(tmp_path, monkeypatch):
 
     def make(documentation=DOCUMENTATION, code="ATT201", name="packed-documents-leak", **rest):
         module = f"toy_rule_{len(made)}"
-        (tmp_path / f"{module}.py").write_text(f'"""{documentation}\n"""\n\n\ndef run(subject):\n    return subject\n')
+        (tmp_path / f"{module}.py").write_text(
+            f'"""{documentation}\n"""\n\n\ndef check(subject):\n    return subject\n'
+        )
         importlib.invalidate_caches()
-        run = importlib.import_module(module).run
+        check = importlib.import_module(module).check
         made.append(module)
         fault = Fault("mask-none", "no mask is passed", lambda subject: subject)
         rest = {"stage": "twin", "severity": "error", "source": "F2", "faults": (fault,)} | rest
-        return Rule(code=code, name=name, run=run, **rest)
+        return Rule(code=code, name=name, check=check, **rest)
 
     yield make
     for module in made:

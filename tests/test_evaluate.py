@@ -17,7 +17,7 @@ from d2l.evaluation.run import (
 )
 from d2l.evaluation.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
 from d2l.inference.generate import ask, internalize
-from d2l.inference.load import Trained, load_trained
+from d2l.inference.load import TrainedModel, load_model
 from d2l.train.losses import label_positions
 
 RECORDS = needle_records(documents=3, pairs=2, digits=2, filler_words=8, seed=5, split="heldout")
@@ -25,8 +25,8 @@ NEW_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    trained = load_trained(make_run(tmp_path_factory.mktemp("run")))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    trained = load_model(make_run(tmp_path_factory.mktemp("run")))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in trained.model.hypernet.named_parameters():
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def evaluation(trained: Trained) -> Evaluation:
+def evaluation(trained: TrainedModel) -> Evaluation:
     return evaluate(trained, RECORDS, seed=1, max_new_tokens=NEW_TOKENS)
 
 
@@ -50,7 +50,7 @@ def test_every_question_is_answered_under_every_condition(evaluation: Evaluation
     assert sorted(asked) == sorted((c, r, q) for c in CONDITIONS for r in range(3) for q in range(2))
 
 
-def test_each_condition_is_given_its_lora_and_prompt(trained: Trained, evaluation: Evaluation) -> None:
+def test_each_condition_is_given_its_lora_and_prompt(trained: TrainedModel, evaluation: Evaluation) -> None:
     others = _other_documents(RECORDS, random.Random("1 other"))
     for index, record in enumerate(RECORDS):
         for query, question in enumerate(record.prompts):
@@ -66,7 +66,7 @@ def test_each_condition_is_given_its_lora_and_prompt(trained: Trained, evaluatio
             assert found == expected
 
 
-def test_likelihood_is_that_of_the_training_loss(trained: Trained, evaluation: Evaluation) -> None:
+def test_likelihood_is_that_of_the_training_loss(trained: TrainedModel, evaluation: Evaluation) -> None:
     part = tokenize_record(0, RECORDS[1], trained.chat, Limits(), None)
     lora = internalize(trained, RECORDS[1].context)
     for answer in [it for it in under("document", evaluation) if it.record == 1]:
@@ -98,7 +98,7 @@ def test_another_document_is_another_text() -> None:
         _other_documents([RECORDS[0], RECORDS[0]], random.Random(0))
 
 
-def test_sizes_are_those_of_the_documents_as_read(trained: Trained) -> None:
+def test_sizes_are_those_of_the_documents_as_read(trained: TrainedModel) -> None:
     records = [*RECORDS[:2], *needle_records(documents=1, pairs=1, digits=2, filler_words=100, seed=5)]
     evaluation = evaluate(trained, records, max_new_tokens=1)
     found = {it.record: (it.document_tokens, it.chunks) for it in evaluation.answers}
@@ -115,7 +115,7 @@ def test_sizes_are_those_of_the_documents_as_read(trained: Trained) -> None:
 
 
 def test_a_document_over_the_limits_is_refused_before_any_question(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("a question was asked")

@@ -19,7 +19,7 @@ from d2l.data.tokenize import document_chunks, tokenize_records
 from d2l.errors import DataError, ModelError
 from d2l.hypernet.model import DocToLora
 from d2l.inference.generate import answer_text, prompt_ids, stop_ids
-from d2l.inference.load import Trained
+from d2l.inference.load import TrainedModel
 from d2l.train.loop import Trainer
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -237,7 +237,7 @@ def test_an_answer_stops_where_training_ends_one_and_where_the_model_s_files_say
     family = FAMILIES[name]
     tokenizer = family.tokenizer(family.untagged, eos=end_of_sequence)
     model = SimpleNamespace(base=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named)))
-    trained = Trained(cast(DocToLora, model), chat_format(tokenizer), RunConfig())
+    trained = TrainedModel(cast(DocToLora, model), chat_format(tokenizer), RunConfig())
     end = tokenizer.get_added_vocab()[family.end]
     rest = named if isinstance(named, list) else [tokenizer.eos_token_id, *([named] if named else [])]
     assert stop_ids(trained) == sorted({end, *rest})

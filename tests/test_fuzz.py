@@ -15,7 +15,7 @@ from checks.report import plain_text
 from checks.result import NotApplicable
 from checks.rule import Fault, Rule
 from checks.rules import RULES
-from checks.runner import run
+from checks.runner import run_checks
 from checks.subject import Subject, changed
 from d2l.config.load import load_config
 
@@ -85,7 +85,7 @@ def subjects(draw: st.DrawFn) -> Subject:
 
 
 def clean_runs_are_green(subject: Subject) -> None:
-    report = run(subject, [rule for rule in RULES if rule.stage in ("static", "twin")])
+    report = run_checks(subject, [rule for rule in RULES if rule.stage in ("static", "twin")])
     assert {outcome.outcome for outcome in report.outcomes} <= {"pass", "skip"}, plain_text(report)
 
 
@@ -106,7 +106,7 @@ def test_clean_configurations_never_turn_red_200(subject: Subject) -> None:
 @settings(max_examples=60, **DETERMINISTIC)  # type: ignore[arg-type]
 def test_planted_faults_always_turn_red(subject: Subject, planted: tuple[Rule, Fault]) -> None:
     rule, fault = planted
-    (clean,) = run(subject, [rule]).outcomes
+    (clean,) = run_checks(subject, [rule]).outcomes
     if clean.outcome == "skip":
         return
     assert clean.outcome == "pass", clean.message
@@ -114,5 +114,5 @@ def test_planted_faults_always_turn_red(subject: Subject, planted: tuple[Rule, F
         faulty = fault.plant(subject)
     except NotApplicable:
         return
-    (outcome,) = run(faulty, [rule]).outcomes
+    (outcome,) = run_checks(faulty, [rule]).outcomes
     assert outcome.red, f"{rule.code} {fault.name}: {outcome.outcome}: {outcome.message}"

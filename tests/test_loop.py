@@ -17,10 +17,10 @@ from d2l.checkpoint import Checkpoint, load_checkpoint, load_hypernet, save_chec
 from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches
 from d2l.data.packing import collate
-from d2l.data.tokenize import IGNORED, Row
+from d2l.data.tokenize import IGNORE_INDEX, Row
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.fingerprint import base_facts
-from d2l.train.loop import METRICS, StepMetrics, Trainer, run
+from d2l.train.loop import METRICS, StepMetrics, Trainer, train_steps
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -53,9 +53,9 @@ def steps_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(("kl", "task"), [(False, "ce_loss"), (True, "kl_loss")])
 def test_one_line_of_metrics_for_every_step(tmp_path: Path, kl: bool, task: str) -> None:
     config = run_config(loss="kl" if kl else "ce", max_steps=3)
-    taken = list(run(trainer(config, random_rows(top_k=3 if kl else None)), tmp_path))
+    taken = list(train_steps(trainer(config, random_rows(top_k=3 if kl else None)), tmp_path))
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert lines == [step.record() for step in taken]
+    assert lines == [step.to_json() for step in taken]
     keys = (
         "step",
         task,
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_questions_and_documents() -> None:
 def test_a_checkpoint_is_written_before_the_first_step(tmp_path: Path) -> None:
     new = trainer(run_config())
     before = weights(new)
-    next(run(new, tmp_path, fingerprint="abc"))
+    next(train_steps(new, tmp_path, fingerprint="abc"))
     assert steps_in(tmp_path) == ["step-000000"]
     checkpoint = load_checkpoint(step_folder(tmp_path, 0))
     assert_equal(dict(checkpoint.hypernet), before)
@@ -101,21 +101,21 @@ def test_a_run_that_cannot_save_fails_before_the_first_step(tmp_path: Path) -> N
     (tmp_path / "checkpoints").write_text("in the way")
     new = trainer(run_config())
     with pytest.raises(CheckpointError):
-        next(run(new, tmp_path))
+        next(train_steps(new, tmp_path))
     assert new.step_number == 0
     assert (tmp_path / METRICS).read_text() == ""
 
 
 def test_checkpoints_are_saved_at_their_steps_and_the_last_and_pruned(tmp_path: Path) -> None:
-    seen = [steps_in(tmp_path) for _ in run(trainer(run_config(max_steps=5, save_steps=2)), tmp_path)]
+    seen = [steps_in(tmp_path) for _ in train_steps(trainer(run_config(max_steps=5, save_steps=2)), tmp_path)]
     zero, two, four, five = (f"step-{step:06d}" for step in (0, 2, 4, 5))
     assert seen == [[zero], [zero, two], [zero, two], [two, four], [four, five]]  # save_total_limit: 2
 
 
 def test_a_run_at_its_end_takes_no_step(tmp_path: Path) -> None:
     done = trainer(run_config(max_steps=1))
-    assert len(list(run(done, tmp_path))) == 1
-    assert list(run(done, tmp_path)) == []
+    assert len(list(train_steps(done, tmp_path))) == 1
+    assert list(train_steps(done, tmp_path)) == []
 
 
 # Resuming
@@ -260,7 +260,7 @@ def test_gradients_are_clipped_after_their_norm_is_measured() -> None:
 @pytest.mark.parametrize("place", ["head.weight", "scaler_B.q_proj"])
 def test_a_value_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path, place: str) -> None:
     new = trainer(run_config(max_steps=4, save_steps=1))
-    steps = run(new, tmp_path)
+    steps = train_steps(new, tmp_path)
     next(steps)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with torch.no_grad():
@@ -281,16 +281,16 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named_and_no_other(tmp_pa
     with pytest.raises(
         NonFiniteError, match=r"gradient norm is nan.*not finite in the gradients of scaler_A\.q_proj\n"
     ):
-        next(run(new, tmp_path))
+        next(train_steps(new, tmp_path))
 
 
 def test_a_step_without_a_label_is_refused(tmp_path: Path) -> None:
     def mute(row: Row) -> Row:
-        queries = tuple(type(q)(q.input_ids, (IGNORED,) * len(q.input_ids)) for q in row.queries)
+        queries = tuple(type(q)(q.input_ids, (IGNORE_INDEX,) * len(q.input_ids)) for q in row.queries)
         return Row(row.record, row.chunks, queries)
 
     with pytest.raises(NonFiniteError, match="expected at least one supervised token, found 0"):
-        next(run(trainer(run_config(), [mute(row) for row in random_rows()]), tmp_path))
+        next(train_steps(trainer(run_config(), [mute(row) for row in random_rows()]), tmp_path))
 
 
 # Learning
@@ -311,7 +311,7 @@ def test_the_loss_of_needles_falls() -> None:
         lr_scheduler_type="constant_with_warmup",
     )
     components = Components(config)
-    model = tiny_model(config, awake=False, vocab_size=len(components.tokenizer), **SHALLOW)
+    model = tiny_model(config, nonzero=False, vocab_size=len(components.tokenizer), **SHALLOW)
     new = Trainer(model, components.rows, config)
     losses = [new.step().task_loss for _ in range(24)]
     assert losses[-1] < 0.6 * losses[0]  # 0.3, measured

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from d2l.data.packing import PackedBatch
-from d2l.data.tokenize import IGNORED
+from d2l.data.tokenize import IGNORE_INDEX
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
 from d2l.train.losses import Normalizer, compute_loss, label_positions
@@ -94,7 +94,7 @@ def draw(shapes: Sequence[Shape], seed: int = 0) -> list[Context]:
 def packed(contexts: Sequence[Context]) -> tuple[Tensor, PackedBatch, Lora]:
     """The contexts as one micro-batch: logits at its label positions, the packed row, the merged LoRAs."""
     queries = [(ids, on) for c in contexts for ids, on in zip(c.labels, c.supervised, strict=True)]
-    labels = [[token if flag else IGNORED for token, flag in zip(*query, strict=True)] for query in queries]
+    labels = [[token if flag else IGNORE_INDEX for token, flag in zip(*query, strict=True)] for query in queries]
     chunks = sum(context.chunks for context in contexts)
     longest = max(context.chunks for context in contexts)
 

@@ -96,7 +96,7 @@ def test_a_document_changes_the_answers_to_its_own_questions_alone(encoder_type:
 
 @every_family
 def test_a_new_hypernetwork_leaves_the_base_as_it_is(family: str) -> None:
-    model, batch = tiny_model(run_config(), family, awake=False), random_batch()
+    model, batch = tiny_model(run_config(), family, nonzero=False), random_batch()
     with torch.no_grad():
         torch.testing.assert_close(model.logits(batch, model.lora(batch)), model.logits(batch, None))
 

@@ -13,9 +13,9 @@ from d2l.build import Components
 from d2l.config.load import load_config
 from d2l.config.renamed import with_current_names
 from d2l.data.packing import collate
-from d2l.data.tokenize import IGNORED, Query, Row
+from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.inference.generate import internalize, prompt_ids
-from d2l.inference.load import load_trained
+from d2l.inference.load import load_model
 from d2l.train.loop import Trainer
 from d2l.train.run import checkpoint_to_resume
 
@@ -36,13 +36,13 @@ def test_the_yaml_is_read_with_a_note_for_each_name_that_changed() -> None:
 
 
 def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
-    trained = load_trained(OLD / "run")
+    trained = load_model(OLD / "run")
     with safe_open(OLD / "expected.safetensors", "pt") as file:
         told = file.metadata()
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     lora = internalize(trained, told["document"])
     ids = tuple(prompt_ids(trained.chat, told["question"]))
-    query = Query(ids, (IGNORED,) * len(ids))
+    query = Query(ids, (IGNORE_INDEX,) * len(ids))
     batch = collate([Row(record=0, chunks=((0,),), queries=(query,))])
     with torch.no_grad():
         logits = trained.model.logits(batch, lora, positions=torch.tensor([len(ids) - 2, len(ids) - 1]))
@@ -60,7 +60,7 @@ def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:
     components = Components(config)
     trainer = Trainer(components.model, components.rows, config)
     trainer.restore(checkpoint)
-    taken, expected = trainer.step().record(), json.loads((OLD / "third_step.json").read_text())
+    taken, expected = trainer.step().to_json(), json.loads((OLD / "third_step.json").read_text())
     assert taken.keys() == expected.keys()
     for key in ("step", "ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens", "label_tokens", "lr", "stage"):
         assert taken[key] == pytest.approx(expected[key], rel=1e-5), key

@@ -8,7 +8,7 @@ from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
 
 from d2l.train.loop import Trainer
-from d2l.train.optimizer import Muon, optimizer_values, orthogonal, parameter_groups, state_names
+from d2l.train.optimizer import MuonAdamW, optimizer_values, orthogonal, parameter_groups, state_names
 
 SHAPES = [(8, 8), (8, 32), (32, 8)]
 
@@ -25,14 +25,14 @@ def stepped(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, taken: li
     return parameter.detach().clone()
 
 
-def muon(parameter: nn.Parameter, weight_decay: float = 0.1) -> Muon:
-    return Muon([{"params": [parameter], "matrices": True, "lr": 0.1, "weight_decay": weight_decay}])
+def muon(parameter: nn.Parameter, weight_decay: float = 0.1) -> MuonAdamW:
+    return MuonAdamW([{"params": [parameter], "matrices": True, "lr": 0.1, "weight_decay": weight_decay}])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_steps_as_in_torch(shape: tuple[int, int]) -> None:
     ours, theirs = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
-    oracle = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    oracle = torch.optim.MuonAdamW([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     actual, expected = stepped(muon(ours), ours, gradients(*shape)), stepped(oracle, theirs, gradients(*shape))
     moved = (expected - 1).norm()
     assert (actual - expected).norm() < 0.02 * moved  # torch iterates in bfloat16

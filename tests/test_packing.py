@@ -16,7 +16,7 @@ from support.golden import data_cases
 
 from d2l.data import packing
 from d2l.data.packing import Oversized, PackedBatch, collate, pack
-from d2l.data.tokenize import IGNORED, Query, Row
+from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 
 REFERENCE_FIELDS = ("ctx_ids", "ctx_position_ids", "input_ids", "position_ids", "labels", "n_queries", "n_ctx_chunks")
 
@@ -110,8 +110,8 @@ def test_a_first_token_is_never_supervised_by_the_query_before_it() -> None:
 
 def queries(top_k: int) -> st.SearchStrategy[Query]:
     def query(marks: list[tuple[int, bool]]) -> Query:
-        labels = (IGNORED, *(token if on else IGNORED for token, on in marks[1:]))
-        n_labels = len(labels) - labels.count(IGNORED)
+        labels = (IGNORE_INDEX, *(token if on else IGNORE_INDEX for token, on in marks[1:]))
+        n_labels = len(labels) - labels.count(IGNORE_INDEX)
         vals = tuple(tuple(-1.0 - k - i for k in range(top_k)) for i in range(n_labels))
         indices = tuple(tuple(range(i, i + top_k)) for i in range(n_labels))
         teacher = (vals, indices) if top_k else (None, None)
@@ -153,7 +153,7 @@ def split_back(batch: PackedBatch) -> list[Row]:
         for piece in [asked.pop(0) for _ in range(n_queries)]:
             teacher: tuple = (None, None)
             if vals is not None and indices is not None:
-                n = sum(label != IGNORED for _, label in piece)
+                n = sum(label != IGNORE_INDEX for _, label in piece)
                 teacher = tuple(map(tuple, vals[:n])), tuple(map(tuple, indices[:n]))
                 vals, indices = vals[n:], indices[n:]
             row_queries.append(Query(*zip(*piece, strict=True), *teacher))
@@ -182,17 +182,17 @@ def test_a_batch_splits_back_into_its_rows(some: list[Row]) -> None:
 
 
 def test_teacher_logprobs_keep_their_dtypes_and_come_for_all_queries_or_none() -> None:
-    taught = Row(0, ((1,),), (Query((1, 2), (IGNORED, 2), ((-0.5,),), ((7,),)),))
+    taught = Row(0, ((1,),), (Query((1, 2), (IGNORE_INDEX, 2), ((-0.5,),), ((7,),)),))
     batch = collate([taught, taught])
     assert batch.logprobs_vals is not None
     assert batch.logprobs_indices is not None
     assert (batch.logprobs_vals.dtype, batch.logprobs_indices.dtype) == (torch.float32, torch.int64)
     with pytest.raises(AssertionError, match="for every query or for none"):
-        collate([taught, Row(1, ((1,),), (Query((1, 2), (IGNORED, 2)),))])
+        collate([taught, Row(1, ((1,),), (Query((1, 2), (IGNORE_INDEX, 2)),))])
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = collate([Row(4, ((1, 2),), (Query((1, 2), (IGNORED, 2), ((-0.5,),), ((7,),)),))]).to("meta")
+    batch = collate([Row(4, ((1, 2),), (Query((1, 2), (IGNORE_INDEX, 2), ((-0.5,),), ((7,),)),))]).to("meta")
     assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
     assert (batch.record_ids, batch.n_ctx_chunks, batch.n_queries) == ((4,), (1,), (1,))
 

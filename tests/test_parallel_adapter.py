@@ -17,7 +17,7 @@ import cli
 from checks.production import make_subject
 from checks.report import plain_text
 from checks.rules import RULES
-from checks.runner import run
+from checks.runner import run_checks
 from checks.selftest import run_selftest
 from d2l.data.needles import needle_records
 from d2l.data.records import write_records
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_refused_as_an_adapter_and_answers_otherwise(run_folder:
 
 @pytest.mark.parametrize("names", [("mlp",), ("mlp", "q_proj")])
 def test_the_checks_are_green_and_say_what_cannot_be_exported(names: tuple[str, ...]) -> None:
-    report = run(make_subject(tiny_config(target_modules=names)), RULES)
+    report = run_checks(make_subject(tiny_config(target_modules=names)), RULES)
     assert report.exit_code() == 0, plain_text(report)
     skipped = {outcome.code: outcome.message for outcome in report.outcomes if outcome.outcome == "skip"}
     skipped.pop("MEM401", None)  # no GPU

@@ -20,7 +20,7 @@ from support.golden import (
 from torch import Tensor
 
 from d2l.errors import ModelError
-from d2l.hypernet.perceiver import PUBLISHED_HEADS, Attention, Heads, Perceiver, Segments
+from d2l.hypernet.perceiver import PUBLISHED_HEADS, Attention, AttentionHeads, Perceiver, Segments
 
 CASES = [
     "perceiver_01_l2l_packed",
@@ -36,7 +36,7 @@ LAYERS, FEATURES = 2, 6
 few = settings(derandomize=True, deadline=None, max_examples=8)
 
 
-def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True, query_scale: float = 1.0) -> Perceiver:
+def tiny(*, per_layer_features: bool = True, per_rank_gen: bool = True, query_scale: float = 1.0) -> Perceiver:
     torch.manual_seed(0)
     return Perceiver(
         feature_size=FEATURES,
@@ -49,14 +49,14 @@ def tiny(*, layer_to_layer: bool = True, per_rank_gen: bool = True, query_scale:
         num_self_attn_per_block=1,
         shared_weights=True,
         per_rank_gen=per_rank_gen,
-        layer_to_layer=layer_to_layer,
+        per_layer_features=per_layer_features,
         query_scale=query_scale,
     )
 
 
-def features(lengths: tuple[int, ...], *, layer_to_layer: bool = True) -> Tensor:
+def features(lengths: tuple[int, ...], *, per_layer_features: bool = True) -> Tensor:
     """Packed features of chunks of these lengths."""
-    shape = (1, LAYERS, sum(lengths), FEATURES) if layer_to_layer else (1, sum(lengths), FEATURES)
+    shape = (1, LAYERS, sum(lengths), FEATURES) if per_layer_features else (1, sum(lengths), FEATURES)
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(lengths)))
 
 
@@ -85,7 +85,7 @@ class TestParity:
             num_self_attn_per_block=config["num_self_attn_per_block"],
             shared_weights=config["shared_weights"],
             per_rank_gen=config["per_rank_gen"],
-            layer_to_layer=config["layer_to_layer_ctx_encoder"],
+            per_layer_features=config["layer_to_layer_ctx_encoder"],
         )
         assert list(perceiver.state_dict()) == case.meta["state_dict_keys"]
         fill_parameters(perceiver, case.meta["weights_fill"], case.seed)
@@ -108,18 +108,24 @@ class TestParity:
 
 class TestChunks:
     @few
-    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), layer_to_layer=st.booleans())
-    def test_packed_equals_alone(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
-        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), per_layer_features=st.booleans())
+    def test_packed_equals_alone(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
+        perceiver, x = (
+            tiny(per_layer_features=per_layer_features),
+            features(lengths, per_layer_features=per_layer_features),
+        )
         together = perceiver(x, Segments(lengths))
         for latents, chunk in zip(together, x.split(lengths, dim=-2), strict=True):
             alone = perceiver(chunk, Segments((chunk.shape[-2],)))[0]
             torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
 
     @few
-    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), layer_to_layer=st.booleans())
-    def test_padding_is_never_read(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
-        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), per_layer_features=st.booleans())
+    def test_padding_is_never_read(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
+        perceiver, x = (
+            tiny(per_layer_features=per_layer_features),
+            features(lengths, per_layer_features=per_layer_features),
+        )
         rows = padded(x, lengths, width=7, value=float("nan")).requires_grad_()
         latents = perceiver(rows, Segments(lengths, width=7))
         latents.sum().backward()
@@ -136,9 +142,12 @@ class TestChunks:
         assert not torch.allclose(before[:, 1], after[:, 1])
 
     @pytest.mark.parametrize("lengths", [(0, 3), (3, 0), (0,)])
-    @pytest.mark.parametrize("layer_to_layer", [True, False])
-    def test_a_chunk_without_tokens_is_finite(self, lengths: tuple[int, ...], layer_to_layer: bool) -> None:
-        perceiver, x = tiny(layer_to_layer=layer_to_layer), features(lengths, layer_to_layer=layer_to_layer)
+    @pytest.mark.parametrize("per_layer_features", [True, False])
+    def test_a_chunk_without_tokens_is_finite(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
+        perceiver, x = (
+            tiny(per_layer_features=per_layer_features),
+            features(lengths, per_layer_features=per_layer_features),
+        )
         latents = perceiver(x, Segments(lengths))
         rows = perceiver(padded(x, lengths, width=5, value=float("nan")), Segments(lengths, width=5))
         (latents.sum() + rows.sum()).backward()
@@ -166,11 +175,11 @@ class TestChunks:
 
 
 class TestShapes:
-    @pytest.mark.parametrize("layer_to_layer", [True, False])
-    def test_without_ranks_the_output_has_four_axes(self, layer_to_layer: bool) -> None:
-        x = features((2, 3), layer_to_layer=layer_to_layer)
-        assert tiny(layer_to_layer=layer_to_layer)(x, Segments((2, 3))).shape == (2, LAYERS, 2, 3, 4)
-        flat = tiny(layer_to_layer=layer_to_layer, per_rank_gen=False)(x, Segments((2, 3)))
+    @pytest.mark.parametrize("per_layer_features", [True, False])
+    def test_without_ranks_the_output_has_four_axes(self, per_layer_features: bool) -> None:
+        x = features((2, 3), per_layer_features=per_layer_features)
+        assert tiny(per_layer_features=per_layer_features)(x, Segments((2, 3))).shape == (2, LAYERS, 2, 3, 4)
+        flat = tiny(per_layer_features=per_layer_features, per_rank_gen=False)(x, Segments((2, 3)))
         assert flat.shape == (2, LAYERS, 2, 4)
 
     def test_another_number_of_layers_is_refused(self) -> None:
@@ -210,8 +219,8 @@ class TestSegments:
             tiny()(features((4,)), segments)
 
 
-@pytest.mark.parametrize("heads", [PUBLISHED_HEADS, Heads(8, 3), Heads(4, 5)])
-def test_attention_equals_a_loop_over_heads(heads: Heads) -> None:
+@pytest.mark.parametrize("heads", [PUBLISHED_HEADS, AttentionHeads(8, 3), AttentionHeads(4, 5)])
+def test_attention_equals_a_loop_over_heads(heads: AttentionHeads) -> None:
     """Query head h attends with key head h // 4: as published, 16 share 4."""
     torch.manual_seed(0)
     attention, latents, context = Attention(4, heads), torch.randn(2, 3, 4), torch.randn(2, 5, 4)

@@ -10,21 +10,21 @@ from typer.testing import CliRunner
 
 import cli
 from d2l.build import Components
-from d2l.config.schema import RunConfig, Stage
+from d2l.config.schema import CurriculumStage, RunConfig
 from d2l.data.needles import PAIR_KEYS, Split, needle_records, split_of
 from d2l.tiny.pretrain import (
     TEMPLATE,
     Tasks,
-    load_reader,
+    load_tiny_base,
     pretrain,
-    reader_chat,
-    reader_config,
-    reader_tokenizer,
-    save_reader,
+    save_tiny_base,
+    tiny_base_chat,
+    tiny_base_config,
+    tiny_base_tokenizer,
 )
 
 KEYS = set(PAIR_KEYS)
-GOAL = Stage(pairs=4, digits=2)
+GOAL = CurriculumStage(pairs=4, digits=2)
 CONFIG, SHIPPED = "configs/needle_tiny.yaml", "configs/models/needle_tiny"
 
 
@@ -36,11 +36,11 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tasks() -> Tasks:
-    return Tasks(reader_chat(), seed=3)
+    return Tasks(tiny_base_chat(), seed=3)
 
 
 def words(ids: torch.Tensor) -> list[str]:
-    return [str(token) for token in reader_chat().tokenizer.convert_ids_to_tokens(ids.tolist())]
+    return [str(token) for token in tiny_base_chat().tokenizer.convert_ids_to_tokens(ids.tolist())]
 
 
 def stated_pairs(text: list[str], digits: int) -> list[tuple[str, str]]:
@@ -50,7 +50,7 @@ def stated_pairs(text: list[str], digits: int) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("pairs", "digits", "split"), [(1, 1, "train"), (4, 2, "train"), (4, 2, "heldout")])
 def test_documents_ask_in_the_chat_format_what_they_state(tasks: Tasks, pairs: int, digits: int, split: Split) -> None:
     batch = tasks.documents(5, pairs, digits, split=split)
-    chat = reader_chat()
+    chat = tiny_base_chat()
     for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
         document = words(ids)[3 : 3 + pairs * (1 + digits)]
         stated = dict(stated_pairs(document, digits))
@@ -95,7 +95,7 @@ def test_repeated_sequences_are_supervised_where_they_can_be_known(tasks: Tasks)
 def test_the_reader_has_about_a_million_parameters_and_all_of_gpt_oss() -> None:
     model, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
     assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
-    assert set(reader_config().layer_types) == {"sliding_attention", "full_attention"}
+    assert set(tiny_base_config().layer_types) == {"sliding_attention", "full_attention"}
     assert any(name.endswith("sinks") for name, _ in model.named_parameters())
 
 
@@ -108,10 +108,10 @@ def test_a_step_is_the_same_for_the_same_seed_and_changes_every_weight() -> None
 
 def test_a_start_is_where_training_goes_on_from(tmp_path: Path) -> None:
     first, _ = next(pretrain(seed=1, max_steps=1, goal=GOAL))
-    save_reader(first, tmp_path / "first")
-    start = load_reader(tmp_path / "first")
+    save_tiny_base(first, tmp_path / "first")
+    start = load_tiny_base(tmp_path / "first")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
-    wider = Stage(pairs=8, digits=4)
+    wider = CurriculumStage(pairs=8, digits=4)
     (gone_on, one), (whole, other) = (next(pretrain(2, 1, wider, model)) for model in (start, first))
     assert one == other
     assert all(torch.equal(a, b) for a, b in zip(gone_on.parameters(), whole.parameters(), strict=True))
@@ -120,7 +120,7 @@ def test_a_start_is_where_training_goes_on_from(tmp_path: Path) -> None:
 
 def test_the_learning_rate_is_how_far_a_step_goes() -> None:
     def moved(learning_rate: float) -> torch.Tensor:
-        model = load_reader(Path(SHIPPED))
+        model = load_tiny_base(Path(SHIPPED))
         before = model.lm_head.weight.detach().clone()
         next(pretrain(0, 1, GOAL, model, learning_rate))
         return model.lm_head.weight.detach() - before
@@ -140,8 +140,8 @@ def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path)
         return result.stderr
 
     assert go_on(SHIPPED, "wide").exit_code == 0  # it reads already
-    trained, _ = next(pretrain(0, 1, GOAL, load_reader(Path(SHIPPED)), 1e-3))
-    written = load_reader(tmp_path / "wide")
+    trained, _ = next(pretrain(0, 1, GOAL, load_tiny_base(Path(SHIPPED)), 1e-3))
+    written = load_tiny_base(tmp_path / "wide")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), written.parameters(), strict=True))
 
     absent = tmp_path / "absent"
@@ -154,10 +154,10 @@ def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path)
             hidden_size=16,
             intermediate_size=16,
             num_attention_heads=2,
-            vocab_size=len(reader_tokenizer()),
+            vocab_size=len(tiny_base_tokenizer()),
         )
     ).save_pretrained(other)
-    reader_tokenizer().save_pretrained(other)
+    tiny_base_tokenizer().save_pretrained(other)
     assert "expected a model that `d2l pretrain-tiny` made, found llama" in refused(other)
 
 
@@ -173,7 +173,7 @@ def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
     trained, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in components.base.state_dict().items())
     chat = components.chat
-    assert chat.fingerprint == reader_chat().fingerprint
+    assert chat.fingerprint == tiny_base_chat().fingerprint
     record = needle_records(1, 2, 2, 0, seed=0, style="pairs")[0]
     ids = chat.encode_text(record.context)
     assert len(ids) == 2 * 3

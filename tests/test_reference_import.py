@@ -24,7 +24,7 @@ from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
 from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
 from d2l.reference import inert_pickle
-from d2l.reference.inert_pickle import OrderedMapping, Record, TorchFile
+from d2l.reference.inert_pickle import OrderedMapping, SavedDataclass, TorchFile
 from d2l.reference.load import import_reference
 
 BASE = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
@@ -521,6 +521,6 @@ def test_a_damaged_pickle_is_read_or_refused(
 
 
 def test_records_hold_what_the_file_says_and_no_more() -> None:
-    assert dict(Record.values) == {}
+    assert dict(SavedDataclass.values) == {}
     with pytest.raises(TypeError):
-        Record.values["evil"] = 1  # type: ignore[index]
+        SavedDataclass.values["evil"] = 1  # type: ignore[index]

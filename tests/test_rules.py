@@ -13,7 +13,7 @@ from checks.production import make_subject
 from checks.report import plain_text
 from checks.result import Report
 from checks.rules import RULES, targets_carry_little
-from checks.runner import run
+from checks.runner import run_checks
 from checks.selftest import run_selftest
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
@@ -24,7 +24,7 @@ TINY_TOKENIZER = "configs/models/tiny_gpt_oss"  # speaks harmony as the real one
 
 
 def preflight(config: RunConfig, *codes: str) -> Report:
-    return run(make_subject(config), RULES, select=codes)
+    return run_checks(make_subject(config), RULES, select=codes)
 
 
 def test_every_rule_is_documented_and_checks_md_is_what_the_rules_say() -> None:
@@ -90,7 +90,7 @@ DOCUMENTED: dict[str, tuple[dict[str, str], str]] = {
 @pytest.mark.parametrize("fault", DOCUMENTED)
 def test_a_documented_fault_in_the_real_config_is_red_with_its_code(fault: str) -> None:
     overrides, code = DOCUMENTED[fault]
-    report = run(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)
+    report = run_checks(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)
     red = {outcome.code for outcome in report.outcomes if outcome.red}
     assert red - {"TGT102"} == {code}, plain_text(report)  # that config's q_proj alone is warned of in any case
     assert report.exit_code() == 1

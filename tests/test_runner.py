@@ -22,7 +22,7 @@ from checks.result import (
     jsonable,
 )
 from checks.rule import Fault, Rule, find_rule
-from checks.runner import run
+from checks.runner import run_checks
 from checks.selftest import Trial, run_selftest
 
 
@@ -77,12 +77,12 @@ def kinds(report):
 
 
 def test_everything_runs_in_order_and_values_compare():
-    report = run(CLEAN, RULES)
+    report = run_checks(CLEAN, RULES)
     assert [outcome.code for outcome in report.outcomes] == ["CFG101", "HYP201", "ATT202", "LOG203"]
     assert report.outcomes[0] == Outcome(
         "CFG101", "toy-cfg101", "static", "error", "pass", "nothing found", evidence={"looked_for": ["typo"]}
     )
-    assert report == run(CLEAN, RULES)
+    assert report == run_checks(CLEAN, RULES)
     assert (report.config, report.fingerprint) == ("toy.yaml", "f" * 64)
     assert report.exit_code() == 0
 
@@ -101,12 +101,12 @@ def test_everything_runs_in_order_and_values_compare():
     ],
 )
 def test_outcome_of_every_result(result, severity, kind):
-    (outcome,) = run(CLEAN, [replace(says("TOY101", result), severity=severity)]).outcomes
+    (outcome,) = run_checks(CLEAN, [replace(says("TOY101", result), severity=severity)]).outcomes
     assert outcome.outcome == kind
 
 
 def test_a_finding_keeps_its_words():
-    (outcome,) = run(CLEAN, [says("TOY101", FAIL)]).outcomes
+    (outcome,) = run_checks(CLEAN, [says("TOY101", FAIL)]).outcomes
     assert (outcome.message, outcome.expected, outcome.actual, outcome.remedy) == (
         "broken",
         "whole",
@@ -116,7 +116,7 @@ def test_a_finding_keeps_its_words():
 
 
 def test_a_crash_names_the_error_and_keeps_the_traceback_and_the_others():
-    report = run(CLEAN, [says("TOY101", KeyError("x")), HYP])
+    report = run_checks(CLEAN, [says("TOY101", KeyError("x")), HYP])
     crash, after = report.outcomes
     assert crash.message == "crashed: KeyError: 'x'"
     assert "Traceback" in crash.evidence["traceback"]
@@ -129,13 +129,13 @@ def test_an_interrupt_is_not_a_crash():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(CLEAN, [replace(HYP, run=check)])
+        run_checks(CLEAN, [replace(HYP, check=check)])
 
 
 @pytest.mark.parametrize("root", [FAIL, ValueError("boom")])
 def test_dependents_are_blocked_by_the_root_cause(root):
     rules = [says("ONE101", root), looks_for("TWO102", requires=("ONE101",)), looks_for("TRE103", requires=("TWO102",))]
-    report = run(CLEAN, rules)
+    report = run_checks(CLEAN, rules)
     assert [outcome.blocked_by for outcome in report.outcomes] == [None, "ONE101", "ONE101"]
     assert [outcome.outcome for outcome in report.outcomes[1:]] == ["blocked", "blocked"]
     assert report.outcomes[2].message == "blocked by ONE101"
@@ -143,12 +143,12 @@ def test_dependents_are_blocked_by_the_root_cause(root):
 
 @pytest.mark.parametrize("harmless", [Pass("fine"), Skip("no data"), Warn("odd", "even", "odd", "round it")])
 def test_what_did_not_fail_blocks_nothing(harmless):
-    report = run(CLEAN, [says("ONE101", harmless), looks_for("TWO102", requires=("ONE101",))])
+    report = run_checks(CLEAN, [says("ONE101", harmless), looks_for("TWO102", requires=("ONE101",))])
     assert report.outcomes[1].outcome == "pass"
 
 
 def test_an_unselected_requirement_is_taken_to_be_fine():
-    report = run(Subject(frozenset({"rank"})), RULES, select=["ATT202"])
+    report = run_checks(Subject(frozenset({"rank"})), RULES, select=["ATT202"])
     assert kinds(report) == {"ATT202": "pass"}
 
 
@@ -164,7 +164,7 @@ def test_an_unselected_requirement_is_taken_to_be_fine():
     ],
 )
 def test_selection(stages, select, codes):
-    report = run(CLEAN, RULES, stages=stages, select=select)
+    report = run_checks(CLEAN, RULES, stages=stages, select=select)
     assert [outcome.code for outcome in report.outcomes] == codes
 
 
@@ -183,17 +183,17 @@ def test_selection(stages, select, codes):
 )
 def test_usage_errors_say_what_to_write(arguments, words):
     with pytest.raises(UsageError) as error:
-        run(CLEAN, RULES, **arguments)
+        run_checks(CLEAN, RULES, **arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_no_rules_is_no_all_clear():
     with pytest.raises(UsageError, match="nothing would be checked"):
-        run(CLEAN, [])
+        run_checks(CLEAN, [])
 
 
 def test_an_ignored_finding_stays_visible_and_lets_dependents_run():
-    report = run(Subject(frozenset({"rank", "leak"})), RULES, ignore={"hyp201": "wanted"})
+    report = run_checks(Subject(frozenset({"rank", "leak"})), RULES, ignore={"hyp201": "wanted"})
     _, ignored, dependent, _ = report.outcomes
     assert (ignored.outcome, ignored.message) == ("warn", "ignored (wanted): found rank")
     assert ignored.remedy == "remove rank"
@@ -204,23 +204,23 @@ def test_an_ignored_finding_stays_visible_and_lets_dependents_run():
 @pytest.mark.parametrize("fail_level", ["warn", "error"])
 def test_ignoring_every_finding_passes_at_every_fail_level(fail_level):
     reasons = {"HYP201": "wanted", "LOG203": "quiet"}
-    report = run(Subject(frozenset({"rank", "noise"})), RULES, ignore=reasons)
+    report = run_checks(Subject(frozenset({"rank", "noise"})), RULES, ignore=reasons)
     assert kinds(report) == {"CFG101": "pass", "HYP201": "warn", "ATT202": "pass", "LOG203": "warn"}
     assert report.exit_code(fail_level) == 0
     assert report.unused_ignores == ()
 
 
 def test_an_ignored_crash_is_a_warning():
-    report = run(CLEAN, [says("TOY101", ValueError("boom"))], ignore={"TOY101": "reported"})
+    report = run_checks(CLEAN, [says("TOY101", ValueError("boom"))], ignore={"TOY101": "reported"})
     assert report.outcomes[0].message == "ignored (reported): crashed: ValueError: boom"
     assert report.exit_code() == 0
 
 
 def test_ignoring_what_passes_is_reported():
     rules = [CFG, says("SKP102", Skip("no data")), LOG]
-    report = run(CLEAN, rules, ignore={"LOG203": "a", "SKP102": "b"}, select=["CFG101", "SKP102", "LOG203"])
+    report = run_checks(CLEAN, rules, ignore={"LOG203": "a", "SKP102": "b"}, select=["CFG101", "SKP102", "LOG203"])
     assert report.unused_ignores == ("LOG203",)
-    assert run(CLEAN, rules, ignore={"LOG203": "a"}, select=["CFG101"]).unused_ignores == ()
+    assert run_checks(CLEAN, rules, ignore={"LOG203": "a"}, select=["CFG101"]).unused_ignores == ()
 
 
 @pytest.mark.parametrize(
@@ -240,19 +240,19 @@ def test_ignoring_what_passes_is_reported():
 def test_exit_codes(results, select, fail_level, code):
     rules = [says(f"TOY10{index}", result) for index, result in enumerate(results)]
     chosen = {"select": [rule.code for rule in rules]} if select else {}
-    assert run(CLEAN, rules, **chosen).exit_code(fail_level) == code
+    assert run_checks(CLEAN, rules, **chosen).exit_code(fail_level) == code
     stages = {"stages": ["twin"]} if select else {}
-    assert run(CLEAN, rules, **stages).exit_code(fail_level) == code
+    assert run_checks(CLEAN, rules, **stages).exit_code(fail_level) == code
 
 
 def test_the_observer_hears_of_every_rule_that_runs():
     heard = []
-    run(Subject(frozenset({"rank"})), RULES, observe=lambda rule: heard.append(rule.code))
+    run_checks(Subject(frozenset({"rank"})), RULES, observe=lambda rule: heard.append(rule.code))
     assert heard == ["CFG101", "HYP201", "LOG203"]
 
 
 def test_json_has_exactly_the_agreed_keys():
-    report = run(Subject(frozenset({"rank"})), RULES, ignore={"CFG101": "why"})
+    report = run_checks(Subject(frozenset({"rank"})), RULES, ignore={"CFG101": "why"})
     document = report.to_json()
     assert list(document) == ["schema", "version", "config", "fingerprint", "outcomes", "summary"]
     assert list(document["outcomes"][1]) == [
@@ -282,7 +282,7 @@ values = st.recursive(
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(), values))
 def test_any_evidence_survives_strict_json(evidence):
-    report = run(CLEAN, [says("TOY101", Pass("fine", evidence)), says("TOY102", FAIL)], ignore={"TOY101": "x"})
+    report = run_checks(CLEAN, [says("TOY101", Pass("fine", evidence)), says("TOY102", FAIL)], ignore={"TOY101": "x"})
     text = json.dumps(report.to_json(), allow_nan=False)
     assert Report.from_json(json.loads(text)) == report
 
@@ -332,7 +332,7 @@ def crashes_on(name):
         assert name not in subject.defects
         return Pass("fine")
 
-    return replace(looks_for("TOY204"), run=check, faults=(defect(name),))
+    return replace(looks_for("TOY204"), check=check, faults=(defect(name),))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from d2l.data.chat.format import ChatFormat
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, read_records
 from d2l.errors import DataError
-from d2l.train.teacher import teach
+from d2l.train.teacher import add_teacher_logprobs
 
 CONFIG = Path("configs/needle_tiny.yaml")
 TOP_K = 5
@@ -61,7 +61,7 @@ def distribution(base: PreTrainedModel, chat: ChatFormat, record: Record, positi
 def test_every_token_gets_the_bases_likeliest_with_the_document_in_the_prompt(
     base: PreTrainedModel, chat: ChatFormat, records: list[Record], packed_tokens: int
 ) -> None:
-    taught = teach(records, base, chat, top_k=TOP_K, packed_tokens=packed_tokens)
+    taught = add_teacher_logprobs(records, base, chat, top_k=TOP_K, packed_tokens=packed_tokens)
     for record, result in zip(records, taught, strict=True):
         assert replace(result, logprobs_vals=None, logprobs_indices=None) == record
         assert result.logprobs_vals is not None
@@ -76,7 +76,7 @@ def test_every_token_gets_the_bases_likeliest_with_the_document_in_the_prompt(
 
 
 def test_the_teacher_has_read_the_document(base: PreTrainedModel, chat: ChatFormat, records: list[Record]) -> None:
-    for result in teach(records, base, chat, top_k=1, packed_tokens=512):
+    for result in add_teacher_logprobs(records, base, chat, top_k=1, packed_tokens=512):
         said = [chat.decode([row[0] for row in ids]) for ids in result.logprobs_indices or ()]
         right = sum(" ".join(answer.split()) in text for text, answer in zip(said, result.responses, strict=True))
         assert right >= len(said) - 1, said
@@ -85,7 +85,7 @@ def test_the_teacher_has_read_the_document(base: PreTrainedModel, chat: ChatForm
 def test_a_kl_run_takes_the_records_as_they_are(
     base: PreTrainedModel, chat: ChatFormat, records: list[Record], config: RunConfig
 ) -> None:
-    taught = teach(records, base, chat, top_k=TOP_K, packed_tokens=512)
+    taught = add_teacher_logprobs(records, base, chat, top_k=TOP_K, packed_tokens=512)
     kl = config.model_copy(update={"loss": "kl", "curriculum": (), "cache": False})
     rows = Components(kl, records=taught).rows
     values = [row for it in rows for query in it.queries for row in query.logprobs_vals or ()]
@@ -99,8 +99,8 @@ def test_an_earlier_teacher_is_replaced(base: PreTrainedModel, chat: ChatFormat,
         replace(it, logprobs_vals=tuple(own), logprobs_indices=tuple(own))
         for it, own in zip(records, table, strict=True)
     ]
-    again = teach(first, base, chat, top_k=TOP_K, packed_tokens=512)
-    assert again == teach(records, base, chat, top_k=TOP_K, packed_tokens=512)
+    again = add_teacher_logprobs(first, base, chat, top_k=TOP_K, packed_tokens=512)
+    assert again == add_teacher_logprobs(records, base, chat, top_k=TOP_K, packed_tokens=512)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_cannot_be_taught_is_refused(
 ) -> None:
     record = replace(records[0], context=" ".join(["cat 1 2"] * words))
     with pytest.raises(DataError, match=message):
-        teach([record], base, chat, top_k=top_k, packed_tokens=512)
+        add_teacher_logprobs([record], base, chat, top_k=top_k, packed_tokens=512)
 
 
 def d2l(*arguments: object) -> Result:

@@ -21,7 +21,7 @@ from d2l.data.chat.format import ChatFormat, Encoded, chat_format, load_tokenize
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record, read_records
 from d2l.data.tokenize import (
-    IGNORED,
+    IGNORE_INDEX,
     Query,
     Row,
     labels_from_mask,
@@ -69,7 +69,7 @@ def record(words: int = 5, answers: Sequence[str] = ("bb",), source: str = "a.js
 def test_a_record_becomes_a_row() -> None:
     tokenized = tokenize_records([record(4, ["bb", "bb ccc"])], CHAT, Limits())
     question = (USER, 15, 13, ASSISTANT)
-    ignored = (IGNORED,) * 4
+    ignored = (IGNORE_INDEX,) * 4
     assert tokenized.rows == (
         Row(
             record=0,
@@ -411,7 +411,7 @@ def test_real_documents_with_the_real_tokenizer(shared: Path) -> None:
         ids = [i for chunk in row.chunks for i in chunk[len(prefix) : len(chunk) - len(suffix)]]
         assert chat.tokenizer.decode(ids) == records[row.record].context
     answers = [
-        chat.tokenizer.decode([label for label in query.labels if label != IGNORED])
+        chat.tokenizer.decode([label for label in query.labels if label != IGNORE_INDEX])
         for row in tokenized.rows
         for query in row.queries
     ]

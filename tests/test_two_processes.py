@@ -12,7 +12,7 @@ from support.tiny_model import random_rows, tiny_model
 from support.two_processes import config_for
 
 from d2l.checkpoint import load_checkpoint, step_folder
-from d2l.train.loop import METRICS, Trainer, run
+from d2l.train.loop import METRICS, Trainer, train_steps
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 
     config = config_for(processes=1)
     alone = Trainer(tiny_model(config), random_rows(), config)
-    expected = [step.record() for step in run(alone, tmp_path)]
+    expected = [step.to_json() for step in train_steps(alone, tmp_path)]
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     assert len(lines) == len(expected) == 3
     for ours, theirs in zip(lines, expected, strict=True):

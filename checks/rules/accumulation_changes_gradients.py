@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from checks.subject import Implementation, Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Gradient of the whole step, packed and accumulated."""
     rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
     config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
@@ -71,6 +71,6 @@ RULE = Rule(
     severity="error",
     source="failure mode 11; transformers#34191",
     requires=("ATT201",),
-    run=run,
+    check=check,
     faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),
 )

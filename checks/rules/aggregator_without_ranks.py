@@ -42,7 +42,7 @@ REMEDY = "set per_rank_gen: true"
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Shape of the latents, then the smallest distance of a rank from the first."""
     config = subject.twin_config
     latents = subject.twin().latents(probe_batch(subject))
@@ -89,7 +89,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 5; failure mode F5",
     requires=("QNT101", "ATT101", "TGT101"),
-    run=run,
+    check=check,
     faults=(
         Fault("per-rank-gen-off", "per_rank_gen: false, the default of the reference", configure(per_rank_gen=False)),
         Fault("rank-broadcast", "one rank is generated and stretched to all", override(build=_broadcast_rank)),

@@ -52,7 +52,7 @@ CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
 REMEDY = "leave chat_template unset to use the shipped one, or put generation tags around what the assistant writes"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Faults of the supervised text of every conversation."""
     if subject.tokenizer is None:
         return Skip(subject.tokenizer_absent)
@@ -131,7 +131,7 @@ RULE = Rule(
     stage="static",
     severity="error",
     source="nine_fixes Fix 8; failure modes F8, 3, 7, 9, 37",
-    run=run,
+    check=check,
     faults=(
         Fault(
             "no-generation-tags", "a template without generation tags, as the official one", _with_template(_tagless)

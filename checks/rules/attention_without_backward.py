@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """The planned implementation against those that can train this model."""
     from checks.subject import changed
     from d2l.base.attention import PER_DOCUMENT
@@ -73,7 +73,7 @@ RULE = Rule(
     stage="static",
     severity="error",
     source="nine_fixes Fix 2; failure modes F2, 10",
-    run=run,
+    check=check,
     faults=(
         Fault(
             "flash-attention",

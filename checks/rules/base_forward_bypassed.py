@@ -49,7 +49,7 @@ class _DoublingLinear(nn.Linear):
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Overridden forwards against doubled weights."""
     plain = subject.twin()
     if not _linears(subject.implementation, plain, subject.config):
@@ -95,7 +95,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 4; failure mode F4",
     requires=("HYP201",),
-    run=run,
+    check=check,
     faults=(
         Fault("linear-forward", "nn.Linear.forward(self, x) is called instead of the module", override(build=_bypass)),
     ),

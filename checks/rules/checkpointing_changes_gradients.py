@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass context_fn=checkpoint_contexts"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Task gradients of one joint backward, checkpointing off and on."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
@@ -141,7 +141,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 7; failure modes F7, 12; peft#2826",
     requires=("LOR202",),
-    run=run,
+    check=check,
     faults=(
         Fault(
             "reentrant",

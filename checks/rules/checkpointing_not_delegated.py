@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Runs of every target Linear in one forward and backward pass."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
@@ -94,7 +94,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 7; failure mode F7",
     requires=("GRD201",),
-    run=run,
+    check=check,
     faults=(
         Fault("not-handed-on", "gradient_checkpointing_enable does nothing", override(build=_not_handed_on)),
         Fault("base-in-eval", "the frozen base is kept in eval mode", override(build=_base_in_eval)),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """The parameters without a gradient."""
     model = subject.twin()
     task, _ = subject.implementation.loss(model, [probe_batch(subject)], subject.twin_config)
@@ -67,6 +67,6 @@ RULE = Rule(
     severity="error",
     source="failure modes 13, 31",
     requires=("LOR202", "LOR203"),
-    run=run,
+    check=check,
     faults=(Fault("detached-latents", "the aggregator's output is detached", override(build=_detached_aggregator)),),
 )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BYTES_PER_VALUE = 4  # everything is in float32
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Bytes kept against bytes free."""
     kept = subject.config.save_total_limit + 1
     size = sum(trained_values(subject)) * BYTES_PER_VALUE
@@ -60,6 +60,6 @@ RULE = Rule(
     severity="error",
     source="failure mode 29; open_lm#154",
     requires=("TGT101", "HYP201"),
-    run=run,
+    check=check,
     faults=(Fault("full-disk", "a thousand bytes are free", override(free_disk=lambda healthy, config: 1000)),),
 )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """LoRAs and logits for two sets of documents."""
     model = subject.twin()
     batch = probe_batch(subject)
@@ -77,6 +77,6 @@ RULE = Rule(
     severity="error",
     source="failure mode 35",
     requires=("HYP201", "LOR202"),
-    run=run,
+    check=check,
     faults=(Fault("constant-features", "the encoder reads a constant", override(build=_constant_features)),),
 )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Cosine and norm ratio of each layer's gradient."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
@@ -104,7 +104,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 1; failure modes F1, 16, 18",
     requires=("QNT101", "LOR202"),
-    run=run,
+    check=check,
     faults=(
         Fault(
             "detached-experts",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """How the plan holds the experts."""
     experts, quantization = subject.plan.experts, subject.plan.quantization
     if experts.value == "dense":
@@ -56,6 +56,6 @@ RULE = Rule(
     stage="static",
     severity="error",
     source="nine_fixes Fix 1; failure mode F1",
-    run=run,
+    check=check,
     faults=(Fault("native-kernels", "transformers' own MXFP4 kernels", configure(expert_weights="native")),),
 )

@@ -53,7 +53,7 @@ REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = sc
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Logits under the bound LoRA, and under PEFT."""
     if MLP_BLOCK in subject.config.target_modules:
         return Skip(NO_FORMAT)
@@ -126,7 +126,7 @@ RULE = Rule(
     severity="error",
     source="failure modes 15, 22",
     requires=("LOR202", "ATT201"),
-    run=run,
+    check=check,
     faults=(
         Fault("alpha-over-r", "lora_alpha is the scale, which PEFT divides by r", override(export=_divided_by_rank)),
         Fault("bias-dropped", "the learned bias is not exported", _plant_without_bias),

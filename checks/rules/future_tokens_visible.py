@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """The change of the logits before an edited last token."""
     model = subject.twin()
     batch = alone(probe_rows(subject))[0]
@@ -89,7 +89,7 @@ RULE = Rule(
     severity="error",
     source="failure mode 33",
     requires=("HYP201",),
-    run=run,
+    check=check,
     faults=(
         Fault("mask-both-ways", "tokens see their whole document, later tokens included", override(build=_both_ways)),
     ),

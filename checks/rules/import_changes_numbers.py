@@ -49,7 +49,7 @@ REMEDY = "import with `d2l import-reference`, every tensor under its own name, a
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Tensors and LoRAs, before and after."""
     if own := _beyond_the_reference(subject.config):
         return Skip(f"the reference has no {own}, so no checkpoint of it could be imported into this configuration")
@@ -163,7 +163,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 6; failure modes F6, 22",
     requires=("LOR202",),
-    run=run,
+    check=check,
     faults=(
         Fault("tensor-skipped", "a tensor stays at its initial value", _spoilt(_skipped)),
         Fault("rounded", "weights go through bfloat16", _spoilt(_halved)),

@@ -38,11 +38,11 @@ from checks.subject import Implementation
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-IGNORED = -100
+IGNORE_INDEX = -100
 REMEDY = "raise max_qas_len and max_packed_inp_len, or shorten the questions; answers must not be truncated"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """The labels of every packed question."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
@@ -87,12 +87,12 @@ def _faults(subject: "Subject", batch: Any) -> list[str]:
         starts += length
         ids, labels = batch.input_ids[0, piece], batch.labels[0, piece]
         record = subject.records[batch.record_ids[context]]
-        kept = labels[labels != IGNORED]
+        kept = labels[labels != IGNORE_INDEX]
         text = subject.tokenizer.decode(kept)
         where = f"record {batch.record_ids[context]} ({record.source})"
         if len(kept) == 0:
             found.append(f"{where}: no label")
-        elif not torch.equal(kept, ids[labels != IGNORED]):
+        elif not torch.equal(kept, ids[labels != IGNORE_INDEX]):
             found.append(f"{where}: labels are not the input's ids")
         elif not any(response.strip() in text for response in record.responses):
             found.append(f"{where}: {text[-60:]!r} holds none of its responses")
@@ -105,7 +105,7 @@ def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) 
     """Questions are truncated from the right, behind the mask check: the last third of the answer is gone."""
 
     def cut(query: Any) -> Any:
-        supervised = sum(label != IGNORED for label in query.labels)
+        supervised = sum(label != IGNORE_INDEX for label in query.labels)
         keep = len(query.input_ids) - max(supervised // 3, 1)
         return replace(query, input_ids=query.input_ids[:keep], labels=query.labels[:keep])
 
@@ -115,7 +115,7 @@ def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) 
 def _no_labels(healthy: Implementation, config: Any, chat: Any, records: Any) -> Any:
     """Every label is lost."""
     return _changed_queries(
-        healthy.rows(config, chat, records), lambda query: replace(query, labels=(IGNORED,) * len(query.labels))
+        healthy.rows(config, chat, records), lambda query: replace(query, labels=(IGNORE_INDEX,) * len(query.labels))
     )
 
 
@@ -131,7 +131,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 8; failure modes F8, 4, 7, 21",
     requires=("LBL101", "DAT301"),
-    run=run,
+    check=check,
     faults=(
         Fault("answers-truncated", "truncation from the right, after the mask was made", override(rows=_cut_answers)),
         Fault("labels-all-ignored", "every label is -100", override(rows=_no_labels)),

@@ -42,7 +42,7 @@ REMEDY = "bind the LoRA for a scope, through hooks on the target Linears that ar
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Four sets of logits."""
     model = subject.twin()
     batch = probe_batch(subject)
@@ -107,7 +107,7 @@ RULE = Rule(
     severity="error",
     source="failure modes 38, 40",
     requires=("HYP201",),
-    run=run,
+    check=check,
     faults=(
         Fault("stays-bound", "a forward without a document uses the last document's LoRA", override(build=_sticky)),
         Fault("never-bound", "the LoRA is generated but not bound", override(build=_never_bound)),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 REMEDY = "keep expert_weights: packed, lower the packed lengths, set gradient_checkpointing: true, or take a larger GPU"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Bytes needed against bytes free."""
     trained, kept = trained_values(subject)
     memory = memory_plan(
@@ -64,6 +64,6 @@ RULE = Rule(
     severity="error",
     source="nine_fixes hardware requirements; failure modes 17, 18",
     requires=("ATT101", "TGT101", "HYP201"),
-    run=run,
+    check=check,
     faults=(Fault("small-gpu", "a GPU with a thousand bytes free", override(free_memory=lambda healthy: 1000)),),
 )

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Differences to an edited neighbour's and to alone, for the LoRAs, the logits under them, and the base's own logits."""
     model = subject.twin()
     rows = probe_rows(subject)
@@ -129,7 +129,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 2; failure modes F2, 1, 2; transformers#39997",
     requires=("LOR202", "ATT202"),
-    run=run,
+    check=check,
     faults=(
         Fault(
             "no-mask",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Which quantization the plan carries out."""
     choice = subject.plan.quantization
     evidence = {"quantization": choice.value, "reason": choice.reason}
@@ -55,6 +55,6 @@ RULE = Rule(
     stage="static",
     severity="error",
     source="nine_fixes Fix 3; failure modes F3, 18",
-    run=run,
+    check=check,
     faults=(Fault("bitsandbytes", "quantize_ctx_encoder: true", configure(quantize_ctx_encoder=True)),),
 )

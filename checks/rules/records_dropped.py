@@ -37,7 +37,7 @@ LARGEST_SHARE = 0.1
 REMEDY = "raise the limit that is named, or set max_ctx_chunk_len to split long documents"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Questions kept, and why others are not."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
@@ -85,6 +85,6 @@ RULE = Rule(
     severity="error",
     source="failure mode 6",
     requires=("LBL101",),
-    run=run,
+    check=check,
     faults=(Fault("tight-budget", "at least half of the documents exceed max_packed_ctx_len", _plant_tight_budget),),
 )

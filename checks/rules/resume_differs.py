@@ -43,7 +43,7 @@ EXACT = 1e-5
 REMEDY = "keep tensors in safetensors, the rest in JSON, and restore optimizer, schedule, data position and RNG"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Two steps against one, a save, a load and one more."""
     straight = _trainer(subject, seed=0)
     _, expected = straight.step(), straight.step()
@@ -114,7 +114,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 6; failure modes F6, 27, 28",
     requires=("STP201",),
-    run=run,
+    check=check,
     faults=(
         Fault("config-in-state-dict", "a configuration object among the tensors", override(save=_with_config_object)),
         Fault("moments-lost", "the optimizer starts anew", override(load=_without_moments)),

@@ -47,7 +47,7 @@ RECORDS = 2
 REMEDY = "key the cache by everything that shapes rows, or remove its folder and set cache: false"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Rows through one cache against rows without, for inputs that differ in one thing each."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
@@ -124,7 +124,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes, rm -rf data/processed_datasets; failure modes 5, 36",
     requires=("LBL101", "DAT301", "LBL301"),
-    run=run,
+    check=check,
     faults=(
         Fault("key-without-template", "another chat template meets the old rows", _key_without("template")),
         Fault("key-without-data", "another document meets the old rows", _key_without("data")),

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 GUARD = "require a finite loss and gradient norm before every optimizer.step()"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Two steps, then one that has to be refused."""
     model: Any = subject.twin()
     trainer = subject.implementation.trainer(model, probe_rows(subject), subject.twin_config)
@@ -113,7 +113,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes sanity test; failure modes 4, 10",
     requires=("GRD201", "GRD204"),
-    run=run,
+    check=check,
     faults=(
         Fault("no-guard", "a non-finite step is swallowed and taken", override(trainer=_unguarded)),
         Fault("empty-optimizer", "the optimizer holds no parameter", override(trainer=_frozen_optimizer)),

@@ -43,7 +43,7 @@ GUESSED = 0.55  # a value of the document: one of two, or both alike by chance
 HALF_WAY = (1 + GUESSED) / 2
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """The best of the targets that were measured."""
     names = subject.config.target_modules
     known = {name: MEASURED[name] for name in names if name in MEASURED}
@@ -68,7 +68,7 @@ RULE = Rule(
     stage="static",
     severity="warning",
     source="experiments/targets.md",
-    run=run,
+    check=check,
     requires=("TGT101",),
     faults=(
         Fault("queries-only", "a LoRA on q_proj alone, as documented", configure(target_modules=("q_proj",))),

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v_proj, o_proj; or mlp, the whole block"
 
 
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Names × layers, requested and found."""
     from d2l.base.load import skeleton
 
@@ -89,7 +89,7 @@ RULE = Rule(
     stage="static",
     severity="error",
     source="nine_fixes Fix 9; failure modes F9, 14",
-    run=run,
+    check=check,
     faults=(
         Fault("experts", "the experts' parameters as targets", configure(target_modules=("gate_up_proj",))),
         Fault("partial-match", "a name that matches nothing beside one that does, dropped silently", _plant_partial),

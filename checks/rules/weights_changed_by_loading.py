@@ -44,7 +44,7 @@ REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_o
 
 
 @torch.no_grad()
-def run(subject: "Subject") -> Result:
+def check(subject: "Subject") -> Result:
     """Every tensor and the logits, before and after the disk."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
@@ -112,7 +112,7 @@ RULE = Rule(
     severity="error",
     source="nine_fixes Fix 1; failure modes F1, 32, 34",
     requires=("QNT101", "QNT102", "HYP201"),
-    run=run,
+    check=check,
     faults=(
         Fault("nibbles-swapped", "odd and even elements change places", override(load_base=_spoilt(_swapped_nibbles))),
         Fault(

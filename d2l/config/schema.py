@@ -20,7 +20,7 @@ TAUGHT_LOSSES: frozenset[LossName] = frozenset(
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Stage(BaseModel):
+class CurriculumStage(BaseModel):
     """One stage of a curriculum of generated needles."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,7 +87,9 @@ class RunConfig(BaseModel):
     needle_digits: Digits = 2
     needle_style: Literal["sentences", "pairs"] = "sentences"
     needle_filler_words: Annotated[int, Field(ge=0, description="words of filler text")] = 16
-    curriculum: tuple[Stage, ...] = Field((), description="needles in stages; instead of needle_pairs and the like")
+    curriculum: tuple[CurriculumStage, ...] = Field(
+        (), description="needles in stages; instead of needle_pairs and the like"
+    )
     max_ctx_len: Length = -1
     max_qas_len: Length = 2048
     max_qas_per_sample: Length = -1
@@ -155,7 +157,9 @@ class RunConfig(BaseModel):
 
     @field_validator("curriculum")
     @classmethod
-    def _curriculum_is_of_needles(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+    def _curriculum_is_of_needles(
+        cls, value: tuple[CurriculumStage, ...], info: ValidationInfo
+    ) -> tuple[CurriculumStage, ...]:
         if value and info.data.get("train_ds_names") != (NEEDLE,):
             raise ValueError(f"its stages are generated: needs train_ds_names: [{NEEDLE}] and nothing else")
         if value and info.data.get("max_train_samples_per_ds") is not None:
@@ -189,12 +193,14 @@ class RunConfig(BaseModel):
         return self.loss in TAUGHT_LOSSES
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[CurriculumStage, ...]:
         """The stages of the run's generated needles; a single one without a curriculum."""
-        single = Stage(pairs=self.needle_pairs, digits=self.needle_digits, filler_words=self.needle_filler_words)
+        single = CurriculumStage(
+            pairs=self.needle_pairs, digits=self.needle_digits, filler_words=self.needle_filler_words
+        )
         return self.curriculum or (single,)
 
-    def documents_of(self, stage: Stage) -> int:
+    def documents_of(self, stage: CurriculumStage) -> int:
         """The number of documents that are generated for a stage."""
         return self.needle_documents if stage.documents is None else stage.documents
 

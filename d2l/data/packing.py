@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2l.data.tokenize import IGNORED, Row
+from d2l.data.tokenize import IGNORE_INDEX, Row
 
 _JITTER = 0.1  # of a row's size when it is put in order: other groups for every seed, at no measurable cost in fill
 _BINS_PER_WINDOW = 256  # fewer waste more in each window's last batches, more take longer; see benchmarks/packing.py
@@ -54,7 +54,7 @@ class PackedBatch:
     @property
     def n_labels(self) -> int:
         """Supervised tokens."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
     @property
     def n_tokens(self) -> int:

@@ -16,7 +16,7 @@ from d2l.data.logprobs import check_logprobs, first_of_each_k
 from d2l.data.records import Record, listing
 from d2l.errors import ConfigError, DataError
 
-IGNORED = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
+IGNORE_INDEX = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
 
 Ids = tuple[int, ...]
 OnProgress = Callable[[int, int], None]  # is told how many records are done, and of how many
@@ -37,12 +37,12 @@ class Query:
 
     def __post_init__(self) -> None:
         assert len(self.labels) == len(self.input_ids) > 0
-        assert self.labels[0] == IGNORED
+        assert self.labels[0] == IGNORE_INDEX
 
     @property
     def n_labels(self) -> int:
         """Supervised tokens."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _query(record: Record, position: int, chat: ChatFormat) -> Query:
         ]
     )
     labels = labels_from_mask(encoded.input_ids, encoded.supervised)
-    n_labels = len(labels) - labels.count(IGNORED)
+    n_labels = len(labels) - labels.count(IGNORE_INDEX)
     if not n_labels:
         raise DoesNotFitError("nothing supervised", "the chat template marks no token of the answer as the assistant's")
     if record.logprobs_vals is None or record.logprobs_indices is None:
@@ -280,7 +280,7 @@ def _query(record: Record, position: int, chat: ChatFormat) -> Query:
 def labels_from_mask(input_ids: Sequence[int], supervised: Sequence[bool]) -> Ids:
     """The ids where supervised, else -100; the first token, which nothing predicts, is never supervised."""
     marked = zip(input_ids[1:], supervised[1:], strict=True)
-    return (IGNORED, *(token if on else IGNORED for token, on in marked))
+    return (IGNORE_INDEX, *(token if on else IGNORE_INDEX for token, on in marked))
 
 
 def split_queries(queries: Sequence[Query], limits: Limits) -> list[tuple[Query, ...]]:

@@ -30,7 +30,7 @@ from d2l.evaluation.scores import (
 )
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import answer_text, document_in_chunks, generate, internalize, prompt_ids, stop_ids
-from d2l.inference.load import Trained
+from d2l.inference.load import TrainedModel
 from d2l.train.losses import label_positions
 
 
@@ -45,13 +45,13 @@ class Evaluation:
     by_chunks: tuple[Group, ...]
     answers: tuple[Answered, ...]
 
-    def record(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
 
 def evaluate(
-    trained: Trained,
+    trained: TrainedModel,
     records: Sequence[Record],
     *,
     seed: int = 0,
@@ -101,7 +101,7 @@ class _Document:
     chunks: int
 
 
-def _measured(trained: Trained, index: int, record: Record) -> _Document:
+def _measured(trained: TrainedModel, index: int, record: Record) -> _Document:
     chunks = document_in_chunks(trained, record.context)
     around = sum(map(len, trained.chat.context_affixes()))
     return _Document(index, sum(map(len, chunks)) - around * len(chunks), len(chunks))
@@ -122,7 +122,12 @@ def _other_documents(records: Sequence[Record], generator: random.Random) -> lis
 
 
 def _ask_all(
-    trained: Trained, lora: Lora | None, record: Record, document: _Document, condition: Condition, max_new_tokens: int
+    trained: TrainedModel,
+    lora: Lora | None,
+    record: Record,
+    document: _Document,
+    condition: Condition,
+    max_new_tokens: int,
 ) -> list[Answered]:
     """Answers to all questions of one record, with the likelihood of the expected ones."""
     said = _generated(trained, lora, record.prompts, max_new_tokens)
@@ -145,7 +150,7 @@ def _ask_all(
     ]
 
 
-def _generated(trained: Trained, lora: Lora | None, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+def _generated(trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int) -> list[str]:
     """Greedy answers; questions of equal length are answered together."""
     prompts = [prompt_ids(trained.chat, question) for question in questions]
     stop = stop_ids(trained)
@@ -168,7 +173,7 @@ def _repeated(lora: Lora, count: int) -> Lora:
 
 
 @torch.no_grad()
-def _likelihoods(trained: Trained, lora: Lora | None, record: Record) -> list[tuple[float, int]]:
+def _likelihoods(trained: TrainedModel, lora: Lora | None, record: Record) -> list[tuple[float, int]]:
     """Of each expected answer: its negative log-likelihood in nats, and its supervised tokens."""
     plain = replace(record, logprobs_vals=None, logprobs_indices=None)
     part = tokenize_record(0, plain, trained.chat, Limits(), None)

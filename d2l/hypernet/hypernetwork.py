@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 from d2l.hypernet.lora import Lora
-from d2l.hypernet.perceiver import PUBLISHED_HEADS, Heads, Perceiver, Segments
+from d2l.hypernet.perceiver import PUBLISHED_HEADS, AttentionHeads, Perceiver, Segments
 
 MLP_RATIO = 4
 ZERO_LATENT = 1e-6  # a latent shorter than this is not stretched to length 1: a zero latent stays zero
@@ -30,7 +30,7 @@ class HypernetShape:
         modules: (d_in, d_out) of each target module, the same in every layer.
         n_layers: decoder layers of the base.
         feature_size: hidden size of the context encoder.
-        layer_to_layer: whether the context encoder gives features of every layer, or one set of features.
+        per_layer_features: whether the context encoder gives features of every layer, or one set of features.
         use_bias: whether a learned LoRA that no document changes is added to every document's.
         per_layer_processing: whether the residual MLPs before the head have weights of their own for every layer.
         The others: see `Perceiver`.
@@ -39,12 +39,12 @@ class HypernetShape:
     modules: Mapping[str, tuple[int, int]]
     n_layers: int
     feature_size: int
-    layer_to_layer: bool
+    per_layer_features: bool
     linear_projection: bool = False
     query_scale: float = 1.0
     rank: int
     latent_size: int
-    heads: Heads = PUBLISHED_HEADS
+    heads: AttentionHeads = PUBLISHED_HEADS
     n_latent_queries: int
     num_blocks: int
     num_self_attn_per_block: int
@@ -63,12 +63,12 @@ class HypernetShape:
             modules=modules,
             n_layers=n_layers,
             feature_size=feature_size,
-            layer_to_layer=config.ctx_encoder_type == "per_layer_activations",
+            per_layer_features=config.ctx_encoder_type == "per_layer_activations",
             linear_projection=config.ctx_encoder_type == "concat_layers",
             query_scale=config.perceiver_query_scale,
             rank=config.lora_r,
             latent_size=config.latent_size,
-            heads=Heads(config.perceiver_heads, config.perceiver_head_dim),
+            heads=AttentionHeads(config.perceiver_heads, config.perceiver_head_dim),
             n_latent_queries=config.n_latent_queries,
             num_blocks=config.num_blocks,
             num_self_attn_per_block=config.num_self_attn_per_block,
@@ -113,7 +113,7 @@ class Hypernetwork(nn.Module):
             num_self_attn_per_block=shape.num_self_attn_per_block,
             shared_weights=shape.shared_weights,
             per_rank_gen=shape.per_rank_gen,
-            layer_to_layer=shape.layer_to_layer,
+            per_layer_features=shape.per_layer_features,
             linear_projection=shape.linear_projection,
             query_scale=shape.query_scale,
         )

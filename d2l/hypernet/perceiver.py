@@ -21,7 +21,7 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionHeads:
     """Of the Perceiver's attentions.
 
     Attributes:
@@ -38,7 +38,7 @@ class Heads:
         return self.count // QUERIES_PER_KEY
 
 
-PUBLISHED_HEADS = Heads(count=16, size=128)
+PUBLISHED_HEADS = AttentionHeads(count=16, size=128)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention, not causal and without positions."""
 
-    def __init__(self, latent_size: int, heads: Heads) -> None:
+    def __init__(self, latent_size: int, heads: AttentionHeads) -> None:
         super().__init__()
         self.heads = heads
         queries, keys = heads.count * heads.size, heads.keys * heads.size
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Cross-attention to a context, or self-attention among the latents; then a SwiGLU. Norms before and after each."""
 
-    def __init__(self, latent_size: int, heads: Heads, *, cross: bool) -> None:
+    def __init__(self, latent_size: int, heads: AttentionHeads, *, cross: bool) -> None:
         super().__init__()
         self.input_latents_layernorm = RMSNorm(latent_size, NORM_EPS)
         self.input_context_layernorm = RMSNorm(latent_size, NORM_EPS) if cross else None
@@ -199,7 +199,7 @@ class Perceiver(nn.Module):
         num_blocks: blocks of one cross-attention layer and `num_self_attn_per_block` self-attention layers.
         shared_weights: all blocks share their layers, except that block 0 has a cross-attention of its own.
         per_rank_gen: a latent for every rank; otherwise one for a whole module, and the output lacks the rank axis.
-        layer_to_layer: layer l's latents come from layer l's features alone; otherwise all come from one set.
+        per_layer_features: layer l's latents come from layer l's features alone; otherwise all come from one set.
         linear_projection: features come to the latent size by one Linear instead of the published SwiGLU, whose inner
             width of 4·F is most of the parameters where F is the layers side by side.
         query_scale: factor on the initial query weights. At 1, as published, every latent starts as nearly the same mean over
@@ -214,20 +214,20 @@ class Perceiver(nn.Module):
         n_layers: int,
         n_modules: int,
         rank: int,
-        heads: Heads = PUBLISHED_HEADS,
+        heads: AttentionHeads = PUBLISHED_HEADS,
         n_latent_queries: int,
         num_blocks: int,
         num_self_attn_per_block: int,
         shared_weights: bool,
         per_rank_gen: bool,
-        layer_to_layer: bool,
+        per_layer_features: bool,
         linear_projection: bool = False,
         query_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.n_layers, self.n_modules, self.layer_to_layer = n_layers, n_modules, layer_to_layer
+        self.n_layers, self.n_modules, self.per_layer_features = n_layers, n_modules, per_layer_features
         self.rank = rank if per_rank_gen else None
-        n_outputs = n_modules * (self.rank or 1) * (1 if layer_to_layer else n_layers)
+        n_outputs = n_modules * (self.rank or 1) * (1 if per_layer_features else n_layers)
         layers = _blocks(latent_size, heads, num_blocks, num_self_attn_per_block, shared_weights)
         projection = (
             nn.Linear(feature_size, latent_size, bias=False) if linear_projection else SwiGLU(feature_size, latent_size)
@@ -259,7 +259,7 @@ class Perceiver(nn.Module):
         Raises:
             ModelError: layer-to-layer features do not have L layers.
         """
-        if not self.layer_to_layer:
+        if not self.per_layer_features:
             features = features[:, None]
         elif features.shape[1] != self.n_layers:
             raise ModelError(
@@ -278,7 +278,7 @@ class Perceiver(nn.Module):
         return rearrange(decoded, "(lf n) (lq m r) d -> n (lf lq) m r d", r=self.rank, **axes)
 
 
-def _blocks(latent_size: int, heads: Heads, num_blocks: int, num_self_attn: int, shared: bool) -> list[Layer]:
+def _blocks(latent_size: int, heads: AttentionHeads, num_blocks: int, num_self_attn: int, shared: bool) -> list[Layer]:
     """The encoder's layers, block after block; a shared layer occurs several times."""
 
     def cross_attention() -> Layer:

@@ -16,7 +16,7 @@ from d2l.data.tokenize import Ids, Row, document_chunks
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora, Spans, bind
 from d2l.hypernet.model import DocToLora
-from d2l.inference.load import Trained
+from d2l.inference.load import TrainedModel
 
 _FINAL = "<|channel|>final<|message|>"  # the header of what the user sees, in harmony
 _THINK, _END_THINK = "<think>", "</think>"  # around thoughts; tokens of such models, but seldom special ones
@@ -24,7 +24,7 @@ _PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "c
 
 
 @torch.no_grad()
-def internalize(trained: Trained, document: str) -> Lora:
+def internalize(trained: TrainedModel, document: str) -> Lora:
     """Read a document into a LoRA of one context.
 
     Raises:
@@ -34,7 +34,7 @@ def internalize(trained: Trained, document: str) -> Lora:
     return trained.model.lora(batch.to(trained.model.base.device))
 
 
-def document_in_chunks(trained: Trained, document: str) -> tuple[Ids, ...]:
+def document_in_chunks(trained: TrainedModel, document: str) -> tuple[Ids, ...]:
     """The token chunks in which a document is read: as few as the limits of training allow.
 
     Raises:
@@ -47,7 +47,7 @@ def document_in_chunks(trained: Trained, document: str) -> tuple[Ids, ...]:
         raise DataError(f"the document does not fit the checkpoint: {error}\n{advice}") from error
 
 
-def ask(trained: Trained, lora: Lora | None, question: str, max_new_tokens: int) -> str:
+def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens: int) -> str:
     """The answer under a document's LoRA, or that of the base alone, decoded greedily.
 
     With harmony, an answer is what stands in the final channel: under `content` supervision, which never trains a
@@ -85,7 +85,7 @@ def answer_text(chat: ChatFormat, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def stop_ids(trained: Trained) -> list[int]:
+def stop_ids(trained: TrainedModel) -> list[int]:
     """The tokens that end an answer: the one that training puts there, and those that the model's files name."""
     chat = trained.chat
     if speaks_harmony(chat.tokenizer):

@@ -16,7 +16,7 @@ from d2l.hypernet.model import DocToLora
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What answers questions about documents.
 
     Attributes:
@@ -30,7 +30,7 @@ class Trained:
     config: RunConfig
 
 
-def load_trained(place: Path, model: str | None = None) -> Trained:
+def load_model(place: Path, model: str | None = None) -> TrainedModel:
     """Load a checkpoint's base and put its hypernetwork around it.
 
     Args:
@@ -54,7 +54,7 @@ def load_trained(place: Path, model: str | None = None) -> Trained:
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
     chat, trained = components.chat, components.model
     load_hypernet(trained.hypernet, checkpoint.hypernet)
-    return Trained(trained.to(trained.base.device).eval(), chat, config)
+    return TrainedModel(trained.to(trained.base.device).eval(), chat, config)
 
 
 def _config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:

@@ -41,7 +41,7 @@ def _refuse_state(state: Any) -> None:
     raise pickle.UnpicklingError(f"state of type {type(state).__name__} for an object that has none")
 
 
-class Record:
+class SavedDataclass:
     """An object of a dataclass: its fields as `values`."""
 
     values: Mapping[str, Any] = MappingProxyType({})
@@ -102,7 +102,7 @@ class TorchFile:
         enums: qualified names of enumerations that it may hold.
 
     Attributes:
-        root: what was saved; tensors are `TensorReference`s in it, dataclasses `Record`s.
+        root: what was saved; tensors are `TensorReference`s in it, dataclasses `SavedDataclass`s.
 
     Raises:
         CheckpointError: the file is in another format or damaged, or holds something that is not listed.
@@ -116,7 +116,7 @@ class TorchFile:
             raise CheckpointError(_not_an_archive(path, error)) from error
         try:
             self._folder = self._find_folder()
-            names = dict.fromkeys(records, Record) | dict.fromkeys(enums, EnumMember)
+            names = dict.fromkeys(records, SavedDataclass) | dict.fromkeys(enums, EnumMember)
             self.root: Any = _load(self._read("data.pkl"), names, path)
         except BaseException:
             self._archive.close()

@@ -22,7 +22,7 @@ from d2l.data.records import listing
 from d2l.errors import CheckpointError
 from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
 from d2l.io.atomic import require_absent
-from d2l.reference.inert_pickle import OrderedMapping, Record, TensorReference, TorchFile
+from d2l.reference.inert_pickle import OrderedMapping, SavedDataclass, TensorReference, TorchFile
 
 _RECORDS = (
     "ctx_to_lora.configs.CtxEncoderArguments",
@@ -101,7 +101,7 @@ def _read_fields(source: TorchFile) -> _Fields:
         ("lora_config", hypernet),
     ):
         for key, value in _record(source, holder, name).items():
-            if not isinstance(value, Record) and (name != "lora_config" or key in _LORA_FIELDS):
+            if not isinstance(value, SavedDataclass) and (name != "lora_config" or key in _LORA_FIELDS):
                 fields[f"{name}.{key}"] = value
     layers = fields["hypernet_config.layer_indices"]
     if isinstance(layers, TensorReference):
@@ -111,7 +111,7 @@ def _read_fields(source: TorchFile) -> _Fields:
 
 def _record(source: TorchFile, holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     record = holder.get(name)
-    if not isinstance(record, Record):
+    if not isinstance(record, SavedDataclass):
         raise CheckpointError(f"{source.path}: no {name} in it; expected a checkpoint of the reference's trainer")
     return record.values
 
@@ -166,7 +166,7 @@ def _disagreements(fields: _Fields, config: RunConfig, shape: HypernetShape) -> 
         "aggregator_config.num_layers": (shape.n_layers,),
         "aggregator_config.num_modules": (len(shape.modules),),
         "aggregator_config.num_extra_modules": (0,),
-        "aggregator_config.layer_to_layer_ctx_encoder": (shape.layer_to_layer,),
+        "aggregator_config.layer_to_layer_ctx_encoder": (shape.per_layer_features,),
         "ctx_encoder_args.ctx_encoder_model_name_or_path": (None, config.model_name_or_path),
         "ctx_encoder_args.ctx_encoder_last_layer": (None, shape.n_layers),  # it cuts above features that nobody reads
         "ctx_encoder_args.quantize_ctx_encoder": (False,),

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 from d2l.build import Components
-from d2l.config.schema import RunConfig, Stage
+from d2l.config.schema import CurriculumStage, RunConfig
 from d2l.data.chat.format import ChatFormat, chat_format
 from d2l.data.needles import PAIR_FILLER, PAIR_KEYS, Split, needle_records
 from d2l.errors import ModelError
@@ -55,7 +55,7 @@ class _Batch:
     supervised: Tensor
 
 
-def reader_config() -> GptOssConfig:
+def tiny_base_config() -> GptOssConfig:
     """About 1M parameters, with every part that GPT-OSS has: sinks, sliding and full attention, routed experts."""
     return GptOssConfig(
         num_hidden_layers=4,
@@ -80,7 +80,7 @@ def reader_config() -> GptOssConfig:
     )
 
 
-def reader_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_base_tokenizer() -> PreTrainedTokenizerFast:
     """A token for every word, digit and control token."""
     tokens = [*CONTROL_TOKENS, *WORDS]
     core = Tokenizer(models.WordLevel({token: place for place, token in enumerate(tokens)}, unk_token="<|endoftext|>"))
@@ -99,7 +99,7 @@ class Tasks:
     """Draws batches of the three tasks from one generator.
 
     Args:
-        chat: the format of questions and answers; its tokenizer is `reader_tokenizer()`.
+        chat: the format of questions and answers; its tokenizer is `tiny_base_tokenizer()`.
         seed: same seed, same batches.
     """
 
@@ -176,7 +176,7 @@ class Tasks:
 def pretrain(
     seed: int,
     max_steps: int,
-    goal: Stage,
+    goal: CurriculumStage,
     model: GptOssForCausalLM | None = None,
     learning_rate: float = LEARNING_RATE,
 ) -> Iterator[tuple[GptOssForCausalLM, Progress]]:
@@ -189,12 +189,12 @@ def pretrain(
         model: to go on from, which is changed in place; default: random weights.
         learning_rate: per step, until it can read.
     """
-    chat = reader_chat()
+    chat = tiny_base_chat()
     tasks, heldout = (
         Tasks(chat, seed),
         Tasks(chat, seed + 1).documents(HELDOUT, goal.pairs, goal.digits, goal.filler_words, "heldout", turns=1),
     )
-    model = model or _random_reader(seed)
+    model = model or _random_tiny_base(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     cooled = 0  # measurements since it could first read
     for step in range(1, max_steps + 1):
@@ -213,8 +213,8 @@ def pretrain(
                 return
 
 
-def load_reader(folder: Path) -> GptOssForCausalLM:
-    """A model that `save_reader` wrote, ready to be trained.
+def load_tiny_base(folder: Path) -> GptOssForCausalLM:
+    """A model that `save_tiny_base` wrote, ready to be trained.
 
     Raises:
         ModelError: it is not there, not whole, or not such a model.
@@ -223,7 +223,7 @@ def load_reader(folder: Path) -> GptOssForCausalLM:
     config = RunConfig.model_validate(values)
     components = Components(config)
     tokenizer, model = components.tokenizer, components.base
-    if not isinstance(model, GptOssForCausalLM) or tokenizer.get_vocab() != reader_tokenizer().get_vocab():
+    if not isinstance(model, GptOssForCausalLM) or tokenizer.get_vocab() != tiny_base_tokenizer().get_vocab():
         found = f"{model.config.model_type} with {len(tokenizer):,} tokens"
         raise ModelError(
             f"{folder}: expected a model that `d2l pretrain-tiny` made, found {found}. Give another --start."
@@ -231,12 +231,12 @@ def load_reader(folder: Path) -> GptOssForCausalLM:
     return model.requires_grad_(True).train()
 
 
-def reader_chat() -> ChatFormat:
+def tiny_base_chat() -> ChatFormat:
     """The chat format of the reader: harmony without a system message."""
-    return chat_format(reader_tokenizer(), template=resource(TEMPLATE).read_text(encoding="utf-8"))
+    return chat_format(tiny_base_tokenizer(), template=resource(TEMPLATE).read_text(encoding="utf-8"))
 
 
-def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
+def save_tiny_base(model: GptOssForCausalLM, folder: Path) -> None:
     """Write weights, config and tokenizer, as `save_pretrained` lays them out.
 
     Raises:
@@ -244,20 +244,20 @@ def save_reader(model: GptOssForCausalLM, folder: Path) -> None:
     """
     with written_whole(folder, "model") as partial:
         model.save_pretrained(partial)
-        tokenizer = reader_tokenizer()
+        tokenizer = tiny_base_tokenizer()
         tokenizer.chat_template = resource(TEMPLATE).read_text(encoding="utf-8")
         tokenizer.save_pretrained(partial)
 
 
-def _random_reader(seed: int) -> GptOssForCausalLM:
+def _random_tiny_base(seed: int) -> GptOssForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GptOssForCausalLM._from_config(reader_config(), attn_implementation="eager")
+        model = GptOssForCausalLM._from_config(tiny_base_config(), attn_implementation="eager")
     model.set_experts_implementation("eager")
     return model
 
 
-def _batches(tasks: Tasks, step: int, goal: Stage) -> tuple[_Batch, ...]:
+def _batches(tasks: Tasks, step: int, goal: CurriculumStage) -> tuple[_Batch, ...]:
     """One batch of every task, with documents of all sizes up to the largest."""
     digits = 1 + (step // 4) % goal.digits
     pairs = (2, goal.pairs, 1, goal.pairs)[step % 4]

@@ -6,7 +6,7 @@ What ends a stage is counted in steps and answers, never in seconds: the same co
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2l.config.schema import Stage
+from d2l.config.schema import CurriculumStage
 
 MEMORY = 0.9  # weight of the past in the moving average of exact match: about the last ten steps count
 
@@ -18,7 +18,7 @@ class Curriculum:
         stages: in order; at least one. The last one never ends.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[CurriculumStage]) -> None:
         self._passing = [stage.passing for stage in stages]
         self.stage, self.average = 0, 0.0
 

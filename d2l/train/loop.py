@@ -63,7 +63,7 @@ class StepMetrics:
     label_tokens: int
     seconds: float
 
-    def record(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float]:
         """Return a line of metrics.jsonl; the task's loss stands under its name, such as `ce_loss`."""
         values = asdict(self)
         name = f"{values.pop('loss')}_loss"
@@ -243,7 +243,7 @@ class Trainer:
         return self._packed[1]
 
 
-def run(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
+def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
     """Train to `max_steps`, yielding every step's metrics, and write them and checkpoints into the run's folder.
 
     A checkpoint is written before the first step: a run that cannot save should fail now and not hours later.
@@ -264,7 +264,7 @@ def run(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
             if main:
-                metrics_file.write(json.dumps(metrics.record()) + "\n")
+                metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
                 if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
                     save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))

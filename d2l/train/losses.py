@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2l.config.schema import LossName
 from d2l.data.packing import PackedBatch
-from d2l.data.tokenize import IGNORED
+from d2l.data.tokenize import IGNORE_INDEX
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
 
@@ -70,7 +70,7 @@ def label_positions(batch: PackedBatch) -> Tensor:
 
     The first token of a query has no token before it in its own query, so a label there is never used.
     """
-    return ((batch.labels[0] != IGNORED) & (batch.position_ids[0] > 0)).nonzero().squeeze(-1)
+    return ((batch.labels[0] != IGNORE_INDEX) & (batch.position_ids[0] > 0)).nonzero().squeeze(-1)
 
 
 def label_queries(batch: PackedBatch) -> Tensor:

@@ -15,7 +15,7 @@ _QUINTIC, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _ADAMW_RMS = 0.2  # root mean square of AdamW's usual update; arXiv:2502.16982, section 2.2
 
 
-class Muon(torch.optim.AdamW):
+class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups marked `matrices` take Muon's step: momentum, made orthogonal.
 
     `torch.optim.Muon` takes single matrices only; the weights that a hypernetwork holds for every layer of its base are
@@ -66,7 +66,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 def make_optimizer(hypernet: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """The optimizer that the configuration asks for; see `parameter_groups`."""
     device = next(hypernet.parameters()).device
-    kind = torch.optim.AdamW if config.muon_learning_rate is None else Muon
+    kind = torch.optim.AdamW if config.muon_learning_rate is None else MuonAdamW
     return kind(
         parameter_groups(hypernet, config),
         lr=config.learning_rate,  # the schedule takes the ratio of min_lr to it
@@ -78,7 +78,7 @@ def make_optimizer(hypernet: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 def state_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
     """What the optimizer keeps of each parameter from its first step on."""
-    muon = isinstance(optimizer, Muon)
+    muon = isinstance(optimizer, MuonAdamW)
     return {
         parameter: ("momentum",) if muon and group["matrices"] else ("step", "exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups

@@ -14,7 +14,7 @@ from d2l.config.renamed import with_current_names
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.errors import CheckpointError
-from d2l.train.loop import METRICS, Trainer, run
+from d2l.train.loop import METRICS, Trainer, train_steps
 from d2l.train.processes import processes
 
 CONFIG, PREFLIGHT = "config.yaml", "preflight.json"
@@ -99,8 +99,8 @@ def train(
         (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         (folder / PREFLIGHT).write_text(json.dumps(preflight, indent=1, ensure_ascii=False), encoding="utf-8")
     this.wait_for_everyone()
-    for metrics in run(trainer, folder, fingerprint=preflight["fingerprint"], preflight=preflight["summary"]):
-        on_step(metrics.record())
+    for metrics in train_steps(trainer, folder, fingerprint=preflight["fingerprint"], preflight=preflight["summary"]):
+        on_step(metrics.to_json())
 
 
 def _rewind(folder: Path, step: int) -> None:

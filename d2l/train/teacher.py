@@ -26,7 +26,7 @@ _NO_DOCUMENT = ((0,),)  # a row has a chunk; here nobody reads it
 
 
 @torch.no_grad()
-def teach(
+def add_teacher_logprobs(
     records: Sequence[Record],
     base: PreTrainedModel,
     chat: ChatFormat,

@@ -9,7 +9,7 @@ from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrained
 from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate
-from d2l.data.tokenize import IGNORED, Query, Row
+from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.hypernet.model import DocToLora
 
 VOCABULARY, LAYERS, RANK = 64, 4, 2
@@ -69,11 +69,11 @@ def tiny_base(config: RunConfig | None = None, family: str = "gpt_oss", **change
     return random_base(settings, plan_load(config or run_config(), settings, device="cpu"), seed=0)
 
 
-def tiny_model(config: RunConfig, family: str = "gpt_oss", *, awake: bool = True, **changes: Any) -> DocToLora:
+def tiny_model(config: RunConfig, family: str = "gpt_oss", *, nonzero: bool = True, **changes: Any) -> DocToLora:
     """The whole model.
 
     Args:
-        awake: with `scaler_B` and the bias's B off their zeros, so that LoRAs are not zero and every gradient counts.
+        nonzero: with `scaler_B` and the bias's B off their zeros, so that LoRAs are not zero and every gradient counts.
         changes: of the base's config.
     """
     base = tiny_base(config, family, **changes)
@@ -81,7 +81,7 @@ def tiny_model(config: RunConfig, family: str = "gpt_oss", *, awake: bool = True
         torch.manual_seed(config.seed)
         model = DocToLora(base, config)
         for name, parameter in model.hypernet.named_parameters():
-            if awake and name.startswith(("scaler_B", "bias_B")):
+            if nonzero and name.startswith(("scaler_B", "bias_B")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
@@ -96,7 +96,7 @@ def random_rows(count: int = 6, seed: int = 0, top_k: int | None = None) -> list
     def query() -> Query:
         tokens = ids(generator.randint(5, 9))
         supervised = {generator.randrange(1, len(tokens) - 2), len(tokens) - 1}
-        labels = tuple(token if place in supervised else IGNORED for place, token in enumerate(tokens))
+        labels = tuple(token if place in supervised else IGNORE_INDEX for place, token in enumerate(tokens))
         if top_k is None:
             return Query(tokens, labels)
         logprobs = tuple(tuple(-generator.uniform(2, 4) for _ in range(top_k)) for _ in supervised)

@@ -13,7 +13,7 @@ import torch
 
 from d2l.config.schema import RunConfig
 from d2l.errors import NonFiniteError
-from d2l.train.loop import Trainer, run
+from d2l.train.loop import Trainer, train_steps
 from d2l.train.processes import processes
 from d2l.train.run import new_folder
 from support.tiny_model import random_rows, run_config, tiny_model
@@ -33,7 +33,7 @@ def main(output: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"seen by {rank}").touch()
     trainer = Trainer(tiny_model(config), random_rows(), config)
-    for _ in run(trainer, folder):
+    for _ in train_steps(trainer, folder):
         pass
     if rank == 1:
         with torch.no_grad():

@@ -1,0 +1,44 @@
+"""Judgements on a Doc-to-LoRA run before it starts; `preflight` makes them from Python."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from checks.result import Report
+    from d2l.config.schema import RunConfig
+
+__all__ = ["preflight"]
+
+
+def preflight(
+    config: "RunConfig | Path | str | None" = None,
+    *,
+    stages: Sequence[str] = (),
+    select: Sequence[str] = (),
+    ignore: Mapping[str, str] | None = None,
+) -> "Report":
+    """Run the checks on a configuration, as `d2l preflight` does.
+
+    Args:
+        config: a configuration, or the YAML file of one; None for the embedded tiny GPT-OSS.
+        stages: run the checks of these stages only; empty means all.
+        select: run these checks only, by code or name; empty means all.
+        ignore: code or name of a check → why its finding is acceptable; it becomes a warning.
+
+    Returns:
+        The report: iterating gives one outcome for every check, `ok` is the verdict, `failures` what stands against the run.
+
+    Raises:
+        D2LError: the configuration, the base model or the data cannot be used, or a check or stage does not exist.
+    """
+    from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
+    from checks.rules import RULES
+    from checks.runner import run_checks
+    from d2l.config.load import load_config
+    from d2l.config.schema import RunConfig
+
+    name = "" if isinstance(config, RunConfig) else str(config or "")
+    resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
+    with one_thread():
+        return run_checks(make_subject(resolved, name), RULES, stages=stages, select=select, ignore=ignore)

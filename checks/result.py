@@ -1,7 +1,7 @@
 """What a check says, what the runner makes of it, and the report of a whole run, as values that compare with `==`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any, Literal, get_args
@@ -111,6 +111,24 @@ class Report:
     outcomes: tuple[Outcome, ...]
     unused_ignores: tuple[str, ...] = ()
     required: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        """Yield every outcome, in the order of the rules."""
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        """Return how many checks were asked for."""
+        return len(self.outcomes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run may start: no check failed or crashed, and none that was asked for was left out."""
+        return self.exit_code() == 0
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The outcomes that stand against the run: failures and crashes."""
+        return tuple(outcome for outcome in self.outcomes if outcome.outcome in ("fail", "crash"))
 
     @property
     def seconds(self) -> float:

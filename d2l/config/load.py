@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "configs/tiny_gpt_oss.yaml"
 
 
 def load_config(
-    path: Path | None = None,
+    path: Path | str | None = None,
     overrides: Mapping[str, str] | None = None,
     *,
     model: str | None = None,
@@ -38,7 +38,7 @@ def load_config(
     Raises:
         ConfigError: with every problem, its line in the file and the nearest valid key.
     """
-    path = find_config(path)
+    path = find_config(None if path is None else Path(path))
     values, lines, problems = _read_yaml(path)
     for key, text in (overrides or {}).items():
         try:

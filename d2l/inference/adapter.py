@@ -34,14 +34,14 @@ def require_exportable(names: Collection[str]) -> None:
         )
 
 
-def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path, base_model_name: str) -> int:
+def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path | str, base_model_name: str | None = None) -> int:
     """Write `adapter_model.safetensors` and `adapter_config.json`, chunks and bias along one rank, padding left out.
 
     Args:
         lora: of one context.
         base: the model that it is for, only read.
         folder: new.
-        base_model_name: hub id or folder, under which users of the adapter find the base.
+        base_model_name: hub id or folder, under which users of the adapter find the base; default: the base's own.
 
     Returns:
         The adapter's rank.
@@ -53,6 +53,7 @@ def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path, base_model_n
     """
     if lora.n_contexts != 1:
         raise ValueError(f"an adapter holds the LoRA of one context, this one has {lora.n_contexts}")
+    folder = Path(folder)
     require_absent(folder)
     require_exportable(lora.A)
     lora = _without_padding(lora)
@@ -74,7 +75,7 @@ def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path, base_model_n
         lora_dropout=0.0,
         target_modules=_target_names(base, tensors, list(lora.A)),
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_model_name,
+        base_model_name_or_path=base.name_or_path if base_model_name is None else base_model_name,
         inference_mode=True,
     )
     with written_whole(folder, "adapter") as partial:

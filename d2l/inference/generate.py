@@ -47,7 +47,7 @@ def document_in_chunks(trained: TrainedModel, document: str) -> tuple[Ids, ...]:
         raise DataError(f"the document does not fit the checkpoint: {error}\n{advice}") from error
 
 
-def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens: int) -> str:
+def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens: int = 256) -> str:
     """The answer under a document's LoRA, or that of the base alone, decoded greedily.
 
     With harmony, an answer is what stands in the final channel: under `content` supervision, which never trains a

@@ -30,7 +30,7 @@ class TrainedModel:
     config: RunConfig
 
 
-def load_model(place: Path, model: str | None = None) -> TrainedModel:
+def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     """Load a checkpoint's base and put its hypernetwork around it.
 
     Args:
@@ -41,7 +41,7 @@ def load_model(place: Path, model: str | None = None) -> TrainedModel:
         CheckpointError: there is no whole checkpoint, or it was trained around another base.
         ModelError: the base, its tokenizer or its chat template cannot be used.
     """
-    folder = find_checkpoint(place)
+    folder = find_checkpoint(Path(place))
     checkpoint = load_checkpoint(folder)
     config = _config(checkpoint, folder, model)
     components = Components(config)

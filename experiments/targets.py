@@ -30,7 +30,7 @@ from d2l.data.tokenize import Row
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.train.loop import Trainer
-from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.losses import Normalizer, compute_loss
 from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
 
@@ -174,7 +174,7 @@ def shifted(lora: Lora, by: int) -> Lora:
 
 def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: Normalizer) -> float:
     """The batch's part of the share of questions that are answered without a wrong token."""
-    logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+    logits = model.logits(batch, lora, positions=batch.prediction_positions)
     return float(compute_loss(logits, batch, lora, normalizer).exact_match)
 
 

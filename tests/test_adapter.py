@@ -16,7 +16,7 @@ from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrained
 from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ModelError
-from d2l.hypernet.lora import Lora, Spans, bind, merge_chunks
+from d2l.hypernet.lora import Lora, bind, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 from d2l.inference.adapter import export_adapter
 
@@ -81,7 +81,7 @@ def test_peft_gives_the_logits_of_the_bound_lora(
     base = make_base(family, dtype)
     lora = make_lora(base, FAMILIES[family][1], (chunks,), bias)
     rank = export_adapter(lora, base, tmp_path / "adapter", "some/base")
-    with bind(find_targets(base, list(lora.A)), lora, Spans.rows([2])):
+    with bind(find_targets(base, list(lora.A)), lora, rows=[2]):
         expected = base(IDS).logits
     adapter = load_adapter(base, tmp_path / "adapter")
     effect = error(base(IDS).logits, expected)

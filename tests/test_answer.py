@@ -20,7 +20,7 @@ from d2l.data.limits import Limits
 from d2l.data.packing import collate
 from d2l.data.tokenize import Row, document_chunks
 from d2l.errors import CheckpointError, DataError, ModelError
-from d2l.hypernet.lora import Lora, Spans, bind
+from d2l.hypernet.lora import Lora, bind
 from d2l.inference.generate import answer_text, ask, generate, internalize, prompt_ids, stop_ids
 from d2l.inference.load import TrainedModel, load_model
 
@@ -267,7 +267,7 @@ def test_cached_generation_is_the_argmax_of_whole_forwards(trained: TrainedModel
     for row, lora in enumerate(loras):
         ids = prompt[row : row + 1]
         for _ in range(5):
-            with bind(model.targets, lora, Spans.rows([1])):
+            with bind(model.targets, lora, rows=[1]):
                 logits = model.base(input_ids=ids, use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         assert found[row].tolist() == ids[0, prompt.shape[1] :].tolist()
@@ -288,7 +288,7 @@ def test_generation_of_the_reference(shared: Path) -> None:
     assert_close(lora.A["q_proj"], case["out.combined.q_proj.A"], golden.OUTPUTS, "A")
     assert_close(lora.B["q_proj"], case["out.combined.q_proj.B"], golden.OUTPUTS, "B")
     prompts = case["in.input_ids"]
-    with bind(model.targets, lora, Spans.rows([1, 1])):
+    with bind(model.targets, lora, rows=[1, 1]):
         assert_close(model.base(input_ids=prompts).logits, case["out.logits"], golden.OUTPUTS, "logits")
     found = generate(model, lora, prompts, stop=[], max_new_tokens=8)
     assert torch.cat([prompts, found], dim=1).tolist() == case["out.sequences"].tolist()

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 from d2l.base import attention
-from d2l.base.attention import PER_DOCUMENT, document_grid
+from d2l.base.attention import PER_DOCUMENT
 from d2l.base.masks import packed_masks
+from d2l.base.segments import Segments
 
 VOCABULARY = 32
 
@@ -65,20 +66,10 @@ def test_it_is_eager_attention_in_value_and_gradient(lengths: list[int]) -> None
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_the_grid_holds_every_token_once_in_the_row_of_its_document(lengths: list[int]) -> None:
-    grid = document_grid(positions(lengths))[0, 0].tolist()
-    place = 0
-    for row, length in zip(grid, lengths, strict=True):
-        assert row == [*range(place, place + length), *[-1] * (max(lengths) - length)]
-        place += length
-
-
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8))
 def test_a_short_document_never_pays_for_a_long_one(lengths: list[int]) -> None:
-    groups = attention._of_similar_length(document_grid(positions(lengths))[0, 0])
+    groups = attention._of_similar_length(Segments(tuple(lengths)).grid(torch.device("cpu")))
     assert sum(len(group) for group in groups) == len(lengths)
     assert sum(group.numel() * group.shape[1] for group in groups) <= 4 * sum(length**2 for length in lengths)
 

@@ -15,8 +15,9 @@ import cli
 from checks.reference_file import reference_state, write_reference_file
 from d2l.checkpoint import MANIFEST, load_checkpoint, step_folder
 from d2l.config.schema import RunConfig
-from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
+from d2l.hypernet.hypernetwork import Hypernetwork
 from d2l.hypernet.lora import Lora
+from d2l.hypernet.shape import HypernetShape
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = "The ferry to Brennick leaves at nine."
@@ -80,9 +81,10 @@ def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
 
 def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
     config = RunConfig(lora_r=2, latent_size=4, n_latent_queries=2, num_blocks=1, model_name_or_path="some/base")
-    hypernet = Hypernetwork(HypernetShape.of(config, {"q_proj": (16, 32)}, n_layers=3, feature_size=16))
+    sizes = {"q_proj": (16, 32)}
+    hypernet = Hypernetwork(HypernetShape(config=config, modules=sizes, n_layers=3, feature_size=16))
     base = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4)
-    state = reference_state(hypernet.state_dict(), config, base, {"q_proj": (16, 32)})
+    state = reference_state(hypernet.state_dict(), config, base, sizes)
     write_reference_file(tmp_path / "pytorch_model.bin", state)
     result = d2l("import-reference", tmp_path / "pytorch_model.bin", "-o", tmp_path / "imported")
     assert result.exit_code == 0

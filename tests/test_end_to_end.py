@@ -14,7 +14,7 @@ from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
-from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.losses import Normalizer, compute_loss
 
 pytestmark = pytest.mark.golden
 
@@ -84,12 +84,12 @@ def test_features_loras_and_logits(shared: Path, name: str) -> None:
 def losses_of(case: Case, model: DocToLora, batch: PackedBatch, name: str) -> torch.Tensor:
     """The case's loss of that name, by the production path."""
     lora = model.lora(batch)
-    logits = model.logits(batch, lora, label_positions(batch) - 1)
+    logits = model.logits(batch, lora, batch.prediction_positions)
     loss = compute_loss(
         logits,
         batch,
         lora,
-        Normalizer.of([batch], model.hypernet.shape.rank),
+        Normalizer.of([batch], model.hypernet.shape.config.lora_r),
         loss="kl" if name.startswith("kl") else "ce",
         use_per_ctx_average_loss="perctx" in name,
         l1_coefficient=L1_COEFFICIENT if name.endswith("l1") else 0.0,

@@ -18,7 +18,6 @@ from d2l.evaluation.run import (
 from d2l.evaluation.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
 from d2l.inference.generate import ask, internalize
 from d2l.inference.load import TrainedModel, load_model
-from d2l.train.losses import label_positions
 
 RECORDS = needle_records(documents=3, pairs=2, digits=2, filler_words=8, seed=5, split="heldout")
 NEW_TOKENS = 4
@@ -71,12 +70,12 @@ def test_likelihood_is_that_of_the_training_loss(trained: TrainedModel, evaluati
     lora = internalize(trained, RECORDS[1].context)
     for answer in [it for it in under("document", evaluation) if it.record == 1]:
         batch = collate([Row(0, part.rows[0].chunks, (part.rows[0].queries[answer.query],))])
-        positions = label_positions(batch)
+        labels = batch.labels[0, batch.label_positions]
         with torch.no_grad():
-            logits = trained.model.logits(batch, lora, positions - 1)
-        log_probs = logits.log_softmax(-1)[torch.arange(len(positions)), batch.labels[0, positions]]
+            logits = trained.model.logits(batch, lora, batch.prediction_positions)
+        log_probs = logits.log_softmax(-1).gather(-1, labels[:, None])
         assert answer.nll == pytest.approx(-float(log_probs.sum()), rel=1e-4)
-        assert answer.tokens == len(positions)
+        assert answer.tokens == len(labels)
 
 
 def test_conditions_differ_in_what_they_see(evaluation: Evaluation) -> None:

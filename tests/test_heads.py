@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,16 @@ from support.golden import (
     fill_parameters,
     init_stats,
     load_case,
+    packed_chunks,
     probe_loss,
 )
+from support.hypernet_shapes import hypernet_shape
 from torch import Tensor
 
+from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
-from d2l.hypernet.perceiver import Segments
+from d2l.hypernet.hypernetwork import Hypernetwork
+from d2l.hypernet.shape import HypernetShape
 
 CASES = [
     "hyper_01_plp_q",
@@ -36,56 +38,42 @@ CASES = [
 ]
 REFUSED = ["hyper_07_norank_error", "hyper_08_norank_shared_error"]
 
-TINY = HypernetShape(
-    modules={"q_proj": (10, 14), "o_proj": (6, 4)},
-    n_layers=3,
-    feature_size=12,
-    per_layer_features=True,
-    rank=2,
-    latent_size=8,
-    n_latent_queries=4,
-    num_blocks=1,
-    num_self_attn_per_block=0,
-    shared_weights=False,
-    per_rank_gen=True,
-    per_layer_processing=True,
-    num_pre_head_layers=1,
-    use_bias=True,
-)
+MODULES = {"q_proj": (10, 14), "o_proj": (6, 4)}
+SMALL = {"lora_r": 2, "latent_size": 8, "n_latent_queries": 4, "num_blocks": 1}
+
+
+def tiny_shape(
+    modules: Mapping[str, tuple[int, int]] = MODULES, feature_size: int = 12, **values: Any
+) -> HypernetShape:
+    return hypernet_shape(modules, n_layers=3, feature_size=feature_size, **{**SMALL, **values})
+
+
+def tiny(**values: Any) -> Hypernetwork:
+    torch.manual_seed(0)
+    return Hypernetwork(tiny_shape(**values))
 
 
 def golden_shape(config: Mapping[str, Any]) -> HypernetShape:
     aggregator = config["aggregator"]
     d_in, d_out = config["feature_sizes"]
-    return HypernetShape(
-        modules={name: (d_in[name], d_out[name]) for name in config["target_modules"]},
+    own = ("latent_size", "per_layer_processing", "num_pre_head_layers")
+    of_aggregator = ("n_latent_queries", "num_blocks", "num_self_attn_per_block", "shared_weights", "per_rank_gen")
+    return hypernet_shape(
+        {name: (d_in[name], d_out[name]) for name in config["target_modules"]},
         n_layers=config["n_layers"],
         feature_size=aggregator["feature_size"],
-        per_layer_features=aggregator["layer_to_layer_ctx_encoder"],
-        rank=config["r"],
-        latent_size=config["latent_size"],
-        n_latent_queries=aggregator["n_latent_queries"],
-        num_blocks=aggregator["num_blocks"],
-        num_self_attn_per_block=aggregator["num_self_attn_per_block"],
-        shared_weights=aggregator["shared_weights"],
-        per_rank_gen=aggregator["per_rank_gen"],
-        per_layer_processing=config["per_layer_processing"],
-        num_pre_head_layers=config["num_pre_head_layers"],
-        use_bias=True,
+        per_layer=aggregator["layer_to_layer_ctx_encoder"],
+        lora_r=config["r"],
+        **{key: config[key] for key in own},
+        **{key: aggregator[key] for key in of_aggregator},
     )
 
 
 def golden_hypernetwork(case: Case) -> tuple[Hypernetwork, Tensor, Segments]:
     hypernet = Hypernetwork(golden_shape(case.config))
     fill_parameters(hypernet, case.meta["weights_fill"], case.seed)
-    if case.meta["mode"] == "packed":
-        return hypernet, case["in.ctx_features"], Segments.from_position_ids(case["in.ctx_position_ids"])
-    return hypernet, case["in.ctx_features"], Segments.from_mask(case["in.ctx_attn_mask"])
-
-
-def tiny(**changes: Any) -> Hypernetwork:
-    torch.manual_seed(0)
-    return Hypernetwork(replace(TINY, **changes))
+    case["in.ctx_features"].requires_grad_()
+    return hypernet, *packed_chunks(case)
 
 
 def latents(n: int = 2) -> Tensor:
@@ -102,7 +90,7 @@ class TestParity:
         rows: list[Tensor] = []
         hypernet.head.register_forward_hook(lambda module, args, output: rows.append(output))
 
-        lora = hypernet(features.requires_grad_(), segments)
+        lora = hypernet(features, segments)
         probe_loss([side[key] for key in lora.A for side in (lora.A, lora.B)], case.seed).backward()
 
         assert_close(hypernet.aggregator(features, segments), case["out.lora_emb"], OUTPUTS)
@@ -113,7 +101,7 @@ class TestParity:
             assert_close(lora.B[key], case[f"out.{key}.B"], OUTPUTS)
             assert torch.equal(hypernet.bias().A[key][0], case[f"out.head_bias.{key}.A"])
             assert torch.equal(hypernet.bias().B[key][0], case[f"out.head_bias.{key}.B"])
-        assert_close(features.grad, case["grad.ctx_features"], GRADIENTS, "gradient of the features")
+        assert_close(case["in.ctx_features"].grad, case["grad.ctx_features"], GRADIENTS, "gradient of the features")
         assert assert_gradients(hypernet, case) > 0
 
     @pytest.mark.parametrize("name", REFUSED)
@@ -131,7 +119,7 @@ class TestParity:
 class TestLatents:
     @pytest.mark.parametrize("rank", [1, 2])
     def test_latents_without_ranks_are_refused(self, rank: int) -> None:
-        hypernet = tiny(per_rank_gen=False, rank=rank)
+        hypernet = tiny(per_rank_gen=False, lora_r=rank)
         with pytest.raises(ModelError, match=rf"\[n, 3, 2, {rank}, 8\].*per_rank_gen: true"):
             hypernet(torch.randn(1, 3, 4, 12), Segments((4,)))
 
@@ -196,7 +184,11 @@ class TestRows:
 
     @pytest.mark.parametrize(("rank", "scale"), [(8, 45.254833995939045), (2, 5.656854249492381), (1, 2.0)])
     def test_scale(self, rank: int, scale: float) -> None:
-        assert replace(TINY, rank=rank).scale == pytest.approx(scale, rel=1e-12)
+        assert tiny_shape(lora_r=rank).scale == pytest.approx(scale, rel=1e-12)
+
+    def test_sizes_of_other_modules_than_the_targets_are_refused(self) -> None:
+        with pytest.raises(AssertionError, match=r"target_modules are \['k_proj'\], but there are sizes of \['o_proj'"):
+            tiny_shape(target_modules=("k_proj",))
 
     def test_without_a_bias(self) -> None:
         hypernet = tiny(use_bias=False)
@@ -209,7 +201,7 @@ class TestInitialisation:
     def test_shapes_and_statistics_of_the_reference(self, shared: Path) -> None:
         stats = init_stats(shared)
         expected = stats.pop("__expected__")
-        shape = replace(TINY, modules={"q_proj": (16, 32)}, feature_size=16, rank=8, latent_size=32)
+        shape = tiny_shape({"q_proj": (16, 32)}, feature_size=16, lora_r=8, latent_size=32)
         torch.manual_seed(0)
         hypernet = Hypernetwork(shape)
         assert shape.scale == expected["lora_alpha"]
@@ -226,7 +218,7 @@ class TestInitialisation:
             assert p.mean().item() == pytest.approx(0, abs=5 * reference["std"] / math.sqrt(p.numel())), name
 
     def test_formulas(self) -> None:
-        hypernet = tiny(modules={"q_proj": (64, 96)}, latent_size=64, rank=4)
+        hypernet = tiny(modules={"q_proj": (64, 96)}, latent_size=64, lora_r=4)
         uniform = {
             "layers.0.layers.1.weight": math.sqrt(3 / 64),
             "layers.0.layers.1.bias": math.sqrt(1 / 64),

@@ -17,7 +17,7 @@ from d2l.data.tokenize import Row
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.train.loop import Trainer
-from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.losses import Normalizer, compute_loss
 from d2l.train.processes import OneProcess
 
 STEPS, DOCUMENTS, ASKED = 150, 6000, 200
@@ -59,7 +59,7 @@ def exact_match(model: DocToLora, batches: list[PackedBatch], loras: list[Lora |
     normalizer = Normalizer.of(batches, 1)
     share = 0.0
     for batch, lora in zip(batches, loras, strict=True):
-        logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+        logits = model.logits(batch, lora, positions=batch.prediction_positions)
         share += float(compute_loss(logits, batch, lora or model.lora(batch), normalizer).exact_match)
     return share
 

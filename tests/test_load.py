@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
-from d2l.base.files import local_source, save_mxfp4
+from d2l.base.experts import PackedExperts
+from d2l.base.files import save_mxfp4
 from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
 from d2l.base.masks import packed_masks
-from d2l.base.mxfp4 import PackedExperts
 from d2l.base.twin import twin_config
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
-from d2l.io.resources import resource
+from d2l.io.resources import local_or_shipped, resource
 
 GPT_OSS = read_base_config("openai/gpt-oss-20b")
 TWIN = twin_config(GPT_OSS)
@@ -63,7 +63,7 @@ def test_gpt_oss_20b_is_known_without_a_network() -> None:
     assert GPT_OSS.eos_token_id == 200002
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_gpt_oss", "configs/models/tiny_gpt_oss", "file", "folder"])
+@pytest.mark.parametrize("name", ["configs/models/tiny_gpt_oss", "file", "folder"])
 def test_the_tiny_model_is_found_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = resource("configs/models/tiny_gpt_oss")
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_what_lies_here_goes_before_what_is_shipped(tmp_path: Path, monkeypatch:
     Path("configs/models/tiny_gpt_oss").mkdir(parents=True)
     Path("configs/models/tiny_gpt_oss/config.json").write_text(json.dumps(LLAMA.to_dict()))
     assert read_base_config("configs/models/tiny_gpt_oss").model_type == "llama"
-    assert local_source("some/hub-id") is None
+    assert local_or_shipped("some/hub-id") is None
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "/nowhere/at/all"])

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.lora import Lora, Spans, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.lora import Lora, bind, checkpoint_contexts, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 
 COMBINE = ["combine_01_1", "combine_02_2_1", "combine_03_3_1_2_scalers", "combine_04_2_1_nobias"]
@@ -85,13 +88,11 @@ class TestMerging:
         if config["bias"]:
             bias_rows = [{m: inputs[f"in.{m}.bias_{side}"][None] for m in modules} for side in "AB"]
             bias = Lora(*bias_rows, 1.0)
-        merged = merge_chunks(
-            chunks,
-            config["n_chunks"],
-            bias,
-            scalers=case.tensors.get("in.scalers"),
-            bias_scaler=config["bias_scaler"],
-        )
+        if "in.scalers" in case.tensors:  # the reference scales chunks while it merges them, on A; that is the same
+            chunks = replace(chunks, A={m: a * case["in.scalers"][:, None, None, None] for m, a in chunks.A.items()})
+        if bias is not None and config["bias_scaler"] is not None:  # on A and B
+            bias = Lora(*({m: x * config["bias_scaler"] for m, x in side.items()} for side in (bias.A, bias.B)), 1.0)
+        merged = merge_chunks(chunks, config["n_chunks"], bias)
         outputs = [side[m] for m in modules for side in (merged.A, merged.B)]
         probe_loss(outputs, case.seed, step=0).backward()
         for m in modules:
@@ -217,14 +218,14 @@ class TestDelta:
             linear.bias.copy_(bias)
         x, A, B = (case[f"in.{key}"].requires_grad_() for key in "xAB")
         lora = Lora({"q_proj": A[:, None]}, {"q_proj": B[:, None]}, case.config["scaling"])
-        n_queries, lengths = case.config["n_qs"], case.config["seq_lens"]
+        n_queries = case.config["n_qs"]
         if "packed" in name:
-            queries = iter(lengths)
-            spans = Spans.tokens([sum(next(queries) for _ in range(n)) for n in n_queries])
+            queries = iter(case.config["seq_lens"])
+            lengths = {"tokens": Segments(tuple(sum(next(queries) for _ in range(n)) for n in n_queries))}
         else:
-            spans = Spans.rows(n_queries)
+            lengths = {"rows": n_queries}
 
-        with bind({"q_proj": [linear]}, lora, spans):
+        with bind({"q_proj": [linear]}, lora, **lengths):
             y = linear(x)
         probe_loss([y], case.seed).backward()
 
@@ -246,17 +247,17 @@ class TestDelta:
         packed=st.booleans(),
     )
     def test_equals_a_loop(self, counts: list[int], tokens_per_row: int, packed: bool) -> None:
-        """Empty contexts, equal and ragged spans, packed and padded inputs, inputs without a batch axis."""
+        """Empty contexts, of equal and of other lengths, packed and padded inputs, inputs without a batch axis."""
         torch.manual_seed(0)
         linear, lora = nn.Linear(5, 7).requires_grad_(False), random_lora({"q_proj": (5, 7)}, len(counts), layers=1)
         tokens = 1 if packed else tokens_per_row
-        spans = Spans.tokens(counts) if packed else Spans.rows(counts)
+        lengths = {"tokens": Segments(tuple(counts))} if packed else {"rows": counts}
         rows = torch.randn(sum(counts), tokens, 5, requires_grad=True)
         x = rows.reshape(1, -1, 5) if packed else rows
         owners = [context for context, count in enumerate(counts) for _ in range(count * tokens)]
         probe = torch.randn(sum(counts) * tokens, 7)
 
-        with bind({"q_proj": [linear]}, lora, spans):
+        with bind({"q_proj": [linear]}, lora, **lengths):
             y, flat = linear(x), linear(x.reshape(-1, 5))
         assert y.shape == (*x.shape[:-1], 7)
         assert torch.equal(y.reshape(-1, 7), flat)
@@ -282,7 +283,7 @@ class TestDelta:
 
         with (
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-            bind({"q_proj": [linear]}, lora, Spans.tokens(counts)),
+            bind({"q_proj": [linear]}, lora, Segments(tuple(counts))),
         ):
             linear(x)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in saved}
@@ -294,7 +295,7 @@ class TestDelta:
         for dtype in (torch.float32, torch.bfloat16):
             linear, x = nn.Linear(16, 12, dtype=dtype), torch.randn(1, 12, 16, dtype=dtype)
             lora = random_lora({"q_proj": (16, 12)}, 2, layers=1)
-            with bind({"q_proj": [linear]}, lora.zeroed(), Spans.tokens(counts)):
+            with bind({"q_proj": [linear]}, lora.zeroed(), Segments(tuple(counts))):
                 assert torch.equal(linear(x), linear.forward(x))
 
     def test_a_linear_that_overrides_forward_is_honoured(self) -> None:
@@ -305,31 +306,42 @@ class TestDelta:
         linear, lora = Doubled(5, 7), random_lora({"q_proj": (5, 7)}, 1, layers=1)
         x = torch.randn(1, 3, 5)
         plain = linear(x)
-        with bind({"q_proj": [linear]}, lora, Spans.tokens([3])):
+        with bind({"q_proj": [linear]}, lora, Segments((3,))):
             delta = linear(x) - plain
         expected = delta_by_loop(x[0], lora.A["q_proj"][:, 0], lora.B["q_proj"][:, 0], [0, 0, 0], lora.scale)
         torch.testing.assert_close(delta[0], expected)
 
     @pytest.mark.parametrize(
-        ("spans", "message"),
-        [(Spans.tokens([2, 3]), "covers 5 tokens"), (Spans.rows([3, 1]), "covers 4 rows")],
+        ("lengths", "message"),
+        [
+            ({"tokens": Segments((2, 3))}, "covers 5 tokens"),
+            ({"tokens": Segments((1, 2))}, "covers 3 tokens"),  # as rows they would fit: nothing is guessed
+            ({"rows": [3, 1]}, "covers 4 rows"),
+            ({"rows": [0, 0]}, "covers 0 rows"),
+        ],
     )
-    def test_an_input_that_the_spans_do_not_cover_is_refused(self, spans: Spans, message: str) -> None:
+    def test_an_input_that_the_contexts_do_not_cover_is_refused(self, lengths: dict[str, Any], message: str) -> None:
         linear, lora = nn.Linear(5, 7), random_lora({"q_proj": (5, 7)}, 2, layers=1)
-        with bind({"q_proj": [linear]}, lora, spans), pytest.raises(ValueError, match=message):
+        with bind({"q_proj": [linear]}, lora, **lengths), pytest.raises(ValueError, match=message):
             linear(torch.randn(1, 6, 5))
 
     @pytest.mark.parametrize(
-        ("lora", "spans"),
+        "lora",
         [
-            (random_lora({"k_proj": (5, 7)}, 1, layers=1), Spans.tokens([3])),
-            (random_lora({"q_proj": (5, 7)}, 1, layers=2), Spans.tokens([3])),
-            (random_lora({"q_proj": (5, 7)}, 2, layers=1), Spans.tokens([3])),
+            random_lora({"k_proj": (5, 7)}, 1, layers=1),
+            random_lora({"q_proj": (5, 7)}, 1, layers=2),
+            random_lora({"q_proj": (5, 7)}, 2, layers=1),
         ],
     )
-    def test_a_lora_that_does_not_fit_is_refused(self, lora: Lora, spans: Spans) -> None:
-        with pytest.raises(ValueError, match="cannot bind"):
-            bind({"q_proj": [nn.Linear(5, 7)]}, lora, spans)
+    def test_a_lora_that_does_not_fit_is_refused(self, lora: Lora) -> None:
+        for lengths in ({"tokens": Segments((3,))}, {"rows": [3]}):
+            with pytest.raises(ValueError, match=f"cannot bind.*{next(iter(lengths))} of 1 contexts"):
+                bind({"q_proj": [nn.Linear(5, 7)]}, lora, **lengths)
+
+    @pytest.mark.parametrize("lengths", [{}, {"tokens": Segments((3,)), "rows": [1]}])
+    def test_lengths_are_given_in_one_unit(self, lengths: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="either the tokens or the rows"):
+            bind({"q_proj": [nn.Linear(5, 7)]}, random_lora({"q_proj": (5, 7)}, 1, layers=1), **lengths)
 
 
 NAMES = ["mlp", "o_proj", "q_proj"]
@@ -352,7 +364,7 @@ def logits(base: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
 class TestScope:
     def test_unbound_is_the_base_before_and_after(self, base: PreTrainedModel) -> None:
         targets, plain = find_targets(base, NAMES), logits(base)
-        with bind(targets, lora_for(base), Spans.tokens([5, 7])):
+        with bind(targets, lora_for(base), Segments((5, 7))):
             bound = logits(base)
         assert not torch.allclose(bound, plain, atol=1e-2)
         assert torch.equal(logits(base), plain)
@@ -360,16 +372,16 @@ class TestScope:
 
     def test_an_exception_restores_the_base(self, base: PreTrainedModel) -> None:
         targets, plain = find_targets(base, NAMES), logits(base)
-        with pytest.raises(KeyError), bind(targets, lora_for(base), Spans.tokens([5, 7])):
+        with pytest.raises(KeyError), bind(targets, lora_for(base), Segments((5, 7))):
             raise KeyError
-        with pytest.raises(ValueError, match="covers"), bind(targets, lora_for(base), Spans.tokens([5, 8])):
+        with pytest.raises(ValueError, match="covers"), bind(targets, lora_for(base), Segments((5, 8))):
             logits(base)
         assert torch.equal(logits(base), plain)
         assert hooks(base) == 0
 
     def test_the_innermost_binding_acts_alone(self, base: PreTrainedModel) -> None:
         targets = find_targets(base, NAMES)
-        outer, inner = (bind(targets, lora_for(base, seed=seed), Spans.tokens([5, 7])) for seed in (1, 2))
+        outer, inner = (bind(targets, lora_for(base, seed=seed), Segments((5, 7))) for seed in (1, 2))
         with outer:
             alone = logits(base)
         with inner:
@@ -382,7 +394,7 @@ class TestScope:
 
     def test_bindings_of_two_threads_do_not_mix(self, base: PreTrainedModel) -> None:
         targets = find_targets(base, NAMES)
-        bindings = [bind(targets, lora_for(base, seed=seed), Spans.tokens([5, 7])) for seed in (1, 2)]
+        bindings = [bind(targets, lora_for(base, seed=seed), Segments((5, 7))) for seed in (1, 2)]
         expected = []
         for binding in bindings:
             with binding:
@@ -406,10 +418,10 @@ class TestScope:
         """Padded rows of two contexts in one batch equal each context alone."""
         targets, lora = find_targets(base, NAMES), lora_for(base)
         rows = torch.cat([IDS, IDS + 5, IDS + 9])
-        with bind(targets, lora, Spans.rows([1, 2])):
+        with bind(targets, lora, rows=[1, 2]):
             together = logits(base, rows)
         for row, context in enumerate([0, 1, 1]):
-            with bind(targets, lora[context], Spans.rows([1])):
+            with bind(targets, lora[context], rows=[1]):
                 torch.testing.assert_close(together[row], logits(base, rows[row : row + 1])[0], rtol=1e-4, atol=1e-5)
 
 
@@ -426,19 +438,19 @@ class TestGeneration:
         """A batch of contexts generates what each generates alone, step by step with another input length."""
         targets, lora = find_targets(base, NAMES), lora_for(base)
         prompts = torch.cat([IDS + 3 * i for i in range(sum(rows))])
-        with bind(targets, lora, Spans.rows(rows)):
+        with bind(targets, lora, rows=rows):
             together = generate(base, prompts, do_sample=False, num_beams=beams)
         plain = generate(base, prompts, do_sample=False, num_beams=beams)
         owners = [context for context, count in enumerate(rows) for _ in range(count)]
         for row, context in enumerate(owners):
-            with bind(targets, lora[context], Spans.rows([1])):
+            with bind(targets, lora[context], rows=[1]):
                 alone = generate(base, prompts[row : row + 1], do_sample=False, num_beams=beams)
             assert torch.equal(together[row], alone[0])
         assert not torch.equal(together, plain)
 
     def test_greedy_without_a_cache_is_the_same(self, base: PreTrainedModel) -> None:
         targets, lora = find_targets(base, NAMES), lora_for(base)
-        with torch.inference_mode(), bind(targets, lora, Spans.rows([1, 1])):
+        with torch.inference_mode(), bind(targets, lora, rows=[1, 1]):
             cached = generate(base, torch.cat([IDS, IDS + 5]), do_sample=False)
             ids = torch.cat([IDS, IDS + 5])
             for _ in range(5):
@@ -466,18 +478,18 @@ class TestRecompute:
     """Checkpointed forwards under different LoRAs, then one backward: gradients as without checkpointing."""
 
     def gradients(self, base: PreTrainedModel, scene: str, lora: Lora, other: Lora) -> list[Tensor]:
-        targets, spans = find_targets(base, NAMES), Spans.tokens([5, 7])
+        targets, tokens = find_targets(base, NAMES), Segments((5, 7))
         for leaf in leaves(lora, other):
             leaf.grad = None
-        with bind(targets, lora, spans):
+        with bind(targets, lora, tokens):
             first = logits(base).square().mean()
-        with bind(targets, other, spans):
+        with bind(targets, other, tokens):
             loss = first - logits(base, IDS + 3).pow(3).mean()
         if scene == "another binding at backward":
-            with bind(targets, lora_for(base, seed=9), spans):
+            with bind(targets, lora_for(base, seed=9), tokens):
                 loss.backward()
         elif scene == "another thread":
-            with bind(targets, lora_for(base, seed=9), spans):
+            with bind(targets, lora_for(base, seed=9), tokens):
                 in_another_thread(loss.backward)
         elif scene == "twice":
             loss.backward(retain_graph=True)
@@ -512,6 +524,6 @@ class TestRecompute:
 
         (expected,) = torch.autograd.grad(squared(x).sum(), x)
         y = checkpoint(squared, x, use_reentrant=False, context_fn=checkpoint_contexts)
-        with bind({"q_proj": [linear]}, lora, Spans.tokens([3])):
+        with bind({"q_proj": [linear]}, lora, Segments((3,))):
             (actual,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(actual, expected)

@@ -14,7 +14,7 @@ from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import IGNORE_INDEX
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
-from d2l.train.losses import Normalizer, compute_loss, label_positions
+from d2l.train.losses import Normalizer, compute_loss
 
 VOCABULARY, RANK, LAYERS, TOP_K, L1_COEFFICIENT = 7, 2, 2, 3, 0.25
 MODULES = {"down_proj": (3, 5), "q_proj": (4, 2)}  # name → (d_in, d_out)
@@ -235,11 +235,6 @@ def test_the_counts_of_a_step() -> None:
     contexts = draw(HARD)
     batches = [packed(part)[1] for part in (contexts[:1], contexts[1:])]
     assert Normalizer.of(iter(batches), RANK) == Normalizer(label_tokens=8, queries=4, contexts=3, rank=RANK * 4)
-
-
-def test_label_positions_leave_out_the_first_token_of_a_query() -> None:
-    _, batch, _ = packed(draw(HARD))
-    assert label_positions(batch).tolist() == [1, 2, 4, 10, 12, 14, 15, 17]
 
 
 def test_half_precision_logits_are_summed_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""Bytes reckoned from shapes against bytes counted."""
+"""Bytes computed from shapes against bytes counted."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ GPT_OSS = read_base_config("openai/gpt-oss-20b")
 GB = 10**9
 
 
-def reckon(base_config: PreTrainedConfig, label_tokens: int | None = None, **values: object) -> MemoryPlan:
+def computed(base_config: PreTrainedConfig, label_tokens: int | None = None, **values: object) -> MemoryPlan:
     config = RunConfig(**{"max_packed_inp_len": 1024, "max_packed_ctx_len": 1024, **values})
     choices = plan_load(config, base_config, "cpu")
     return memory_plan(
@@ -41,8 +41,8 @@ def test_gpt_oss_20b_has_the_published_number_of_weights() -> None:
 
 
 def test_gpt_oss_20b_takes_42_gb_dequantized_and_a_third_packed() -> None:
-    dequantized = component(reckon(GPT_OSS, expert_weights="dequantize", dtype="bfloat16"), "base weights")
-    packed = component(reckon(GPT_OSS, expert_weights="packed", dtype="bfloat16"), "base weights")
+    dequantized = component(computed(GPT_OSS, expert_weights="dequantize", dtype="bfloat16"), "base weights")
+    packed = component(computed(GPT_OSS, expert_weights="packed", dtype="bfloat16"), "base weights")
     assert dequantized.steady == 2 * 20_914_757_184
     assert 41 * GB < dequantized.steady < 43 * GB
     assert 13 * GB < packed.steady < 14 * GB  # 12.8 GiB
@@ -55,7 +55,7 @@ def test_base_weights_are_the_bytes_of_the_base(experts: str, dtype: str) -> Non
     config = RunConfig(expert_weights=experts, dtype=dtype)
     state = random_base(twin, plan_load(config, twin, "cpu"), 0).state_dict()
     counted = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
-    assert component(reckon(twin, expert_weights=experts, dtype=dtype), "base weights").steady == counted
+    assert component(computed(twin, expert_weights=experts, dtype=dtype), "base weights").steady == counted
 
 
 def kept_for_backward(base_config: PreTrainedConfig, tokens: int, attention: str) -> int:
@@ -109,7 +109,7 @@ MXFP4 = {"quant_method": "mxfp4"}
 )
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_activations_are_within_a_factor_of_what_autograd_keeps(base_config, attention: str, tokens: int) -> None:
-    memory = reckon(
+    memory = computed(
         base_config,
         attn_implementation=attention,
         gradient_checkpointing=False,
@@ -118,26 +118,26 @@ def test_activations_are_within_a_factor_of_what_autograd_keeps(base_config, att
     )
     at_work = 4 * (4 * 8 * tokens**2 if attention == "eager" else 0)  # copies of the scores that backward does not need
     unpacked = 4 * 3 * 160 * 128 if base_config.model_type == "gpt_oss" else 0  # one expert
-    reckoned = component(memory, "base activations").peak - at_work - unpacked
-    assert 1 / 1.5 < reckoned / kept_for_backward(base_config, tokens, attention) < 1.5
+    peak = component(memory, "base activations").peak - at_work - unpacked
+    assert 1 / 1.5 < peak / kept_for_backward(base_config, tokens, attention) < 1.5
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
     on, off = (
-        component(reckon(GPT_OSS, dtype="bfloat16", gradient_checkpointing=switch), "base activations").peak
+        component(computed(GPT_OSS, dtype="bfloat16", gradient_checkpointing=switch), "base activations").peak
         for switch in (True, False)
     )
     assert off > 5 * on
 
 
 def test_logits_grow_with_the_label_tokens_only() -> None:
-    few, all_of_them = (component(reckon(GPT_OSS, label_tokens=count), "logits").peak for count in (64, None))
+    few, all_of_them = (component(computed(GPT_OSS, label_tokens=count), "logits").peak for count in (64, None))
     assert all_of_them == 16 * few
     assert few == 64 * 201_088 * (4 + 12)
 
 
 def test_there_is_one_copy_of_the_base_and_adamw_costs_sixteen_bytes_a_parameter() -> None:
-    memory = reckon(GPT_OSS)
+    memory = computed(GPT_OSS)
     assert component(memory, "context encoder").peak == 0
     trained = [component(memory, name) for name in ("hypernetwork", "gradients", "optimizer states")]
     assert [sum(getattr(part, phase) for part in trained) for phase in ("loading", "peak", "steady")] == [
@@ -148,10 +148,10 @@ def test_there_is_one_copy_of_the_base_and_adamw_costs_sixteen_bytes_a_parameter
 
 
 def test_totals_are_sums_and_a_long_context_shows() -> None:
-    memory = reckon(GPT_OSS, dtype="bfloat16")
+    memory = computed(GPT_OSS, dtype="bfloat16")
     for phase in ("loading", "peak", "steady"):
         assert getattr(memory, phase) == sum(getattr(part, phase) for part in memory.components)
     assert memory.steady < memory.peak
-    long = reckon(GPT_OSS, dtype="bfloat16", max_packed_ctx_len=32768)
+    long = computed(GPT_OSS, dtype="bfloat16", max_packed_ctx_len=32768)
     assert long.peak > 140 * GB  # eager attention is quadratic: does not fit an H200
-    assert reckon(GPT_OSS, dtype="bfloat16", expert_weights="dequantize").loading > 45 * GB
+    assert computed(GPT_OSS, dtype="bfloat16", expert_weights="dequantize").loading > 45 * GB

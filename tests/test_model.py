@@ -7,7 +7,7 @@ import torch
 from support.tiny_model import LAYERS, RANK, VOCABULARY, random_batch, random_rows, run_config, tiny_base, tiny_model
 from torch import Tensor
 
-from d2l.base.mxfp4 import PackedExperts
+from d2l.base.experts import PackedExperts
 from d2l.data.packing import PackedBatch, collate
 from d2l.hypernet.encoder import EncoderType
 from d2l.hypernet.model import DocToLora
@@ -83,13 +83,13 @@ def test_packed_contexts_come_out_as_each_alone(family: str, encoder_type: Encod
 @every_encoder
 def test_a_document_changes_the_answers_to_its_own_questions_alone(encoder_type: EncoderType) -> None:
     model, batch = tiny_model(run_config(ctx_encoder_type=encoder_type)), random_batch()
-    first, *_ = batch.chunk_lengths
+    first, *_ = batch.chunks.lengths
     other_ids = batch.ctx_ids.clone()
     other_ids[0, :first] = (other_ids[0, :first] + 1) % VOCABULARY  # the first context has one chunk
     other = replace(batch, ctx_ids=other_ids)
     with torch.no_grad():
         change = (model.logits(other, model.lora(other)) - model.logits(batch, model.lora(batch))).abs().amax(-1)
-    own = batch.context_lengths[0]
+    own = batch.contexts.lengths[0]
     assert (change[:own] > 1e-4).any()
     assert change[own:].max() < 1e-5
 

@@ -3,6 +3,7 @@
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,10 +175,20 @@ def test_a_batch_splits_back_into_its_rows(some: list[Row]) -> None:
         tensor = getattr(batch, name)
         assert (tensor.dtype, tensor.shape[0], tensor.dim()) == (torch.int64, 1, 2)
     lengths = [len(query.input_ids) for row in some for query in row.queries]
-    assert batch.query_lengths == tuple(lengths)
-    assert batch.context_lengths == tuple(row.size[0] for row in some)
-    assert batch.chunk_lengths == tuple(len(chunk) for row in some for chunk in row.chunks)
+    assert batch.queries.lengths == tuple(lengths)
+    assert batch.contexts.lengths == tuple(row.size[0] for row in some)
+    assert batch.chunks.lengths == tuple(len(chunk) for row in some for chunk in row.chunks)
     assert batch.n_tokens == sum(lengths)
+    starts = [sum(lengths[:query]) for query in range(len(lengths))]
+    expected = [  # the queries are numbered over the batch; a first token has no label, see `Query`
+        (query, start + place)
+        for query, (start, it) in enumerate(zip(starts, (it for row in some for it in row.queries), strict=True))
+        for place, label in enumerate(it.labels)
+        if label != IGNORE_INDEX
+    ]
+    assert list(zip(batch.label_queries.tolist(), batch.label_positions.tolist(), strict=True)) == expected
+    assert batch.prediction_positions.tolist() == [place - 1 for _, place in expected]
+    assert (batch.label_positions.dtype, batch.label_queries.dtype) == (torch.int64, torch.int64)
     assert batch.n_labels == sum(query.n_labels for row in some for query in row.queries)
 
 
@@ -191,10 +202,35 @@ def test_teacher_logprobs_keep_their_dtypes_and_come_for_all_queries_or_none() -
         collate([taught, Row(1, ((1,),), (Query((1, 2), (IGNORE_INDEX, 2)),))])
 
 
+def test_a_label_on_the_first_token_of_a_query_is_left_out() -> None:
+    """No `Row` has one, but the reference's batches do: the logits that would predict it are the query before's."""
+    batch = collate([Row(0, ((1,),), (Query((5, 6), (IGNORE_INDEX, 6)), Query((7, 8, 9), (IGNORE_INDEX, 8, 9))))])
+    batch = replace(batch, labels=batch.input_ids)
+    assert batch.label_positions.tolist() == [1, 3, 4]
+    assert batch.prediction_positions.tolist() == [0, 2, 3]
+    assert batch.label_queries.tolist() == [0, 1, 1]
+
+
+def test_a_batch_without_queries_has_no_labels() -> None:
+    """As `internalize` makes it."""
+    batch = collate([Row(0, ((1, 2), (3,)), ())])
+    assert (batch.chunks.lengths, batch.queries.lengths, batch.contexts.lengths) == ((2, 1), (), (0,))
+    assert batch.label_positions.shape == batch.label_queries.shape == (0,)
+
+
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = collate([Row(4, ((1, 2),), (Query((1, 2), (IGNORE_INDEX, 2), ((-0.5,),), ((7,),)),))]).to("meta")
-    assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
-    assert (batch.record_ids, batch.n_ctx_chunks, batch.n_queries) == ((4,), (1,), (1,))
+    batch = collate([Row(4, ((1, 2),), (Query((1, 2), (IGNORE_INDEX, 2), ((-0.5,),), ((7,),)),))])
+    assert (batch.label_positions.tolist(), batch.contexts.lengths) == ([1], (2,))  # cached, and not moved along
+    moved = batch.to("meta")
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert (moved.record_ids, moved.n_ctx_chunks, moved.n_queries) == ((4,), (1,), (1,))
+
+
+def test_what_is_cached_is_not_carried_into_a_changed_batch() -> None:
+    batch = collate([Row(0, ((1,),), (Query((5, 6, 7), (IGNORE_INDEX, 6, IGNORE_INDEX)),))])
+    assert batch.label_positions.tolist() == [1]
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 7]])
+    assert replace(batch, labels=labels).label_positions.tolist() == [2]
 
 
 # Which rows share a batch
@@ -208,9 +244,6 @@ def check_packing(sizes: Sequence[tuple[int, int]], budgets: tuple[int, int], se
     assert sorted([*(i for group in packed.groups for i in group), *oversized]) == list(range(len(sizes)))
     assert oversized == [i for i, (inp, ctx) in enumerate(sizes) if inp > budgets[0] or ctx > budgets[1]]
     assert all(packed.groups)
-    if groups:
-        for fill, name, budget in ((packed.inp_fill, "inp", budgets[0]), (packed.ctx_fill, "ctx", budgets[1])):
-            assert fill == pytest.approx(sum(total[name] for total in groups) / (budget * len(groups)))
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)

@@ -19,10 +19,11 @@ from checks.report import plain_text
 from checks.rules import RULES
 from checks.runner import run_checks
 from checks.selftest import run_selftest
+from d2l.base.segments import Segments
 from d2l.data.needles import needle_records
 from d2l.data.records import write_records
 from d2l.errors import ModelError
-from d2l.hypernet.lora import Lora, Spans, bind, merge_chunks
+from d2l.hypernet.lora import Lora, bind, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 
 HIDDEN, LAYERS, RANK, SCALE = 16, 3, 2, 1.5
@@ -105,7 +106,7 @@ def test_packed_contexts_of_different_ranks_equal_a_loop_with_their_gradients(fa
     assert [id(block) for block in targets["mlp"]] == [id(layer.mlp) for layer in base.model.layers]
     assert target_sizes(targets, HIDDEN) == {"mlp": (HIDDEN, HIDDEN)}
 
-    with bind(targets, merge_chunks(chunks, CHUNKS, bias), Spans.tokens(LENGTHS)):
+    with bind(targets, merge_chunks(chunks, CHUNKS, bias), Segments(tuple(LENGTHS))):
         actual = logits(base)
     expected = logits(looped(base, chunks, bias))
     assert not torch.allclose(expected, logits(base), atol=1e-2)
@@ -125,7 +126,7 @@ def test_zeroed_is_the_base_bit_for_bit(family: str, dtype: torch.dtype) -> None
     base = make_base(family, dtype)
     plain = logits(base)
     for lengths in (LENGTHS, (5, 5, 5)):
-        with bind(find_targets(base, ["mlp"]), make_chunks(3, seed=1).zeroed(), Spans.tokens(lengths)):
+        with bind(find_targets(base, ["mlp"]), make_chunks(3, seed=1).zeroed(), Segments(tuple(lengths))):
             assert torch.equal(logits(base), plain)
     assert torch.equal(logits(base), plain)
 
@@ -138,7 +139,7 @@ def test_of_a_tuple_the_hidden_states_alone_change() -> None:
     scores, block, x = torch.randn(7, 4), Block(), torch.randn(1, 7, HIDDEN)
     lora = make_chunks(1, seed=1)
     one_layer = Lora({"mlp": lora.A["mlp"][:, :1]}, {"mlp": lora.B["mlp"][:, :1]}, SCALE)
-    with bind({"mlp": [block]}, one_layer, Spans.tokens([7])):
+    with bind({"mlp": [block]}, one_layer, Segments((7,))):
         hidden, returned = block(x)
     assert returned is scores
     A, B = lora.A["mlp"][0, 0], lora.B["mlp"][0, 0]

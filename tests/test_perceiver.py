@@ -1,6 +1,7 @@
-"""The Perceiver: parity with the reference, chunks that never see each other, and padding that is never read."""
+"""The Perceiver: parity with the reference, and chunks that never see each other."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from support.golden import (
     case_names,
     fill_parameters,
     load_case,
+    packed_chunks,
     probe_loss,
 )
+from support.hypernet_shapes import hypernet_shape
 from torch import Tensor
 
+from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.perceiver import PUBLISHED_HEADS, Attention, AttentionHeads, Perceiver, Segments
+from d2l.hypernet.perceiver import Attention, Perceiver
+from d2l.hypernet.shape import HypernetShape
 
 CASES = [
     "perceiver_01_l2l_packed",
@@ -36,22 +41,17 @@ LAYERS, FEATURES = 2, 6
 few = settings(derandomize=True, deadline=None, max_examples=8)
 
 
-def tiny(*, per_layer_features: bool = True, per_rank_gen: bool = True, query_scale: float = 1.0) -> Perceiver:
-    torch.manual_seed(0)
-    return Perceiver(
-        feature_size=FEATURES,
-        latent_size=4,
-        n_layers=LAYERS,
-        n_modules=2,
-        rank=3,
-        n_latent_queries=2,
-        num_blocks=2,
-        num_self_attn_per_block=1,
-        shared_weights=True,
-        per_rank_gen=per_rank_gen,
-        per_layer_features=per_layer_features,
-        query_scale=query_scale,
+def tiny_shape(**values: Any) -> HypernetShape:
+    small = {"latent_size": 4, "lora_r": 3, "n_latent_queries": 2, "num_blocks": 2, "num_self_attn_per_block": 1}
+    modules = {"o_proj": (6, 6), "q_proj": (6, 6)}
+    return hypernet_shape(
+        modules, n_layers=LAYERS, feature_size=FEATURES, **{**small, "shared_weights": True, **values}
     )
+
+
+def tiny(**values: Any) -> Perceiver:
+    torch.manual_seed(0)
+    return Perceiver(tiny_shape(**values))
 
 
 def features(lengths: tuple[int, ...], *, per_layer_features: bool = True) -> Tensor:
@@ -60,42 +60,28 @@ def features(lengths: tuple[int, ...], *, per_layer_features: bool = True) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(lengths)))
 
 
-def padded(packed: Tensor, lengths: tuple[int, ...], width: int, value: float) -> Tensor:
-    """The same chunks as right-padded rows, by a loop."""
-    rows = torch.full((len(lengths), *packed.shape[1:-2], width, FEATURES), value)
-    for row, chunk in zip(rows, packed[0].split(lengths, dim=-2), strict=True):
-        row[..., : chunk.shape[-2], :] = chunk
-    return rows
-
-
 @pytest.mark.golden
 class TestParity:
     @pytest.mark.parametrize("name", CASES)
     def test_outputs_and_gradients(self, shared: Path, name: str) -> None:
         case = load_case(shared, name)
         config = case.config
-        perceiver = Perceiver(
-            feature_size=config["feature_size"],
-            latent_size=config["output_size"],
+        keys = ("n_latent_queries", "num_blocks", "num_self_attn_per_block", "shared_weights", "per_rank_gen")
+        shape = hypernet_shape(
+            {f"module_{number}": (1, 1) for number in range(config["num_modules"])},
             n_layers=config["num_layers"],
-            n_modules=config["num_modules"],
-            rank=config["lora_r"],
-            n_latent_queries=config["n_latent_queries"],
-            num_blocks=config["num_blocks"],
-            num_self_attn_per_block=config["num_self_attn_per_block"],
-            shared_weights=config["shared_weights"],
-            per_rank_gen=config["per_rank_gen"],
-            per_layer_features=config["layer_to_layer_ctx_encoder"],
+            feature_size=config["feature_size"],
+            per_layer=config["layer_to_layer_ctx_encoder"],
+            latent_size=config["output_size"],
+            lora_r=config["lora_r"],
+            **{key: config[key] for key in keys},
         )
+        perceiver = Perceiver(shape)
         assert list(perceiver.state_dict()) == case.meta["state_dict_keys"]
         fill_parameters(perceiver, case.meta["weights_fill"], case.seed)
-        if case.meta["mode"] == "packed":
-            segments = Segments.from_position_ids(case["in.ctx_position_ids"])
-        else:
-            segments = Segments.from_mask(case["in.ctx_attn_mask"])
         inputs = case["in.ctx_features"].requires_grad_()
 
-        latents = perceiver(inputs, segments)
+        latents = perceiver(*packed_chunks(case))
         probe_loss([latents], case.seed).backward()
 
         assert_close(latents, case["out.lora_emb"], OUTPUTS)
@@ -111,27 +97,13 @@ class TestChunks:
     @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), per_layer_features=st.booleans())
     def test_packed_equals_alone(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
         perceiver, x = (
-            tiny(per_layer_features=per_layer_features),
+            tiny(per_layer=per_layer_features),
             features(lengths, per_layer_features=per_layer_features),
         )
         together = perceiver(x, Segments(lengths))
         for latents, chunk in zip(together, x.split(lengths, dim=-2), strict=True):
             alone = perceiver(chunk, Segments((chunk.shape[-2],)))[0]
             torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
-
-    @few
-    @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), per_layer_features=st.booleans())
-    def test_padding_is_never_read(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
-        perceiver, x = (
-            tiny(per_layer_features=per_layer_features),
-            features(lengths, per_layer_features=per_layer_features),
-        )
-        rows = padded(x, lengths, width=7, value=float("nan")).requires_grad_()
-        latents = perceiver(rows, Segments(lengths, width=7))
-        latents.sum().backward()
-        torch.testing.assert_close(latents, perceiver(x, Segments(lengths)))
-        assert rows.grad.isfinite().all()
-        assert all(p.grad.isfinite().all() for p in perceiver.parameters())
 
     def test_layers_of_features_stay_apart(self) -> None:
         perceiver, x = tiny(), features((3, 4))
@@ -145,17 +117,12 @@ class TestChunks:
     @pytest.mark.parametrize("per_layer_features", [True, False])
     def test_a_chunk_without_tokens_is_finite(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
         perceiver, x = (
-            tiny(per_layer_features=per_layer_features),
+            tiny(per_layer=per_layer_features),
             features(lengths, per_layer_features=per_layer_features),
         )
         latents = perceiver(x, Segments(lengths))
-        rows = perceiver(padded(x, lengths, width=5, value=float("nan")), Segments(lengths, width=5))
-        (latents.sum() + rows.sum()).backward()
+        latents.sum().backward()
         assert latents.isfinite().all()
-        torch.testing.assert_close(latents, rows)
-        assert (
-            Segments(lengths).pad(torch.ones(1, sum(lengths), 2))[1].any(1).all()
-        )  # kernels differ on an empty softmax
         assert all(p.grad.isfinite().all() for p in perceiver.parameters())
 
     def test_no_score_between_chunks_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,13 +145,20 @@ class TestShapes:
     @pytest.mark.parametrize("per_layer_features", [True, False])
     def test_without_ranks_the_output_has_four_axes(self, per_layer_features: bool) -> None:
         x = features((2, 3), per_layer_features=per_layer_features)
-        assert tiny(per_layer_features=per_layer_features)(x, Segments((2, 3))).shape == (2, LAYERS, 2, 3, 4)
-        flat = tiny(per_layer_features=per_layer_features, per_rank_gen=False)(x, Segments((2, 3)))
+        assert tiny(per_layer=per_layer_features)(x, Segments((2, 3))).shape == (2, LAYERS, 2, 3, 4)
+        flat = tiny(per_layer=per_layer_features, per_rank_gen=False)(x, Segments((2, 3)))
         assert flat.shape == (2, LAYERS, 2, 4)
 
     def test_another_number_of_layers_is_refused(self) -> None:
         with pytest.raises(ModelError, match=r"features of 1 layers, but the base has 2"):
             tiny()(features((3,))[:, :1], Segments((3,)))
+
+    @pytest.mark.parametrize("lengths", [(2, 3), (4,)])
+    def test_features_of_another_length_are_refused(self, lengths: tuple[int, ...]) -> None:
+        x = features((4,))
+        rows = torch.cat([x, x]) if lengths == (4,) else x
+        with pytest.raises(ValueError, match=rf"need features of one row with {sum(lengths)} tokens"):
+            tiny()(rows, Segments(lengths))
 
     def test_bfloat16_features_and_autocast(self) -> None:
         perceiver, x = tiny(), features((3, 2))
@@ -196,46 +170,24 @@ class TestShapes:
         assert (narrow - expected).abs().mean() < 0.1
 
 
-class TestSegments:
-    @pytest.mark.parametrize(
-        ("segments", "expected"),
-        [
-            (Segments.from_position_ids(torch.tensor([[0, 1, 2, 0, 0, 1]])), Segments((3, 1, 2))),
-            (Segments.from_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])), Segments((2, 0, 3), width=3)),
-            (Segments.from_mask(torch.tensor([[True, False]])), Segments((1,), width=2)),
-        ],
-    )
-    def test_read_from_tensors(self, segments: Segments, expected: Segments) -> None:
-        assert segments == expected
-
-    @pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]]])
-    def test_left_padding_is_refused(self, mask: list[list[int]]) -> None:
-        with pytest.raises(ValueError, match="right-padded"):
-            Segments.from_mask(torch.tensor(mask))
-
-    @pytest.mark.parametrize("segments", [Segments((2, 3)), Segments((4,), width=6)])
-    def test_features_of_another_length_are_refused(self, segments: Segments) -> None:
-        with pytest.raises(ValueError, match="must have"):
-            tiny()(features((4,)), segments)
-
-
-@pytest.mark.parametrize("heads", [PUBLISHED_HEADS, AttentionHeads(8, 3), AttentionHeads(4, 5)])
-def test_attention_equals_a_loop_over_heads(heads: AttentionHeads) -> None:
+@pytest.mark.parametrize(("heads", "size"), [(16, 128), (8, 3), (4, 5)])
+def test_attention_equals_a_loop_over_heads(heads: int, size: int) -> None:
     """Query head h attends with key head h // 4: as published, 16 share 4."""
     torch.manual_seed(0)
-    attention, latents, context = Attention(4, heads), torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    attention = Attention(tiny_shape(perceiver_heads=heads, perceiver_head_dim=size))
+    latents, context = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     q, k, v = attention.q_proj(latents), attention.k_proj(context), attention.v_proj(context)
     mixed = torch.zeros_like(q)
     for b in range(2):
-        for head in range(heads.count):
-            columns, shared_columns = (slice(h * heads.size, (h + 1) * heads.size) for h in (head, head // 4))
+        for head in range(heads):
+            columns, shared_columns = (slice(h * size, (h + 1) * size) for h in (head, head // 4))
             keys, values = k[b, mask[b], shared_columns], v[b, mask[b], shared_columns]
-            mixed[b, :, columns] = (q[b, :, columns] @ keys.T / heads.size**0.5).softmax(-1) @ values
+            mixed[b, :, columns] = (q[b, :, columns] @ keys.T / size**0.5).softmax(-1) @ values
     torch.testing.assert_close(attention(latents, context, mask), attention.o_proj(mixed))
 
 
 def test_a_query_scale_multiplies_the_first_scores_of_every_attention_and_nothing_else() -> None:
-    plain, sharp = (tiny(query_scale=scale).state_dict() for scale in (1.0, 10.0))
+    plain, sharp = (tiny(perceiver_query_scale=scale).state_dict() for scale in (1.0, 10.0))
     for name, value in plain.items():
         torch.testing.assert_close(sharp[name], value * (10 if name.endswith("self_attn.q_proj.weight") else 1))

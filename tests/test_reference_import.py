@@ -22,7 +22,8 @@ from checks.reference_file import Call, Global, Instance, reference_state, write
 from d2l.checkpoint import load_checkpoint, load_hypernet
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
+from d2l.hypernet.hypernetwork import Hypernetwork
+from d2l.hypernet.shape import HypernetShape
 from d2l.reference import inert_pickle
 from d2l.reference.inert_pickle import OrderedMapping, SavedDataclass, TorchFile
 from d2l.reference.load import import_reference
@@ -39,7 +40,7 @@ def run_config(**values: Any) -> RunConfig:
 def hypernet_of(config: RunConfig) -> Hypernetwork:
     torch.manual_seed(0)
     modules = {name: SIZES[name] for name in config.target_modules}
-    return Hypernetwork(HypernetShape.of(config, modules, n_layers=3, feature_size=16))
+    return Hypernetwork(HypernetShape(config=config, modules=modules, n_layers=3, feature_size=16))
 
 
 def example(**values: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _latest_binding(healthy: Implementation, base: Any, config: Any) -> Model:
 
     def patched(batch: Any, lora: Any, positions: Any = None) -> Any:
         current["lora"] = lora
-        lengths = torch.tensor(batch.context_lengths)
+        lengths = torch.tensor(batch.contexts.lengths)
         current["owner"] = torch.arange(len(lengths)).repeat_interleave(lengths)
         return logits(batch, None, positions)
 

@@ -32,6 +32,7 @@ from checks.probes import TOLERANCE, alone, difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
+from d2l.base.segments import segment_starts
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -68,7 +69,9 @@ def _both_ways(healthy: Implementation, base: Any, config: Any) -> Model:
             return mask | mask.transpose(-1, -2)
         if mask.is_floating_point():
             return torch.maximum(mask, mask.transpose(-1, -2))
-        document = (position_ids[0] == 0).cumsum(0)  # `per_document` has a grid of places; it takes a mask as well
+        document = segment_starts(position_ids).cumsum(
+            0
+        )  # `per_document` has a grid of places; it takes a mask as well
         apart = document[:, None] != document
         return torch.zeros(apart.shape, dtype=base.dtype).masked_fill(apart, torch.finfo(base.dtype).min)[None, None]
 

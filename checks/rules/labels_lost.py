@@ -51,7 +51,7 @@ def check(subject: "Subject") -> Result:
     labels = tokens = questions = 0
     for batch in batches:
         labels, tokens = labels + batch.n_labels, tokens + batch.n_tokens
-        questions += len(batch.query_lengths)
+        questions += len(batch.queries)
         faults += _faults(subject, batch)
     evidence = {
         "questions": questions,
@@ -82,7 +82,7 @@ def _faults(subject: "Subject", batch: Any) -> list[str]:
     contexts = torch.arange(len(batch.n_queries)).repeat_interleave(torch.tensor(batch.n_queries)).tolist()
     found = []
     starts = 0
-    for context, length in zip(contexts, batch.query_lengths, strict=True):
+    for context, length in zip(contexts, batch.queries.lengths, strict=True):
         piece = slice(starts, starts + length)
         starts += length
         ids, labels = batch.input_ids[0, piece], batch.labels[0, piece]

@@ -52,7 +52,7 @@ def check(subject: "Subject") -> Result:
     lora = model.lora(batch)
     logits = model.logits(batch, lora)
     edited = _edit_first(batch, subject.twin_base_config.vocab_size)
-    first = batch.context_lengths[0]
+    first = batch.contexts.lengths[0]
     name = next(iter(lora.B))
     solo_lora = torch.cat([model.lora(single).B[name] for single in singles])
     solo_logits = torch.cat([model.logits(single, lora[i : i + 1]) for i, single in enumerate(singles)])
@@ -84,7 +84,7 @@ def _own_forward(model: Model, singles: list[PackedBatch]) -> torch.Tensor:
 def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:
     """The same row with every token of the first document and of its question replaced."""
     ctx_ids, input_ids = batch.ctx_ids.clone(), batch.input_ids.clone()
-    for ids, length in ((ctx_ids, batch.chunk_lengths[0]), (input_ids, batch.context_lengths[0])):
+    for ids, length in ((ctx_ids, batch.chunks.lengths[0]), (input_ids, batch.contexts.lengths[0])):
         ids[:, :length] = (ids[:, :length] + 1) % vocabulary
     return replace(batch, ctx_ids=ctx_ids, input_ids=input_ids)
 

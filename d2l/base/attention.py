@@ -16,35 +16,16 @@ from transformers.masking_utils import eager_mask
 PER_DOCUMENT = "per_document"
 
 
-def document_grid(position_ids: Tensor) -> Tensor:
-    """Where the tokens of each document lie in a packed row; it takes the place of an attention mask.
-
-    Args:
-        position_ids: int64 [1, T]; a new document begins wherever a position is not one more than the one before.
-
-    Returns:
-        int64 [1, 1, n, t]: row i holds the places of document i's tokens, then -1.
-    """
-    positions = position_ids[0]
-    places = torch.arange(len(positions), device=positions.device)
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    starts[1:] = positions[1:] != positions[:-1] + 1
-    first = places[starts]
-    lengths = torch.diff(first, append=places.new_tensor([len(positions)]))
-    steps = torch.arange(int(lengths.max()), device=positions.device)
-    grid = torch.where(steps < lengths[:, None], first[:, None] + steps, -1)
-    return grid[None, None]
-
-
 def per_document_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers.
+    """Compute attention within each document of a packed row; an attention function of transformers.
 
     Args:
         module: the attention layer; the eager function of its family computes.
         query: [1, heads, T, head size]; key, value: [1, key heads, T, head size].
-        attention_mask: a `document_grid`; anything else is what the eager function takes.
+        attention_mask: int64 [1, 1, n, S], the documents' `Segments.grid`; anything else is what the eager function
+            takes.
         options: what the family hands its attention functions, among it the `sliding_window` of the layer.
 
     Returns:
@@ -68,7 +49,7 @@ def per_document_attention(
 
 
 def _of_similar_length(grid: Tensor) -> list[Tensor]:
-    """Rows [n, t] of a grid in groups, none of which has a row of less than half its width."""
+    """Group the rows [n, S] of a grid, so that none has less than half the width of its group."""
     lengths = (grid >= 0).sum(1)
     doublings = lengths.log2().ceil()
     groups = [(grid[doublings == size], int(lengths[doublings == size].max())) for size in doublings.unique()]
@@ -76,7 +57,7 @@ def _of_similar_length(grid: Tensor) -> list[Tensor]:
 
 
 def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
-    """[1, 1, t, t]: what to add to the scores, so that a token sees itself and those less than `window` before it."""
+    """Make the mask [1, 1, t, t] to add to scores, so that a token sees itself and those less than `window` before it."""
     steps = torch.arange(length, device=like.device)
     distance = steps[:, None] - steps
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)

@@ -1,4 +1,4 @@
-"""A base model's files: found, read tensor by tensor, and written in the layout of the official checkpoints."""
+"""Files of a base model: find them, read them tensor by tensor, and write the layout of the official checkpoints."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -32,27 +32,19 @@ _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _NOT_MXFP4 = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
-def local_source(name_or_path: str) -> Path | None:
-    """The local folder or config file that a model name stands for; None for a hub id.
-
-    `tiny`, and a relative path that does not exist here but is shipped with d2l, stand for what is shipped.
-    """
-    return local_or_shipped(TINY if name_or_path in ("tiny", "tiny_gpt_oss") else name_or_path)
-
-
 def is_config_only(name_or_path: str) -> bool:
-    """Whether the base has no weights by design, and is random: a config file, or the shipped tiny model."""
-    source = local_source(name_or_path)
+    """Return whether the base has no weights by design, and is random: a config file, or the shipped tiny model."""
+    source = local_or_shipped(name_or_path)
     return source is not None and (source.is_file() or source.resolve() == resource(TINY).resolve())
 
 
 def weights_folder(name_or_path: str) -> Path:
-    """The local folder with the safetensors files, downloaded first where the name is a hub id.
+    """Return the local folder with the safetensors files, downloaded first where the name is a hub id.
 
     Raises:
         ModelError: there are none.
     """
-    source = local_source(name_or_path)
+    source = local_or_shipped(name_or_path)
     if source is None:
         patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
         try:
@@ -74,7 +66,7 @@ def weights_folder(name_or_path: str) -> Path:
 
 
 def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint with its name, one at a time, on its device; floating point as `dtype`.
+    """Yield every tensor of a checkpoint with its name, one at a time, on its device; floating point as `dtype`.
 
     Raises:
         ModelError: a file is absent or damaged.
@@ -112,5 +104,5 @@ def save_mxfp4(base: PreTrainedModel, folder: Path, max_shard_size: str = "5GB")
 
 
 def first_line(error: Exception) -> str:
-    """An error of a library in one line, short enough to end a message of ours."""
+    """Shorten a library's error to one line that can end a message of ours."""
     return shorten(f"{type(error).__name__}: {error}", width=300)

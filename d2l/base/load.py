@@ -7,33 +7,30 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils.quantization_config import Mxfp4Config
 
+from d2l.base.experts import compute_experts_eagerly, empty_packed_experts, pack_experts, round_experts
 from d2l.base.files import (
     LOADING_FAILURES,
     first_line,
     is_config_only,
-    local_source,
     read_tensors,
     refuse_incomplete,
     weights_folder,
 )
 from d2l.base.masks import causal_lm_class
-from d2l.base.mxfp4 import PackedExperts, dequantize
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 from d2l.io.hub import from_cache_or_hub
-from d2l.io.resources import resource
+from d2l.io.resources import local_or_shipped, resource
 
 GPT_OSS_20B = "openai/gpt-oss-20b"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why."""
+    """A choice and its reason."""
 
     value: str
     reason: str
@@ -41,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How the base will be loaded. It states facts and refuses nothing; the checks judge it.
+    """Plan of how the base will be loaded. It states facts and refuses nothing; the checks judge it.
 
     attention: an `attn_implementation` of transformers.
     experts: packed (MXFP4, our backward to the inputs), dequantize, native (transformers' kernels, no backward), dense.
@@ -62,12 +59,12 @@ class LoadPlan:
 
 
 def read_base_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a local folder, a config file or a hub id; openai/gpt-oss-20b needs no network.
+    """Read the config of a local folder, a config file or a hub id; openai/gpt-oss-20b needs no network.
 
     Raises:
         ModelError: there is none, or transformers does not know its model type.
     """
-    source = local_source(name_or_path)
+    source = local_or_shipped(name_or_path)
     try:
         if name_or_path == GPT_OSS_20B:
             try:
@@ -87,7 +84,11 @@ def read_base_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | None = None) -> LoadPlan:
-    """Decide how to load the base. `device` is where; by default CUDA where there is one."""
+    """Decide how to load the base.
+
+    Args:
+        device: as torch names it; by default CUDA where there is one, else the CPU.
+    """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadPlan(
         attention=_plan_attention(config.attn_implementation, base_config),
@@ -98,9 +99,9 @@ def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | No
     )
 
 
-def _plan_attention(asked: str, base_config: PreTrainedConfig) -> Choice:
-    if asked != "auto":
-        return Choice(asked, f"attn_implementation: {asked}")
+def _plan_attention(requested: str, base_config: PreTrainedConfig) -> Choice:
+    if requested != "auto":
+        return Choice(requested, f"attn_implementation: {requested}")
     if any(name.endswith(".sinks") for name, _ in skeleton(base_config).named_parameters()):
         return Choice(
             "eager", "the attention has sinks: no flash kernel has a backward for them, and SDPA ignores them"
@@ -110,17 +111,17 @@ def _plan_attention(asked: str, base_config: PreTrainedConfig) -> Choice:
     return Choice("eager", f"{base_config.model_type} does not support SDPA")
 
 
-def _plan_experts(asked: str, base_config: PreTrainedConfig) -> Choice:
+def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:
     if quantization_method(base_config) != "mxfp4":
-        unused = "" if asked == "auto" else f", so expert_weights: {asked} has no effect"
+        unused = "" if requested == "auto" else f", so expert_weights: {requested} has no effect"
         return Choice("dense", f"the checkpoint holds no MXFP4{unused}")
-    match asked:
+    match requested:
         case "dequantize":
             return Choice(
-                asked, "expert_weights: dequantize; whole experts in memory, four times their MXFP4 bytes in bf16"
+                requested, "expert_weights: dequantize; whole experts in memory, four times their MXFP4 bytes in bf16"
             )
         case "native":
-            return Choice(asked, "expert_weights: native; transformers' own MXFP4 kernels, which have no backward")
+            return Choice(requested, "expert_weights: native; transformers' own MXFP4 kernels, which have no backward")
         case _:
             return Choice("packed", "the checkpoint is MXFP4, and frozen experts need gradients to their inputs only")
 
@@ -140,9 +141,9 @@ def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig
     return Choice(method or "none", "the checkpoint's quantization_config" if method else "the checkpoint has none")
 
 
-def _plan_dtype(asked: str, device: str) -> Choice:
-    if asked != "auto":
-        return Choice(asked, f"dtype: {asked}")
+def _plan_dtype(requested: str, device: str) -> Choice:
+    if requested != "auto":
+        return Choice(requested, f"dtype: {requested}")
     if not device.startswith("cuda"):
         return Choice("float32", f"on {device} bfloat16 is less exact and hardly faster")
     major, minor = torch.cuda.get_device_capability(device)
@@ -152,7 +153,7 @@ def _plan_dtype(asked: str, device: str) -> Choice:
 
 
 def quantization_method(base_config: PreTrainedConfig) -> str | None:
-    """The method in a checkpoint's quantization_config (mxfp4, fp8, gptq, ...), None without one."""
+    """Return the method in a checkpoint's quantization_config (mxfp4, fp8, gptq, ...), None without one."""
     settings = getattr(base_config, "quantization_config", None)
     if settings is None:
         return None
@@ -161,13 +162,13 @@ def quantization_method(base_config: PreTrainedConfig) -> str | None:
 
 
 def skeleton(base_config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every name and shape, no memory; experts unpacked."""
+    """Build the model on the meta device: every name and shape, no memory; experts unpacked."""
     with torch.device("meta"):
         return _from_config(base_config, torch.float32)
 
 
 def random_base(base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> PreTrainedModel:
-    """A random model of this config, the same for the same seed, frozen and in eval mode.
+    """Build a random model of this config, the same for the same seed, frozen and in eval mode.
 
     Under `packed`, `dequantize` and `native` the experts are rounded to MXFP4, so that all three compute the same
     function; `native` stands in for kernels that need CUDA: a forward without a backward. What transformers initialises
@@ -182,21 +183,19 @@ def random_base(base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> Pre
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    for name, experts in _dense_experts(model):
-        if plan.experts.value == "dense":
-            continue
-        packed = PackedExperts.from_dense(experts)
-        if plan.experts.value == "dequantize":
-            _round_to(packed, experts)
-            continue
-        if plan.experts.value == "native":
-            packed.register_forward_hook(lambda module, inputs, output: output.detach())
-        model.set_submodule(name, packed)
+    match plan.experts.value:
+        case "dequantize":
+            round_experts(model)
+        case "packed":
+            pack_experts(model)
+        case "native":
+            for experts in pack_experts(model):
+                experts.register_forward_hook(lambda module, inputs, output: output.detach())
     return _frozen(model, plan)
 
 
 def load_base(name_or_path: str, base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> PreTrainedModel:
-    """The base with its weights, frozen and in eval mode; random from `seed` where the source is a config only.
+    """Load the base with its weights, frozen and in eval mode; random from `seed` where the source is a config only.
 
     Raises:
         ModelError: the plan cannot be carried out, or the weights are absent, incomplete or another model's.
@@ -217,7 +216,7 @@ def load_base(name_or_path: str, base_config: PreTrainedConfig, plan: LoadPlan, 
 
 
 def _frozen_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy without a cache, and without dropout, which the training mode that checkpointing needs would wake."""
+    """Copy a config without a cache, and without dropout: checkpointing needs training mode, which would enable it."""
     config = deepcopy(base_config)
     config.use_cache = False
     for name, value in list(vars(config).items()):
@@ -227,7 +226,7 @@ def _frozen_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _from_config(base_config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """An initialised model without quantization: its experts are dense, or about to become ours."""
+    """Build an initialised model without quantization: its experts are dense, or about to become ours."""
     causal_lm_class(base_config)  # raises where there is none
     config = _frozen_config(base_config)
     if hasattr(config, "quantization_config"):
@@ -243,7 +242,7 @@ def _from_config(base_config: PreTrainedConfig, dtype: torch.dtype, attention: s
 def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
     config = _frozen_config(base_config)
     options: dict[str, Any] = {}
-    if plan.experts.value == "dequantize":  # said explicitly: without kernels transformers would do it with a warning
+    if plan.experts.value == "dequantize":  # explicit: without kernels transformers would do it with a warning
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -269,9 +268,7 @@ def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) ->
     """Put every tensor straight into its place: the peak is the size of the packed model and one tensor."""
     with init_empty_weights(include_buffers=False):  # rotary buffers are in no file, so they must be computed
         model = _from_config(base_config, plan.torch_dtype, plan.attention.value)
-    for name, experts in _dense_experts(model):
-        with torch.device("meta"):
-            model.set_submodule(name, PackedExperts.like(experts))
+    empty_packed_experts(model)
     unexpected: list[str] = []
     for name, tensor in read_tensors(folder, plan.device.value, plan.torch_dtype):
         try:
@@ -285,20 +282,9 @@ def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) ->
     return model
 
 
-def _dense_experts(model: PreTrainedModel) -> list[tuple[str, GptOssExperts]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, GptOssExperts)]
-
-
-def _round_to(packed: PackedExperts, dense: GptOssExperts) -> None:
-    """Give dense experts the very values of packed ones."""
-    for name in ("gate_up_proj", "down_proj"):
-        parameter: nn.Parameter = getattr(dense, name)
-        blocks, scales = getattr(packed, f"{name}_blocks"), getattr(packed, f"{name}_scales")
-        parameter.data = dequantize(blocks, scales, parameter.dtype).transpose(1, 2).contiguous()
-
-
 def _frozen(model: PreTrainedModel, plan: LoadPlan) -> PreTrainedModel:
+    """Freeze a model and put it where the plan says, in eval mode."""
     model.requires_grad_(False)
-    if plan.device.value == "cpu" and _dense_experts(model):
-        model.set_experts_implementation("eager")  # batched products of all experts are ten times slower on a CPU
+    if plan.device.value == "cpu":
+        compute_experts_eagerly(model)
     return model.eval().to(device=plan.device.value)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from d2l.base.attention import PER_DOCUMENT, document_grid
+from d2l.base.attention import PER_DOCUMENT
+from d2l.base.segments import Segments
 from d2l.errors import ModelError
 
 _BUILDERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -22,7 +23,7 @@ Masks = Tensor | None | dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """What each layer may see: `full_attention` all tokens so far, `sliding_attention` the last `window` of them."""
+    """Range of every layer's attention: `full_attention` all tokens so far, `sliding_attention` the last `window`."""
 
     layer_types: tuple[str, ...]
     window: int | None
@@ -34,7 +35,11 @@ class AttentionLayout:
 
 
 def causal_lm_class(base_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of transformers that holds this model. Raises ModelError where there is none."""
+    """Return the class of transformers that holds this model.
+
+    Raises:
+        ModelError: there is none.
+    """
     if base_config.get_text_config() is not base_config:
         raise ModelError(
             f"{base_config.model_type} is a multimodal model; d2l needs a causal language model of its own. "
@@ -77,23 +82,23 @@ def attention_layout(base_config: PreTrainedConfig) -> AttentionLayout:
 
 
 def packed_masks(base: PreTrainedModel, position_ids: Tensor) -> Masks:
-    """What to pass as `attention_mask` for a row of packed documents, with `position_ids` and `use_cache=False`.
+    """Make the `attention_mask` for a row of packed documents, to be passed with `position_ids` and `use_cache=False`.
 
     A token sees another one if that one belongs to the same document, is not later, and, in sliding layers, is less
     than the window away.
 
     Args:
         base: its config tells the layers and the attention implementation, and with that the form of a mask.
-        position_ids: [1, T] int64; a new document begins wherever a position is not one more than the one before.
+        position_ids: int64 [1, T]; where a document begins, see `segment_starts`.
 
     Returns:
         One mask where all layers are alike, else one for each layer type. Under eager [1, 1, T, T] in the base's dtype,
         to be added to the scores; under sdpa bool, or None where plain causal attention is right; under per_document
-        the `document_grid`.
+        int64 [1, 1, n, S], the documents' `Segments.grid`.
     """
     layout = attention_layout(base.config)
     if base.config._attn_implementation == PER_DOCUMENT:
-        grid = document_grid(position_ids)
+        grid = Segments.from_position_ids(position_ids).grid(position_ids.device)[None, None]
         return dict.fromkeys(layout.kinds, grid) if len(layout.kinds) > 1 else grid
     embeddings = position_ids.new_empty((*position_ids.shape, 0), dtype=base.dtype)  # read for shape, dtype and device
     # no mask and no cache: the condition under which transformers looks for packed documents

@@ -7,9 +7,9 @@ factor of 1.5 of what autograd keeps. The hypernetwork is in float32 with its op
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.experts import expert_projections
 from d2l.base.load import LoadPlan, skeleton
 from d2l.base.mxfp4 import BITS_PER_WEIGHT
 from d2l.config.schema import RunConfig
@@ -27,34 +27,33 @@ _LOGITS = 3 * _FLOAT32
 
 @dataclass(frozen=True)
 class Component:
-    """What one part of the run takes, in bytes, and how that was reckoned."""
+    """Bytes of one part of the run, while the base loads, at the peak of a step, and between steps."""
 
     name: str
     loading: int
     peak: int
     steady: int
-    basis: str
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All components; their sums are the run's."""
+    """The components of a run; their sums are the run's."""
 
     components: tuple[Component, ...]
 
     @property
     def loading(self) -> int:
-        """While the model is put together."""
+        """Bytes while the base loads."""
         return sum(component.loading for component in self.components)
 
     @property
     def peak(self) -> int:
-        """Within a training step."""
+        """Bytes at the peak of a training step."""
         return sum(component.peak for component in self.components)
 
     @property
     def steady(self) -> int:
-        """Between steps."""
+        """Bytes between steps."""
         return sum(component.steady for component in self.components)
 
 
@@ -71,12 +70,7 @@ class WeightCount:
 def count_weights(base_config: PreTrainedConfig) -> WeightCount:
     """Count a model's weights without allocating it."""
     model = skeleton(base_config)
-    projections = {
-        id(projection): projection.numel()
-        for module in model.modules()
-        if isinstance(module, GptOssExperts)
-        for projection in (module.gate_up_proj, module.down_proj)
-    }
+    projections = {id(projection): projection.numel() for projection in expert_projections(model)}
     others = [parameter.numel() for parameter in model.parameters() if id(parameter) not in projections]
     experts = sum(projections.values())
     return WeightCount(sum(others) + experts, experts, max(projections.values(), default=0), max(others))
@@ -91,17 +85,18 @@ def memory_plan(
     optimizer_values: int,
     label_tokens: int | None = None,
 ) -> MemoryPlan:
-    """Reckon a run on one device, with full packed rows.
+    """Compute the bytes of a run on one device, with full packed rows.
 
     Args:
-        hypernet_parameters: what is trained; optimizer_values: what the optimizer keeps between steps.
+        hypernet_parameters: numbers that are trained, in float32, and as many gradients.
+        optimizer_values: numbers that the optimizer keeps between steps, in float32.
         label_tokens: supervised tokens of a row, the only ones with logits; by default a whole row.
     """
     weights = count_weights(base_config)
     size = plan.torch_dtype.itemsize
     queries, context = config.max_packed_inp_len, config.max_packed_ctx_len
     labels = queries if label_tokens is None else label_tokens
-    base, transient, how = _base_bytes(weights, plan, size)
+    base, transient = _base_bytes(weights, plan, size)
     chunk = context if config.max_ctx_chunk_len == -1 else min(context, config.max_ctx_chunk_len)
     query = queries if config.max_qas_len == -1 else min(queries, config.max_qas_len)
     layers = base_config.num_hidden_layers
@@ -109,44 +104,37 @@ def memory_plan(
     step = _activations(base_config, plan, size, queries, query, layers, config.gradient_checkpointing)
     logits = labels * base_config.vocab_size * (size + _LOGITS)
     trained, kept = hypernet_parameters * _FLOAT32, optimizer_values * _FLOAT32
-    feature_layers = base_config.num_hidden_layers if config.ctx_encoder_type == "per_layer_activations" else 1
-    width = base_config.hidden_size * (
-        base_config.num_hidden_layers if config.ctx_encoder_type == "concat_layers" else 1
-    )
+    feature_layers = layers if config.ctx_encoder_type == "per_layer_activations" else 1
+    width = base_config.hidden_size * (layers if config.ctx_encoder_type == "concat_layers" else 1)
     tokens = context * feature_layers * _FLOAT32  # bytes a value of every token's features
     features = width * tokens
     projection = _PROJECTION_VALUES * width * tokens
     cross_attentions = max(1, config.num_blocks) * (width + 2 * config.latent_size) * tokens
     return MemoryPlan(
         (
-            Component("base weights", base, base, base, how),
-            Component("loading the base", transient, 0, 0, "temporary, for the largest tensor"),
-            Component("context encoder", 0, 0, 0, "the base's own layers: no second copy"),
-            Component("hypernetwork", trained, trained, trained, f"{hypernet_parameters:,} parameters in float32"),
-            Component("gradients", 0, trained, 0, "as many, in float32"),
-            Component("optimizer states", 0, kept, kept, f"{optimizer_values:,} values in float32"),
-            Component("context features", 0, features, 0, f"{context:,} tokens of {feature_layers} layers in float32"),
-            Component(
-                "hypernetwork activations", 0, projection + cross_attentions, 0, "projected features, keys and values"
-            ),
-            Component(
-                "base activations", 0, max(encoder, step), 0, f"the larger of {queries:,} and {context:,} tokens"
-            ),
-            Component("logits", 0, logits, 0, f"{labels:,} label tokens x {base_config.vocab_size:,}"),
+            Component("base weights", base, base, base),
+            Component("loading the base", transient, 0, 0),
+            Component("context encoder", 0, 0, 0),  # the base's own layers: no second copy
+            Component("hypernetwork", trained, trained, trained),
+            Component("gradients", 0, trained, 0),
+            Component("optimizer states", 0, kept, kept),
+            Component("context features", 0, features, 0),
+            Component("hypernetwork activations", 0, projection + cross_attentions, 0),
+            Component("base activations", 0, max(encoder, step), 0),
+            Component("logits", 0, logits, 0),
         )
     )
 
 
-def _base_bytes(weights: WeightCount, plan: LoadPlan, size: int) -> tuple[int, int, str]:
-    """Bytes of the frozen weights, bytes that loading them takes for a moment, and how they are held."""
+def _base_bytes(weights: WeightCount, plan: LoadPlan, size: int) -> tuple[int, int]:
+    """Compute the bytes of the frozen weights, and those that loading the largest tensor takes for a moment."""
     if plan.experts.value in ("packed", "native"):
         packed = int(weights.experts * BITS_PER_WEIGHT / 8)
         held = packed + (weights.total - weights.experts) * size
         transient = max(weights.largest_tensor * size, int(weights.largest_expert_tensor * BITS_PER_WEIGHT / 8))
-        return held, transient, f"{weights.experts:,} expert weights in MXFP4, the rest in {plan.dtype.value}"
+        return held, transient
     transient = _DEQUANTIZE_TRANSIENT * weights.largest_expert_tensor if plan.experts.value == "dequantize" else 0
-    transient = max(transient, weights.largest_tensor * size)
-    return weights.total * size, transient, f"{weights.total:,} weights in {plan.dtype.value}"
+    return weights.total * size, max(transient, weights.largest_tensor * size)
 
 
 def _activations(
@@ -158,7 +146,7 @@ def _activations(
     kept_layers: int,
     checkpointing: bool,
 ) -> int:
-    """Bytes that the base's forward over a packed row keeps for its backward, and those at work in one layer.
+    """Compute the bytes that a forward over a packed row keeps for its backward, and those at work in one layer.
 
     Args:
         tokens: of the row; longest: of one document or question in it.

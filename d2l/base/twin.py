@@ -1,4 +1,4 @@
-"""A model's config → a tiny config of the same kind, whose faults are the same and cost milliseconds to find."""
+"""A tiny config of the same kind as a model's: its faults are the same, and cost milliseconds to find."""
 
 from itertools import count
 from typing import Any
@@ -42,7 +42,7 @@ def twin_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrunk(base_config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of the twin's config."""
+    """Return the fields of the twin's config."""
     values = base_config.to_dict()
     layers = _depth(base_config)
     heads, key_value_heads, head_dim = _heads(base_config)
@@ -74,14 +74,14 @@ def _shrunk(base_config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _depth(base_config: PreTrainedConfig) -> int:
-    """The shortest beginning of the model with every layer type in it, at least four layers where there are so many."""
+    """Count the layers of the shortest beginning with every layer type in it, at least four where there are so many."""
     layer_types = getattr(base_config, "layer_types", None) or [None] * base_config.num_hidden_layers
     complete = next(depth for depth in count(1) if set(layer_types[:depth]) == set(layer_types))
     return min(max(LAYERS, complete), base_config.num_hidden_layers)
 
 
 def _heads(base_config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, key-value heads and head size; the ratio stays, and whether heads add up to the hidden size."""
+    """Choose query heads, key-value heads and head size; keep the ratio, and whether heads add up to the hidden size."""
     heads = base_config.num_attention_heads
     key_value_heads = getattr(base_config, "num_key_value_heads", None) or heads
     head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
@@ -93,7 +93,7 @@ def _heads(base_config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def _experts(base_config: PreTrainedConfig) -> dict[str, int]:
-    """Twice as many experts as a token takes, so that routing has a choice."""
+    """Keep twice as many experts as a token takes, so that routing has a choice."""
     top_k = getattr(base_config, "num_experts_per_tok", None)
     if top_k is None:
         return {}
@@ -102,7 +102,7 @@ def _experts(base_config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _positions(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Fewer positions, the rope shrunk in proportion."""
+    """Reduce the positions, and the rope in proportion."""
     positions = values.get("max_position_embeddings")
     rope = values.get("rope_parameters")
     if positions is None:
@@ -118,7 +118,7 @@ def _positions(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
 
 
 def _shrink_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """The same kind of rope over few positions and a small head; nested where layer types have their own."""
+    """Make the same kind of rope over few positions and a small head; nested where layer types have their own."""
     shrunk: dict[str, Any] = {
         name: _shrink_rope(value, head_dim) if isinstance(value, dict) else value for name, value in rope.items()
     }

@@ -1,4 +1,4 @@
-"""Rows into packed batches: which rows share a batch, and the tensors of one.
+"""Packed batches: which rows share one, and its tensors.
 
 `pack` fills two budgets at once, tokens of questions and tokens of documents; `collate` lays rows one after another
 with positions that restart. Every row is packed or reported.
@@ -6,7 +6,8 @@ with positions that restart. Every row is packed or reported.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2l.base.segments import Segments, segment_starts
 from d2l.data.tokenize import IGNORE_INDEX, Row
 
 _JITTER = 0.1  # of a row's size when it is put in order: other groups for every seed, at no measurable cost in fill
@@ -24,8 +26,8 @@ _BINS_PER_WINDOW = 256  # fewer waste more in each window's last batches, more t
 class PackedBatch:
     """One packed row of contexts and of their queries. Ids, positions and labels are int64.
 
-    Positions restart at 0 for every chunk and every query; that is how their borders are known. `labels[t]` equals
-    `input_ids[t]` where supervised, else -100: not shifted, and never supervised at position 0.
+    Positions restart for every chunk and every query; that is how their borders are known. `labels[t]` equals
+    `input_ids[t]` where supervised, else -100: not shifted.
 
     Attributes:
         ctx_ids, ctx_position_ids: [1, Tc], the chunks of all contexts in order.
@@ -47,8 +49,9 @@ class PackedBatch:
     record_ids: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """Return the same batch with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # vars() holds cached properties too
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     @property
@@ -61,26 +64,39 @@ class PackedBatch:
         """Tokens of the queries, T."""
         return self.input_ids.shape[1]
 
-    @property
-    def query_lengths(self) -> tuple[int, ...]:
-        """Tokens of each query."""
-        return _run_lengths(self.position_ids)
+    @cached_property
+    def chunks(self) -> Segments:
+        """The chunks in `ctx_ids`, those of the first context first."""
+        return Segments.from_position_ids(self.ctx_position_ids)
 
-    @property
-    def context_lengths(self) -> tuple[int, ...]:
-        """Tokens of `input_ids` that belong to each context: all its queries."""
-        starts = np.cumsum([0, *self.n_queries])
-        return tuple(sum(self.query_lengths[a:b]) for a, b in pairwise(starts))
+    @cached_property
+    def queries(self) -> Segments:
+        """The queries in `input_ids`, those of the first context first."""
+        return Segments.from_position_ids(self.position_ids)
 
-    @property
-    def chunk_lengths(self) -> tuple[int, ...]:
-        """Tokens of each chunk."""
-        return _run_lengths(self.ctx_position_ids)
+    @cached_property
+    def contexts(self) -> Segments:
+        """The contexts in `input_ids`: all queries of each."""
+        return self.queries.joined(self.n_queries)
 
+    @cached_property
+    def label_positions(self) -> Tensor:
+        """Positions in `input_ids` of the tokens to be predicted, int64 [N], in order.
 
-def _run_lengths(position_ids: Tensor) -> tuple[int, ...]:
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    return tuple(end - start for start, end in pairwise([*starts, position_ids.shape[1]]))
+        The first token of a query has no token before it in its own query, so a label there is never used.
+        """
+        supervised = self.labels[0] != IGNORE_INDEX
+        return (supervised & ~segment_starts(self.position_ids)).nonzero().squeeze(-1)
+
+    @cached_property
+    def prediction_positions(self) -> Tensor:
+        """Positions whose logits predict the tokens at `label_positions`, int64 [N]: each the one before."""
+        return self.label_positions - 1
+
+    @cached_property
+    def label_queries(self) -> Tensor:
+        """The query of each token at `label_positions`, counted from 0 over the packed row, int64 [N]."""
+        return segment_starts(self.position_ids).cumsum(0)[self.label_positions] - 1
 
 
 def collate(rows: Sequence[Row]) -> PackedBatch:
@@ -106,7 +122,7 @@ def collate(rows: Sequence[Row]) -> PackedBatch:
 
 
 class PackedBatches(Sequence[PackedBatch]):
-    """The batch of each group of rows, collated when it is asked for: an epoch of them need not fit in memory."""
+    """The batch of each group of rows, collated on access: an epoch of them need not fit in memory."""
 
     def __init__(self, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> None:
         self._rows, self._groups = rows, groups
@@ -149,13 +165,10 @@ class Packing:
     Attributes:
         groups: row indices of each batch, in training order.
         oversized: rows in no group; with the groups, every row exactly once.
-        inp_fill, ctx_fill: the share of each budget that the batches use, 0 to 1.
     """
 
     groups: tuple[tuple[int, ...], ...]
     oversized: tuple[Oversized, ...]
-    inp_fill: float
-    ctx_fill: float
 
 
 def pack(
@@ -178,12 +191,9 @@ def pack(
     generator = np.random.default_rng(seed)
     rows = generator.permutation(np.flatnonzero(fits))
     groups = _first_fit_decreasing(table, rows, budgets, generator) if len(rows) else []
-    used = table[rows].sum(axis=0) / (budgets * max(len(groups), 1))
     return Packing(
         groups=tuple(groups[i] for i in generator.permutation(len(groups))),
         oversized=tuple(Oversized(int(row), _excess(table[row], budgets)) for row in np.flatnonzero(~fits)),
-        inp_fill=float(used[0]),
-        ctx_fill=float(used[1]),
     )
 
 
@@ -235,7 +245,7 @@ def _first_fit_decreasing(
 
 
 def _grouped(row_ids: np.ndarray, bin_ids: np.ndarray) -> list[tuple[int, ...]]:
-    """Row ids of equal bin id together, without the padding."""
+    """Group row ids of equal bin id, without the padding."""
     real = row_ids >= 0
     row_ids, bin_ids = row_ids[real], bin_ids[real]
     order = np.argsort(bin_ids, kind="stable")

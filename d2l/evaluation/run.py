@@ -31,7 +31,6 @@ from d2l.evaluation.scores import (
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import answer_text, document_in_chunks, generate, internalize, prompt_ids, stop_ids
 from d2l.inference.load import TrainedModel
-from d2l.train.losses import label_positions
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,7 @@ def _likelihoods(trained: TrainedModel, lora: Lora | None, record: Record) -> li
     results = []
     for query in (query for row in part.rows for query in row.queries):
         batch = collate([Row(record=0, chunks=((0,),), queries=(query,))]).to(trained.model.base.device)
-        positions = label_positions(batch)
-        logits = trained.model.logits(batch, lora, positions=positions - 1).float()
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels[0, positions], reduction="sum")
-        results.append((float(loss), len(positions)))
+        logits = trained.model.logits(batch, lora, positions=batch.prediction_positions).float()
+        labels = batch.labels[0, batch.label_positions]
+        results.append((float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")), len(labels)))
     return results

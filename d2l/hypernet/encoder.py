@@ -17,7 +17,7 @@ EncoderType = Literal["embed_only", "per_layer_activations", "early_exit", "conc
 
 
 class ContextEncoder:
-    """Features of packed documents from the inputs of the base's decoder layers.
+    """Reader of packed documents, whose features are inputs of the base's decoder layers.
 
     * `per_layer_activations`: the inputs of all L layers, `[1, L, T, H]`; the last of them after the final norm.
     * `early_exit`: the input of layer `layer_idx`, after the final norm, `[1, T, H]`.
@@ -60,7 +60,7 @@ class ContextEncoder:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, position_ids: Tensor, attention_mask: Masks) -> Tensor:
-        """Features of packed documents.
+        """Read packed documents into features.
 
         Args:
             ids: token ids, int64 `[1, T]`.
@@ -75,7 +75,7 @@ class ContextEncoder:
         return inputs[-1] if self.encoder_type == "embed_only" else self.norm(inputs[-1])
 
     def _layer_inputs(self, ids: Tensor, position_ids: Tensor, attention_mask: Masks) -> list[Tensor]:
-        """The inputs `[1, T, H]` of the layers up to `last`; the layers from there on are not run."""
+        """Collect the inputs `[1, T, H]` of the layers up to `last`; the layers from there on are not run."""
         seen: list[Tensor] = []
 
         def watch(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -97,4 +97,4 @@ class ContextEncoder:
 
 
 class _Seen(Exception):
-    """Leaves the decoder's forward once every wanted input was seen."""
+    """Raised to leave the decoder's forward once every wanted input was seen."""

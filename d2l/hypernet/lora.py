@@ -10,12 +10,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Literal, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from d2l.base.segments import Segments
 from d2l.hypernet.targets import Targets
 
 
@@ -42,18 +42,18 @@ class Lora:
         return next(iter(self.A.values())).shape[2]
 
     def __getitem__(self, contexts: int | slice) -> "Lora":
-        """One context (still with an axis n = 1) or a slice of them."""
+        """Return one context (still with an axis n = 1) or a slice of them."""
         if isinstance(contexts, int):
             index = range(self.n_contexts)[contexts]
             contexts = slice(index, index + 1)
         return self._map(lambda x: x[contexts])
 
     def zeroed(self) -> "Lora":
-        """The same shapes, all zero: bound, it leaves the base as it is."""
+        """Return the same shapes, all zero: bound, it leaves the base as it is."""
         return self._map(torch.zeros_like)
 
     def l1(self) -> Tensor:
-        """Mean over modules of mean |A| + mean |B|, padding rows included (`gen_lora_l1_reg_coef` weighs it)."""
+        """Return the mean over modules of mean |A| + mean |B|, zero rows included (`gen_lora_l1_reg_coef` weighs it)."""
         return torch.stack([self.A[name].abs().mean() + self.B[name].abs().mean() for name in self.A]).mean()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Lora":
@@ -61,15 +61,8 @@ class Lora:
         return replace(self, A=A, B=B)
 
 
-def merge_chunks(
-    chunks: Lora,
-    n_chunks: Sequence[int],
-    bias: Lora | None = None,
-    *,
-    scalers: Tensor | None = None,
-    bias_scaler: float | None = None,
-) -> Lora:
-    """Chunks of one context become one LoRA by concatenation along the rank.
+def merge_chunks(chunks: Lora, n_chunks: Sequence[int], bias: Lora | None = None) -> Lora:
+    """Merge the chunks of each context into one LoRA by concatenation along the rank.
 
     Rows of each context: its chunks in order, the bias, then zeros up to a common rank R = r · (max(n_chunks) + 1).
 
@@ -77,8 +70,9 @@ def merge_chunks(
         chunks: a LoRA per chunk, chunks of the first context first.
         n_chunks: chunks of each context.
         bias: the LoRA [1, L, r, d] that every context shares.
-        scalers: a factor per chunk, on A.
-        bias_scaler: factor on the bias, on both A and B (so squared in the delta, as in the reference).
+
+    Raises:
+        ValueError: the contexts have more or fewer chunks than the LoRA.
     """
     if sum(n_chunks) != chunks.n_contexts:
         raise ValueError(
@@ -97,79 +91,69 @@ def merge_chunks(
         table = torch.cat([blocks, zeros if bias_block is None else bias_block, zeros])
         return rearrange(table[place.to(blocks.device)], "n k l r d -> n l (k r) d")
 
-    if scalers is not None:
-        chunks = replace(chunks, A={name: a * rearrange(scalers, "n -> n 1 1 1") for name, a in chunks.A.items()})
-    if bias is not None and bias_scaler is not None:
-        bias = bias._map(lambda x: x * bias_scaler)
     A = {name: merged(a, bias.A[name] if bias else None) for name, a in chunks.A.items()}
     B = {name: merged(b, bias.B[name] if bias else None) for name, b in chunks.B.items()}
     return Lora(A, B, chunks.scale)
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Which tokens belong to which context: contiguous spans of the flattened tokens, contexts in order.
-
-    `Spans.tokens` for packed rows; `Spans.rows` for rows of equal length: padded queries, or generation, where the
-    length changes at every step.
-    """
-
-    counts: tuple[int, ...]
-    unit: Literal["tokens", "rows"]
-
-    @classmethod
-    def tokens(cls, counts: Sequence[int]) -> Self:
-        """Tokens of each context."""
-        return cls(tuple(counts), "tokens")
-
-    @classmethod
-    def rows(cls, counts: Sequence[int]) -> Self:
-        """Batch rows of each context; every row has as many tokens as the input brings."""
-        return cls(tuple(counts), "rows")
-
-    def lengths(self, n_tokens: int) -> list[int]:
-        """Tokens of each context in an input of `n_tokens`.
-
-        Raises:
-            ValueError: the spans do not cover the input exactly.
-        """
-        total = sum(self.counts)
-        if self.unit == "tokens" and total == n_tokens:
-            return list(self.counts)
-        if self.unit == "rows" and total and n_tokens % total == 0:
-            return [count * (n_tokens // total) for count in self.counts]
-        raise ValueError(
-            f"the bound LoRA covers {total} {self.unit} {self.counts}, but the input has {n_tokens} tokens"
-        )
-
-
-def bind(targets: Targets, lora: Lora, spans: Spans) -> AbstractContextManager[None]:
-    """Adds the LoRA's delta to the outputs of the targets while the context is open; outside it the base is untouched.
+def bind(
+    targets: Targets, lora: Lora, tokens: Segments | None = None, *, rows: Sequence[int] | None = None
+) -> AbstractContextManager[None]:
+    """Add the LoRA's delta to the outputs of the targets while the context is open; outside it the base is untouched.
 
     Bindings nest: the innermost alone acts. A binding belongs to the thread (the `contextvars` context) that opened it.
+    Contexts lie one after another in the flattened tokens; their lengths are given in one of two units.
 
     Args:
         targets: from `find_targets`; their names are the LoRA's.
         lora: one entry per context; cast to the dtype and device of each target's output.
-        spans: which tokens belong to which context.
+        tokens: the tokens of each context, for packed rows.
+        rows: the batch rows of each context, where all have as many tokens as the input brings: padded queries, or
+            generation, where the length changes at every step.
+
+    Raises:
+        ValueError: the LoRA, the targets and the contexts do not fit; within the context, the input's tokens do not.
     """
+    if (tokens is None) == (rows is None):
+        raise ValueError("bind takes either the tokens or the rows of each context")
+    counts, unit = (tuple(rows or ()), "rows") if tokens is None else (tokens.lengths, "tokens")
     layers = {len(modules) for modules in targets.values()} | {a.shape[1] for a in lora.A.values()}
-    if set(targets) != set(lora.A) or len(layers) != 1 or len(spans.counts) != lora.n_contexts:
+    if set(targets) != set(lora.A) or len(layers) != 1 or len(counts) != lora.n_contexts:
         raise ValueError(
             f"cannot bind a LoRA for {sorted(lora.A)} and {lora.n_contexts} contexts to {sorted(targets)} with "
-            f"{len(spans.counts)} spans; layers: {sorted(layers)}"
+            f"{unit} of {len(counts)} contexts; layers: {sorted(layers)}"
         )
+    lengths = partial(_row_lengths if tokens is None else _token_lengths, counts)
     # unbind, not [:, layer]: its backward is one stack; each index would make a gradient of the size of all layers.
     slots = [
-        _Slot(module, a, b, lora.scale, spans)
+        _Slot(module, a, b, lora.scale, lengths)
         for name, modules in targets.items()
         for module, a, b in zip(modules, lora.A[name].unbind(1), lora.B[name].unbind(1), strict=True)
     ]
     return _Activation(slots)
 
 
+def _token_lengths(counts: tuple[int, ...], n_tokens: int) -> tuple[int, ...]:
+    """Return the tokens of each context, which must add up to those of the input."""
+    if sum(counts) != n_tokens:
+        raise ValueError(
+            f"the bound LoRA covers {sum(counts)} tokens in contexts of {counts}, but the input has {n_tokens} tokens"
+        )
+    return counts
+
+
+def _row_lengths(counts: tuple[int, ...], n_tokens: int) -> tuple[int, ...]:
+    """Return the tokens of each context from its rows, which must divide those of the input."""
+    total = sum(counts)
+    if total == 0 or n_tokens % total:
+        raise ValueError(
+            f"the bound LoRA covers {total} rows in contexts of {counts}, but the input has {n_tokens} tokens"
+        )
+    return tuple(count * (n_tokens // total) for count in counts)
+
+
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of `torch.utils.checkpoint` with `use_reentrant=False`.
+    """Make the contexts of `torch.utils.checkpoint` with `use_reentrant=False`, as its `context_fn`.
 
     Recompute runs under the binding of its forward, whatever is bound by then and whatever thread runs the backward.
     """
@@ -178,26 +162,27 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """What is added to one target's output: A [n, R, d_in], B [n, R, d_out]."""
+    """A LoRA at one target: A [n, R, d_in] and B [n, R, d_out]."""
 
     module: nn.Module
     A: Tensor
     B: Tensor
     scale: float
-    spans: Spans
+    lengths: Callable[[int], tuple[int, ...]]  # tokens of the input → tokens of each context
 
     def add_delta(self, x: Tensor, output: Tensor) -> Tensor:
-        """`output` plus the delta for input `x`; A and B are never repeated per token.
+        """Return `output` plus the delta for input `x`; A and B are never repeated per token.
 
-        One batched product where spans are equal, else a product per context. Measured on one CPU thread, 2880 → 4096,
-        R 16, 4096 tokens, forward and backward, at 1, 8 and 32 contexts: 1.1–1.2 times the Linear alone. Padding the
-        spans, or one wide product with a block mask, took 1.1–1.6 times, and padding 8 times where one span is long.
+        One batched product where contexts are equally long, else a product per context. Measured on one CPU thread,
+        2880 → 4096, R 16, 4096 tokens, forward and backward, at 1, 8 and 32 contexts: 1.1–1.2 times the Linear alone.
+        Padding the contexts, or one wide product with a block mask, took 1.1–1.6 times, and padding 8 times where one
+        is long.
         """
         tokens, A, B = x.flatten(0, -2).to(output.dtype), self.A.to(output), self.B.to(output)
-        lengths = self.spans.lengths(tokens.shape[0])
+        lengths = self.lengths(tokens.shape[0])
         if len(set(lengths)) == 1:
-            spans = (len(lengths), lengths[0], -1)
-            summed = torch.baddbmm(output.reshape(spans), tokens.reshape(spans) @ A.mT, B, alpha=self.scale)
+            shape = (len(lengths), lengths[0], -1)
+            summed = torch.baddbmm(output.reshape(shape), tokens.reshape(shape) @ A.mT, B, alpha=self.scale)
             return summed.reshape(output.shape).to(output.dtype)
         # split and unbind have linear-time backwards; slices would each make a gradient of the size of the whole row.
         pieces = zip(tokens.split(lengths), A.unbind(), B.unbind(), strict=True)
@@ -209,7 +194,7 @@ _active: ContextVar[Sequence[_Slot]] = ContextVar("active_lora", default=())
 
 
 class _Activation:
-    """Opens a binding, as often as needed and nested, in one thread at a time; without slots, the base alone."""
+    """A binding that is opened as often as needed and nested, in one thread at a time; without slots, the base alone."""
 
     def __init__(self, slots: Sequence[_Slot]) -> None:
         self._slots = slots
@@ -234,7 +219,7 @@ def _add_delta(
     args: tuple[Tensor, ...],
     output: Tensor | tuple[Tensor, ...],
 ) -> Tensor | tuple[Tensor, ...] | None:
-    """Forward hook: acts for the opening that is active in this thread; those of enclosing bindings stay silent."""
+    """Add a slot's delta, as a forward hook, for the opening that is active in this thread and for no enclosing one."""
     if _active.get() is not opening:
         return None
     if isinstance(output, tuple):  # a Mixture-of-Experts block may return its router's scores behind the hidden states

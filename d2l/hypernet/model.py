@@ -17,9 +17,9 @@ from d2l.base.masks import Masks, packed_masks
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.encoder import ContextEncoder
-from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
-from d2l.hypernet.lora import Lora, Spans, bind, checkpoint_contexts, merge_chunks
-from d2l.hypernet.perceiver import Segments
+from d2l.hypernet.hypernetwork import Hypernetwork
+from d2l.hypernet.lora import Lora, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.shape import HypernetShape
 from d2l.hypernet.targets import find_targets, target_sizes
 
 
@@ -40,31 +40,37 @@ class DocToLora(nn.Module):
         self.targets = find_targets(base, config.target_modules)
         self.encoder = ContextEncoder(base, config.ctx_encoder_type, config.layer_idx)
         sizes = target_sizes(self.targets, base.config.hidden_size)
-        feature_size, n_layers = self.encoder.feature_size, len(self.encoder.layers)
-        self.hypernet = Hypernetwork(HypernetShape.of(config, sizes, n_layers=n_layers, feature_size=feature_size))
+        self.hypernet = Hypernetwork(
+            HypernetShape(
+                config=config,
+                modules=sizes,
+                n_layers=len(self.encoder.layers),
+                feature_size=self.encoder.feature_size,
+            )
+        )
 
     def attention_mask(self, position_ids: Tensor) -> Masks:
-        """The masks that keep the documents or questions of a packed row apart, from positions int64 `[1, T]`."""
+        """Make the masks that keep documents or questions of a packed row apart, from positions int64 `[1, T]`."""
         return packed_masks(self.base, position_ids)
 
     def features(self, batch: PackedBatch) -> Tensor:
-        """Features of all chunks, `[1, layers, Tc, hidden]` or `[1, Tc, hidden]`; see `ContextEncoder`."""
+        """Read all chunks into features `[1, layers, Tc, hidden]` or `[1, Tc, features]`; see `ContextEncoder`."""
         mask = self.attention_mask(batch.ctx_position_ids)
         return self.encoder(batch.ctx_ids, batch.ctx_position_ids, mask).float()
 
     def latents(self, batch: PackedBatch) -> Tensor:
-        """The aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+        """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
         with self._hypernet_precision():
-            return self.hypernet.aggregator(self.features(batch), Segments.from_position_ids(batch.ctx_position_ids))
+            return self.hypernet.aggregator(self.features(batch), batch.chunks)
 
     def lora(self, batch: PackedBatch) -> Lora:
-        """The merged LoRA of every context of a packed row: its chunks along the rank, then the learned bias."""
+        """Make the merged LoRA of every context of a packed row: its chunks along the rank, then the learned bias."""
         with self._hypernet_precision():
-            chunks = self.hypernet(self.features(batch), Segments.from_position_ids(batch.ctx_position_ids))
+            chunks = self.hypernet(self.features(batch), batch.chunks)
         return merge_chunks(chunks, batch.n_ctx_chunks, self.hypernet.bias())
 
     def logits(self, batch: PackedBatch, lora: Lora | None, positions: Tensor | None = None) -> Tensor:
-        """Logits of the questions under their contexts' LoRAs, or of the base alone.
+        """Compute the logits of the questions under their contexts' LoRAs, or of the base alone.
 
         Args:
             lora: one LoRA for each context of the row; `None` for the unbound base.
@@ -83,7 +89,7 @@ class DocToLora(nn.Module):
         }
         if lora is None:
             return self.base(**arguments).logits[0]
-        with bind(self.targets, lora, Spans.tokens(batch.context_lengths)):
+        with bind(self.targets, lora, batch.contexts):
             return self.base(**arguments).logits[0]
 
     def gradient_checkpointing_enable(self, kwargs: Mapping[str, Any]) -> None:
@@ -92,7 +98,7 @@ class DocToLora(nn.Module):
         transformers checkpoints only modules in training mode, so the base is put into it; it is loaded without dropout.
 
         Args:
-            kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is off unless said otherwise.
+            kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is off unless it is named.
         """
         options: dict[str, Any] = {"use_reentrant": False, **kwargs}
         if not options["use_reentrant"]:  # the reentrant kind takes no contexts
@@ -101,7 +107,7 @@ class DocToLora(nn.Module):
         self.base.train()
 
     def _hypernet_precision(self) -> torch.autocast:
-        """bfloat16 matrix products for the float32 hypernetwork beside a bfloat16 base on a GPU; else float32."""
+        """Use bfloat16 products for the float32 hypernetwork beside a bfloat16 base on a GPU; else float32."""
         wanted = self.base.device.type == "cuda" and self.base.dtype == torch.bfloat16
         return torch.autocast(self.base.device.type, dtype=torch.bfloat16, enabled=wanted)
 

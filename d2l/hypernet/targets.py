@@ -1,4 +1,4 @@
-"""The modules that are adapted: for every requested name one in each decoder layer of the base.
+"""Target modules of the LoRA: for every requested name one in each decoder layer of the base.
 
 A name is that of a Linear, or `mlp`: the layer's whole MLP or Mixture-of-Experts block, with a linear parallel adapter
 (He et al. 2022) beside it. Its delta goes from the block's input to its output, past router and experts, so it reaches
@@ -18,14 +18,14 @@ MLP_BLOCK = "mlp"  # the name that transformers gives to this block in nearly al
 
 
 def find_targets(base: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, list[nn.Module]]:
-    """The module of each requested name in every decoder layer, in order.
+    """Find the module of each requested name in every decoder layer, in order.
 
     Args:
         base: a causal LM of transformers.
         target_modules: last parts of the names of Linears, such as `q_proj`; or `mlp` for the layers' blocks.
 
     Raises:
-        ModelError: a name does not match exactly one Linear or block in every layer; says which exist.
+        ModelError: a name does not match exactly one Linear or block in every layer.
     """
     layers = decoder_layers(base)
     adaptable = [_adaptable(layer) for layer in layers]
@@ -54,7 +54,7 @@ def find_targets(base: PreTrainedModel, target_modules: Sequence[str]) -> dict[s
 
 
 def _adaptable(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What a decoder layer offers to adapt, with names."""
+    """List what can be adapted in a decoder layer, with names."""
     found: list[tuple[str, nn.Module]] = [
         (path.rpartition(".")[2], m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)
     ]
@@ -63,7 +63,11 @@ def _adaptable(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: the outermost ModuleList with one entry for each of the config's `num_hidden_layers`."""
+    """Return the decoder's layers: the outermost ModuleList with an entry for each of the config's `num_hidden_layers`.
+
+    Raises:
+        ModelError: there is none.
+    """
     n_layers = base.config.get_text_config(decoder=True).num_hidden_layers
     for module in base.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
@@ -74,7 +78,7 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
 
 
 def _parameter_note(layers: nn.ModuleList, name: str) -> str:
-    """Says so where a name that was asked for is a parameter, as the experts of a Mixture of Experts often are."""
+    """Explain that a requested name is a parameter, as the experts of a Mixture of Experts often are; else empty."""
     for path, parameter in layers.named_parameters():
         if path.rpartition(".")[2] == name:
             return f"; it is a parameter {list(parameter.shape)}, which a LoRA of Linears cannot adapt"
@@ -82,7 +86,7 @@ def _parameter_note(layers: nn.ModuleList, name: str) -> str:
 
 
 def target_sizes(targets: Targets, hidden_size: int) -> dict[str, tuple[int, int]]:
-    """(d_in, d_out) of each target module.
+    """Return (d_in, d_out) of each target module.
 
     Args:
         targets: from `find_targets`.

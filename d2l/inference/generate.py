@@ -14,7 +14,7 @@ from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.packing import collate
 from d2l.data.tokenize import Ids, Row, document_chunks
 from d2l.errors import DataError
-from d2l.hypernet.lora import Lora, Spans, bind
+from d2l.hypernet.lora import Lora, bind
 from d2l.hypernet.model import DocToLora
 from d2l.inference.load import TrainedModel
 
@@ -130,7 +130,7 @@ def generate(
         pad_token_id=stop[0] if stop else 0,
         use_cache=True,
     )
-    bound = nullcontext() if lora is None else bind(model.targets, lora, Spans.rows([1] * len(prompts)))
+    bound = nullcontext() if lora is None else bind(model.targets, lora, rows=[1] * len(prompts))
     with bound:
         generate_tokens: Any = model.base.generate
         output: Tensor = generate_tokens(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)

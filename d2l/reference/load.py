@@ -20,7 +20,8 @@ from d2l.config.reference_keys import HAS_NO_EFFECT, UNSUPPORTED
 from d2l.config.schema import RunConfig
 from d2l.data.records import listing
 from d2l.errors import CheckpointError
-from d2l.hypernet.hypernetwork import HypernetShape, Hypernetwork
+from d2l.hypernet.hypernetwork import Hypernetwork
+from d2l.hypernet.shape import HypernetShape
 from d2l.io.atomic import require_absent
 from d2l.reference.inert_pickle import OrderedMapping, SavedDataclass, TensorReference, TorchFile
 
@@ -151,7 +152,7 @@ def _shape(fields: _Fields, config: RunConfig) -> HypernetShape:
         problems.append(f"hypernet_config.layer_indices: expected every layer in order, found {_short(layers)}")
     if problems:
         raise _not_ours(fields.file, problems)
-    return HypernetShape.of(config, modules, n_layers=len(layers), feature_size=hidden_size)
+    return HypernetShape(config=config, modules=modules, n_layers=len(layers), feature_size=hidden_size)
 
 
 def _disagreements(fields: _Fields, config: RunConfig, shape: HypernetShape) -> list[str]:
@@ -159,9 +160,9 @@ def _disagreements(fields: _Fields, config: RunConfig, shape: HypernetShape) -> 
     expected: dict[str, tuple[Any, ...]] = {
         "lora_config.lora_alpha": (shape.scale,),
         "lora_config.lora_dropout": (0.0,),
-        "aggregator_config.lora_r": (shape.rank,),
-        "aggregator_config.per_rank_gen": (shape.per_rank_gen,),
-        "aggregator_config.output_size": (shape.latent_size,),
+        "aggregator_config.lora_r": (config.lora_r,),
+        "aggregator_config.per_rank_gen": (config.per_rank_gen,),
+        "aggregator_config.output_size": (config.latent_size,),
         "aggregator_config.feature_size": (shape.feature_size,),
         "aggregator_config.num_layers": (shape.n_layers,),
         "aggregator_config.num_modules": (len(shape.modules),),
@@ -186,7 +187,8 @@ def _disagreements(fields: _Fields, config: RunConfig, shape: HypernetShape) -> 
 
 def _require_fitting(shape: HypernetShape, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Compare the tensors with the parameters of a hypernetwork of this shape, which is made without memory."""
-    if max(shape.num_blocks, shape.num_self_attn_per_block, shape.num_pre_head_layers) > len(tensors):
+    config = shape.config
+    if max(config.num_blocks, config.num_self_attn_per_block, config.num_pre_head_layers) > len(tensors):
         raise CheckpointError(f"{file}: its configuration describes more layers than it has tensors")
     try:
         with torch.device("meta"):

@@ -26,7 +26,7 @@ from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
 from d2l.train.curriculum import Curriculum
 from d2l.train.guards import require_finite_step
-from d2l.train.losses import Loss, Normalizer, compute_loss, label_positions
+from d2l.train.losses import Loss, Normalizer, compute_loss
 from d2l.train.optimizer import make_optimizer, make_schedule, state_names
 from d2l.train.processes import OneProcess, processes
 
@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimizer step measured.
+    """Measurements of one optimizer step.
 
     Attributes:
         step: 1 for the first.
@@ -73,7 +73,7 @@ class StepMetrics:
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
     """Generate the LoRAs of a packed row's documents and take the loss of its questions under them."""
     lora = model.lora(batch)
-    logits = model.logits(batch, lora, positions=label_positions(batch) - 1)
+    logits = model.logits(batch, lora, positions=batch.prediction_positions)
     return compute_loss(
         logits,
         batch,
@@ -159,7 +159,7 @@ class Trainer:
         )
 
     def checkpoint(self, **evidence: Any) -> Checkpoint:
-        """Everything needed to continue this run elsewhere; `evidence` is kept in its state as it is."""
+        """Collect everything needed to continue this run elsewhere; `evidence` is kept in its state as it is."""
         trainer = {"rng.torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             trainer["rng.cuda"] = torch.cuda.get_rng_state()
@@ -207,7 +207,7 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.trainer["rng.cuda"])
 
     def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> tuple[float, float, float]:
-        """Gradients of the whole step; returns its task loss, L1 norm and exact match, summed over all processes."""
+        """Accumulate the step's gradients; return task loss, L1 norm and exact match, summed over all processes."""
         self.optimizer.zero_grad(set_to_none=True)
         count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
         sums = torch.zeros(3, device=device)
@@ -223,7 +223,7 @@ class Trainer:
         return task, l1, exact_match
 
     def _next_batches(self) -> list[PackedBatch]:
-        """The micro-batches of the next step, for all processes; an epoch's rest joins the next epoch."""
+        """Take the micro-batches of the next step, for all processes; an epoch's rest joins the next epoch."""
         wanted = self.config.gradient_accumulation_steps * self.processes.num_processes
         batches: list[PackedBatch] = []
         while len(batches) < wanted:
@@ -236,7 +236,7 @@ class Trainer:
         return batches
 
     def _epoch_batches(self) -> Sequence[PackedBatch]:
-        """All packed rows of the current epoch, in its order."""
+        """Return all packed rows of the current epoch, in its order."""
         if self._packed[0] != self.epoch:
             among = self._stage_rows[self.curriculum.stage]
             self._packed = (self.epoch, epoch_batches(self.config, self.rows, self.epoch, among))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from d2l.config.schema import LossName
 from d2l.data.packing import PackedBatch
-from d2l.data.tokenize import IGNORE_INDEX
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
 
@@ -37,12 +36,12 @@ class Normalizer:
 
     @classmethod
     def of(cls, batches: Iterable[PackedBatch], lora_r: int) -> "Normalizer":
-        """The counts of the micro-batches of one step, for LoRAs of rank `lora_r` per chunk and for the bias."""
+        """Count over the micro-batches of one step, for LoRAs of rank `lora_r` per chunk and for the bias."""
         batches = list(batches)
         chunks = max(max(batch.n_ctx_chunks) for batch in batches)
         return cls(
-            label_tokens=sum(len(label_positions(batch)) for batch in batches),
-            queries=sum(len(label_queries(batch).unique()) for batch in batches),
+            label_tokens=sum(len(batch.label_positions) for batch in batches),
+            queries=sum(len(batch.label_queries.unique()) for batch in batches),
             contexts=sum(len(batch.n_ctx_chunks) for batch in batches),
             rank=lora_r * (chunks + 1),
         )
@@ -65,22 +64,6 @@ class Loss:
     exact_match: Tensor
 
 
-def label_positions(batch: PackedBatch) -> Tensor:
-    """Positions in the packed row of the tokens that are to be predicted, int64 `[N]`, in order.
-
-    The first token of a query has no token before it in its own query, so a label there is never used.
-    """
-    return ((batch.labels[0] != IGNORE_INDEX) & (batch.position_ids[0] > 0)).nonzero().squeeze(-1)
-
-
-def label_queries(batch: PackedBatch) -> Tensor:
-    """The query, counted over the packed row, of each token at `label_positions(batch)`, int64 `[N]`.
-
-    A query is told by where positions restart, so it may hold several supervised spans.
-    """
-    return (batch.position_ids[0] == 0).cumsum(0)[label_positions(batch)] - 1
-
-
 def compute_loss(
     logits: Tensor,
     batch: PackedBatch,
@@ -91,10 +74,10 @@ def compute_loss(
     use_per_ctx_average_loss: bool = False,
     l1_coefficient: float = 0.0,
 ) -> Loss:
-    """The loss of one micro-batch.
+    """Compute the loss of one micro-batch.
 
     Args:
-        logits: `[N, V]`, the predictions of the tokens at `label_positions(batch)`.
+        logits: `[N, V]`, at the batch's `prediction_positions`.
         batch: the packed row.
         lora: the merged LoRAs of the row's contexts.
         normalizer: the counts of the whole step.
@@ -105,19 +88,18 @@ def compute_loss(
     Raises:
         DataError: KL without teacher logprobs, with another number of rows than label tokens, or with unknown ids.
     """
-    positions = label_positions(batch)
     per_token = TOKEN_LOSSES[loss](logits, batch)
     if use_per_ctx_average_loss:
         task = _sum_of_context_means(per_token, batch) / normalizer.contexts
     else:
         task = per_token.sum() / max(normalizer.label_tokens, 1)
     l1 = lora_l1(lora, normalizer)
-    recalled = _recalled_queries(logits, batch, positions) / max(normalizer.queries, 1)
+    recalled = _recalled_queries(logits, batch) / max(normalizer.queries, 1)
     return Loss(task=task, l1=l1, total=task + l1_coefficient * l1, exact_match=recalled)
 
 
 def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
-    """Mean over modules of mean |A| + mean |B|, per context of the step; scalar.
+    """Return the mean over modules of mean |A| + mean |B|, per context of the step; scalar.
 
     The mean runs over the rank that the step's longest document needs, zero rows of shorter ones included, as in the
     reference; which micro-batch that document is in makes no difference.
@@ -126,13 +108,13 @@ def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Cross-entropy in nats of every label token, float32 `[N]`."""
-    labels = batch.labels[0, label_positions(batch)]
+    """Compute the cross-entropy of every label token in nats, float32 `[N]`."""
+    labels = batch.labels[0, batch.label_positions]
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _teacher_divergence(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """-Σ_k p_k log q_k over the teacher's stored top-K, not renormalised, float32 `[N]` (the reference's KL)."""
+    """Compute -Σ_k p_k log q_k over the teacher's stored top-K, not renormalised, float32 `[N]` (the reference's KL)."""
     if batch.logprobs_vals is None or batch.logprobs_indices is None:
         raise DataError(
             f"loss: kl needs teacher logprobs, but records {list(batch.record_ids)} have none; "
@@ -154,26 +136,26 @@ def _require_known_ids(indices: Tensor, batch: PackedBatch, vocabulary: int) -> 
     if not beyond.any():
         return
     context_of_query = [i for i, count in enumerate(batch.n_queries) for _ in range(count)]
-    contexts = {context_of_query[query] for query in label_queries(batch)[beyond].tolist()}
+    contexts = {context_of_query[query] for query in batch.label_queries[beyond].tolist()}
     raise DataError(
         f"teacher logprobs of records {[batch.record_ids[i] for i in sorted(contexts)]}: expected token ids below "
         f"{vocabulary:,}, found {int(indices.max()):,}; make them with the base model's own tokenizer"
     )
 
 
-def _recalled_queries(logits: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
-    """How many queries have every label token right by argmax; scalar float32."""
-    query = label_queries(batch)
-    wrong = logits.detach().argmax(-1) != batch.labels[0, positions]
+def _recalled_queries(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Count the queries that have every label token right by argmax; scalar float32."""
+    query = batch.label_queries
+    wrong = logits.detach().argmax(-1) != batch.labels[0, batch.label_positions]
     return torch.tensor(float(len(query.unique()) - len(query[wrong].unique())), device=logits.device)
 
 
 def _sum_of_context_means(per_token: Tensor, batch: PackedBatch) -> Tensor:
-    """Σ over contexts of the mean over its queries of the mean over their label tokens; scalar.
+    """Sum, over contexts, the mean over their queries of the mean over their label tokens; scalar.
 
     A query without a label token has no mean and is left out.
     """
-    query = label_queries(batch)
+    query = batch.label_queries
     n_queries = sum(batch.n_queries)
     sums = per_token.new_zeros(n_queries).index_add(0, query, per_token)
     tokens = torch.bincount(query, minlength=n_queries)

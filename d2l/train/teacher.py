@@ -19,7 +19,6 @@ from d2l.data.packing import PackedBatch, collate, pack
 from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Query, Row, tokenize_record
 from d2l.errors import DataError
-from d2l.train.losses import label_positions, label_queries
 
 Answer = tuple[Tensor, Tensor]  # [supervised token, k]: log-probabilities and ids
 _NO_DOCUMENT = ((0,),)  # a row has a chunk; here nobody reads it
@@ -101,10 +100,10 @@ def _likeliest(base: PreTrainedModel, batch: PackedBatch, top_k: int) -> list[An
         position_ids=batch.position_ids,
         attention_mask=packed_masks(base, batch.position_ids),
         use_cache=False,
-        logits_to_keep=label_positions(batch) - 1,
+        logits_to_keep=batch.prediction_positions,
     )
     values, ids = torch.log_softmax(output.logits[0].float(), dim=-1).topk(top_k)
-    counts = torch.bincount(label_queries(batch)).tolist()
+    counts = torch.bincount(batch.label_queries).tolist()
     return list(zip(values.cpu().split(counts), ids.cpu().split(counts), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Golden cases of the reference implementation: reading them, and filling a module's parameters by their rule."""
+"""Golden cases of the reference implementation: read them, pack their chunks, fill a module's parameters by the rule."""
 
 import json
 import zlib
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from d2l.base.segments import Segments
 
 OUTPUTS = 5e-5  # tolerances, relative to the largest value of the reference
 GRADIENTS = 5e-4
@@ -85,6 +87,21 @@ def fill(key: str, seed: int, shape: tuple[int, ...], scale: float = 1.0, offset
     x = x ^ (x >> 16)
     unit = ((x >> 8).double() * 2.0**-23 - 1.0).float()
     return (unit * scale + offset).reshape(shape)
+
+
+def packed_chunks(case: Case) -> tuple[Tensor, Segments]:
+    """Features of a case's chunks in one row, `[1, L, T, F]` or `[1, T, F]`, and the chunks.
+
+    Where the case has a right-padded row for each chunk, the padding is left out; gradients reach `in.ctx_features`.
+    """
+    features = case["in.ctx_features"]
+    if case.meta["mode"] == "packed":
+        return features, Segments.from_position_ids(case["in.ctx_position_ids"])
+    mask = case["in.ctx_attn_mask"]
+    assert (mask.int().diff(dim=1) <= 0).all(), "chunks must be padded on the right"
+    lengths = tuple(mask.sum(1).tolist())
+    packed = torch.cat([row[..., :length, :] for row, length in zip(features, lengths, strict=True)], dim=-2)
+    return packed[None], Segments(lengths)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import BASES
 from support.tiny_run import make_run
-from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 import cli
@@ -81,7 +81,7 @@ def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
 def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
     config = RunConfig(lora_r=2, latent_size=4, n_latent_queries=2, num_blocks=1, model_name_or_path="some/base")
     hypernet = Hypernetwork(HypernetShape.of(config, {"q_proj": (16, 32)}, n_layers=3, feature_size=16))
-    base = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4)
+    base = BASES["llama"].tiny(hidden_size=16, num_hidden_layers=3)
     state = reference_state(hypernet.state_dict(), config, base, {"q_proj": (16, 32)})
     write_reference_file(tmp_path / "pytorch_model.bin", state)
     result = d2l("import-reference", tmp_path / "pytorch_model.bin", "-o", tmp_path / "imported")

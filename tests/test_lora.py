@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import BASES
-from support.golden import BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
+from support.golden import ACCOUNT, BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -124,6 +124,7 @@ class TestValue:
         lora = Lora(*({m: case[f"out.combined.{m}.{side}"] for m in modules} for side in "AB"), 1.0)
         losses = case.meta["losses"]
         assert 0.1 * lora.l1().item() == pytest.approx(losses["ce_token_l1"] - losses["ce_token"], rel=1e-4)
+        ACCOUNT.compare(name, losses["ce_token_l1"])
 
     def test_index_and_slice(self) -> None:
         lora = random_lora({"q_proj": (5, 7)}, 3)

@@ -1,22 +1,69 @@
-"""Fixtures for every test: the oracle data beside the checkout, where it exists."""
+"""The environment of every test, the oracle data beside the checkout where it exists, and the account of `make golden`."""
 
-from pathlib import Path
+import os
 
-import pytest
-from support import golden
+# Before torch is imported, and for subprocesses and the workers of xdist too: tiny operations on many threads crawl, and
+# no test may wait for a network. Set and not only suggested, so that a shell's own values do not decide what a test sees.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ.update(ENVIRONMENT)
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from support import golden  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+torch.set_num_threads(1)  # where a plugin imported torch first
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of oracle data; tests that need it say so where it is absent."""
+def shared(request: pytest.FixtureRequest) -> Path:
+    """The folder of oracle data. Without it a test is skipped and says so; `pytest -m golden` fails."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared (oracle data)")
+        absent = f"needs the oracle data in {os.path.relpath(SHARED)}"
+        pytest.fail(absent, pytrace=False) if _golden_only(request.config) else pytest.skip(absent)
     return SHARED
 
 
+def _golden_only(config: pytest.Config) -> bool:
+    return config.option.markexpr == "golden"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """Fail a test that loads a golden file and compares nothing of it."""
+    golden.ACCOUNT.open.clear()
+    result = yield
+    golden.ACCOUNT.close()
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand a worker's account over, and fail `make golden` where a file of the folder was compared by no test."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["golden"] = dict(golden.ACCOUNT.compared)
+    elif _unread(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add a worker's account."""
+    golden.ACCOUNT.compared.update(getattr(node, "workeroutput", {}).get("golden", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """After `make golden`, how many of the reference's cases there were."""
-    if terminalreporter.config.option.markexpr == "golden" and golden.READ:
-        terminalreporter.write_line(golden.account(SHARED))
+    """After `make golden`, how many values of the reference were compared."""
+    if _golden_only(terminalreporter.config):
+        terminalreporter.write_line(golden.ACCOUNT.summary())
+        if unread := _unread(terminalreporter.config):
+            terminalreporter.write_line(f"golden: FAILED, compared by no test: {', '.join(unread)}")
+
+
+def _unread(config: pytest.Config) -> list[str]:
+    """Golden files that a run of all golden tests has not compared; a run of some of them owes nothing."""
+    every_test = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    return golden.ACCOUNT.unread(SHARED) if _golden_only(config) and every_test else []

@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.families import BASES
+from support.sizes import LAYERS, RANK
 from torch import Tensor, nn
-from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 
 from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
@@ -20,23 +22,17 @@ from d2l.hypernet.lora import Lora, bind, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 from d2l.inference.adapter import export_adapter
 
-SIZES = {
-    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2},
-}
 # Every token goes through every expert: in bfloat16 a choice among them would flip with the last bit of a hidden state.
-EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 4}
-FAMILIES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
-    "llama": (LlamaConfig(**SIZES), ("q_proj", "o_proj", "down_proj", "gate_proj", "up_proj")),
-    "qwen3": (Qwen3Config(**SIZES), ("k_proj", "v_proj", "down_proj")),
-    "gpt_oss": (GptOssConfig(**SIZES, **EXPERTS), ("q_proj", "k_proj", "v_proj", "o_proj")),
-}
-RANK = 2
-EXACT = {"float32": 1e-5, "bfloat16": 2e-2}
+ALL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 3}
+EXACT = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the logits, and again to what the LoRA adds to them
 
 
 def make_base(family: str, dtype: str = "float32") -> PreTrainedModel:
-    config = FAMILIES[family][0]
+    fields = {
+        "intermediate_size": 48,
+        "initializer_range": 0.02,
+    }  # oblong weights; small, as bfloat16 rounds large sums
+    config = BASES[family].tiny(**fields, **(ALL_EXPERTS if family == "gpt_oss" else {}))
     return random_base(config, plan_load(RunConfig(dtype=dtype), config, device="cpu"), seed=0)
 
 
@@ -73,21 +69,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BASES)
 @torch.no_grad()
 def test_peft_gives_the_logits_of_the_bound_lora(
     tmp_path: Path, family: str, bias: bool, chunks: int, dtype: str
 ) -> None:
     base = make_base(family, dtype)
-    lora = make_lora(base, FAMILIES[family][1], (chunks,), bias)
+    lora = make_lora(base, BASES[family].linears, (chunks,), bias)
     rank = export_adapter(lora, base, tmp_path / "adapter", "some/base")
     with bind(find_targets(base, list(lora.A)), lora, rows=[2]):
         expected = base(IDS).logits
     adapter = load_adapter(base, tmp_path / "adapter")
     effect = error(base(IDS).logits, expected)
     assert effect > 0.05
-    assert error(adapter(IDS).logits, expected) <= EXACT[dtype]
-    assert error(adapter.merge_and_unload()(IDS).logits, expected) <= EXACT[dtype]
+    tolerance = EXACT[dtype] * (1 + effect)
+    assert error(adapter(IDS).logits, expected) <= tolerance
+    assert error(adapter.merge_and_unload()(IDS).logits, expected) <= tolerance
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert rank == RANK * (chunks + bias)
     assert (config["r"], config["lora_alpha"]) == (rank, pytest.approx(2 * RANK**1.5 * rank))
@@ -119,7 +116,7 @@ def test_a_linear_of_the_same_name_elsewhere_is_not_adapted(tmp_path: Path) -> N
     base.model.add_module("vision", nn.ModuleDict({"q_proj": nn.Linear(4, 4)}))
     export_adapter(make_lora(base, ("q_proj",)), base, tmp_path / "adapter", "")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert sorted(config["target_modules"]) == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    assert sorted(config["target_modules"]) == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
     adapter = load_adapter(base, tmp_path / "adapter")
     assert not [name for name, _ in adapter.named_parameters() if "vision" in name and "lora" in name]
 

@@ -4,33 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.families import BASES
+from support.sizes import VOCABULARY
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from d2l.base import attention
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.masks import packed_masks
 from d2l.base.segments import Segments
 
-VOCABULARY = 32
-
 
 def gpt_oss(implementation: str) -> PreTrainedModel:
-    config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        initializer_range=0.3,
-        pad_token_id=None,
-    )
+    config = BASES["gpt_oss"].tiny()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import BASES
 from support.tiny_run import make_run
-from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 import cli
@@ -83,7 +83,7 @@ def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
     config = RunConfig(lora_r=2, latent_size=4, n_latent_queries=2, num_blocks=1, model_name_or_path="some/base")
     sizes = {"q_proj": (16, 32)}
     hypernet = Hypernetwork(HypernetShape(config=config, modules=sizes, n_layers=3, feature_size=16))
-    base = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4)
+    base = BASES["llama"].tiny(hidden_size=16, num_hidden_layers=3)
     state = reference_state(hypernet.state_dict(), config, base, sizes)
     write_reference_file(tmp_path / "pytorch_model.bin", state)
     result = d2l("import-reference", tmp_path / "pytorch_model.bin", "-o", tmp_path / "imported")

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_model import LAYERS, VOCABULARY, tiny_base
+from support.families import BASES
+from support.sizes import BASE, LAYERS, VOCABULARY
+from support.tiny_model import tiny_base
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig, PreTrainedConfig, PreTrainedModel
 
@@ -14,7 +16,6 @@ from d2l.hypernet.encoder import ContextEncoder, EncoderType
 from d2l.hypernet.model import checkpoint_layers
 
 LENGTHS = (7, 3, 9)  # of the packed documents; longer than the sliding window of 4
-FAMILIES = ("gpt_oss", "llama")
 TYPES: tuple[tuple[EncoderType, int | None], ...] = (
     ("per_layer_activations", None),
     ("early_exit", None),
@@ -25,7 +26,7 @@ TYPES: tuple[tuple[EncoderType, int | None], ...] = (
 )
 
 every_type = pytest.mark.parametrize(("encoder_type", "layer_idx"), TYPES)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", BASES)
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,6 @@ def test_an_exit_beyond_the_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("family", [GPT2Config, PhiConfig])  # without `layers`; with them and without `norm`
 def test_a_decoder_that_is_built_otherwise_is_refused(family: type[PreTrainedConfig]) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    base = AutoModelForCausalLM.from_config(family(**sizes | {"bos_token_id": None, "eos_token_id": None}))
+    base = AutoModelForCausalLM.from_config(family(**BASE))
     with pytest.raises(ModelError, match=r"expected a decoder with `layers` and `norm`, found \w+Model without them"):
         ContextEncoder(base, "embed_only")

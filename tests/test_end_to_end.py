@@ -1,13 +1,11 @@
 """The whole model against the reference, number for number: features, merged LoRAs, logits, losses and gradients."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support import golden
-from support.golden import Case, assert_close, load_case
+from support.golden import Case, assert_close, assert_gradients, load_case, stored_gradients
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from d2l.base.load import plan_load, random_base
@@ -20,6 +18,23 @@ pytestmark = pytest.mark.golden
 
 CASES = ("e2e_01_llama_q", "e2e_02_llama_down_3chunks", "e2e_03_qwen3_q_o_exit", "e2e_04_gptoss_q", "checkpoint_llama")
 FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gpt_oss": GptOssConfig}
+WHOLE = [name for name in CASES if name.startswith("e2e")]  # with outputs, losses and gradients
+LOSSES = (
+    "ce_token",
+    "ce_perctx",
+    "ce_token_l1",
+    "ce_perctx_l1",
+    "kl_token",
+    "kl_perctx",
+    "kl_token_l1",
+    "kl_perctx_l1",
+)
+EVALUATION_LOSSES = ("ce_token_eval", "ce_perctx_eval", "kl_token_eval", "kl_perctx_eval")
+WITH_GRADIENTS = (
+    "ce_token_l1",
+    "ce_perctx_l1",
+    "kl_perctx_l1",
+)  # in the files; the task's term and the L1 term together
 L1_COEFFICIENT = 0.1  # of the cases' `*_l1` losses
 
 
@@ -63,10 +78,10 @@ def test_the_table_is_complete(shared: Path) -> None:
     assert names == set(CASES)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("e2e")])
+@pytest.mark.parametrize("name", WHOLE)
 def test_features_loras_and_logits(shared: Path, name: str) -> None:
     case = load_case(shared, name)
-    model, batch = build(case), batch_of(load_case(shared, name))
+    model, batch = build(case), batch_of(case)
     with torch.no_grad():
         features = model.features(batch)
         lora = model.lora(batch)
@@ -97,28 +112,33 @@ def losses_of(case: Case, model: DocToLora, batch: PackedBatch, name: str) -> to
     return loss.total
 
 
-@pytest.mark.parametrize(
-    "loss",
-    ["ce_token", "ce_perctx", "ce_token_l1", "ce_perctx_l1", "kl_token", "kl_perctx", "kl_token_l1", "kl_perctx_l1"],
-)
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("e2e")])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_losses_and_their_gradients(shared: Path, name: str, loss: str) -> None:
+    """The gradients are those that the file holds; the next test counts them."""
     case = load_case(shared, name)
-    if loss not in case.meta["losses"]:
-        assert loss.startswith("kl"), "only teacher losses may be absent from a case"
-        return
     model = build(case)
     value = losses_of(case, model, batch_of(case), loss)
     assert float(value.detach()) == pytest.approx(case.meta["losses"][loss], rel=golden.OUTPUTS)
+    golden.ACCOUNT.compare(case.name, case.meta["losses"][loss])
     value.backward()
-    prefix = f"grad.{loss}."
-    stored = {key.replace(f"{loss}.", "", 1): value for key, value in case.tensors.items() if key.startswith(prefix)}
-    compared = golden.assert_gradients(model.hypernet, replace(case, tensors=stored))
-    assert compared > 0 or not loss.startswith("ce") or not loss.endswith("l1")
+    compared = assert_gradients(model.hypernet, case, loss)
+    assert compared == stored_gradients(case, loss)
+    assert (compared > 0) == (loss in WITH_GRADIENTS)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_losses_above_are_all_that_have_gradients(shared: Path, name: str) -> None:
+    case = load_case(shared, name)
+    assert case.meta["losses"].keys() == {*LOSSES, *EVALUATION_LOSSES}
+    held = {key.split(".")[1] for key in case.tensors if key.startswith("grad.")}
+    assert held == set(WITH_GRADIENTS)
+    golden.ACCOUNT.compare(name, sorted(held))
 
 
 def test_evaluation_losses_of_the_reference_divide_by_all_positions_and_ours_do_not(shared: Path) -> None:
     """`ce_token_eval` is Σ CE / T there, with T every position of the row; a mean over label tokens is the CE."""
-    for name in CASES[:4]:
-        meta: dict[str, Any] = load_case(shared, name).meta
-        assert meta["losses"]["ce_token_eval"] < meta["losses"]["ce_token"]
+    for name in WHOLE:
+        losses: dict[str, float] = load_case(shared, name).meta["losses"]
+        assert losses["ce_token_eval"] < losses["ce_token"]
+        golden.ACCOUNT.compare(name, losses["ce_token_eval"])

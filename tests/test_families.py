@@ -1,12 +1,14 @@
 """Every supported family: its shipped chat format, chunks of long documents under it, and a training step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from support.families import FAMILIES, LAYERS, Family
+from support.families import ANSWERED, ATTENTION, CONVERSATION, DATE, FAMILIES, MLP, THOUGHTLESS, Family
+from support.sizes import HYPERNETWORK, LAYERS
 
 from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
@@ -24,89 +26,6 @@ from d2l.train.loop import Trainer
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
-CONVERSATION = (
-    {"role": "system", "content": "You are a helpful assistant"},
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi there"},
-    {"role": "user", "content": "Who are you"},
-    {"role": "assistant", "content": "   I am an assistant   "},
-    {"role": "user", "content": "Another question"},
-)
-ANSWERED = CONVERSATION[1:5]
-
-# What the published templates write, worked out by hand from their rules, and compared once with the templates themselves
-# on random conversations. Llama 3, ChatML and Gemma: as in the table of llama.cpp's tests/test-chat-template.cpp, with the
-# BOS token, which it leaves out. Llama 3.1 and 3.2: with their system message before it. Mistral: the table "Templates" of
-# docs.mistral.ai/cookbook/concept-deep-dive-tokenization-templates; a system message goes into the last question. Gemma:
-# ai.google.dev/gemma/docs/core/prompt-structure.
-LLAMA_TURNS = (
-    "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nHi there<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nWho are you<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nI am an assistant<|eot_id|>"
-)
-LLAMA_QUESTION = "<|start_header_id|>user<|end_header_id|>\n\nAnother question<|eot_id|>"
-LLAMA_PROMPT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-LLAMA_SYSTEM = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-CUTOFF = "Cutting Knowledge Date: December 2023\nToday Date: "
-CHATML_TURNS = (
-    "<|im_start|>user\nHello<|im_end|>\n"
-    "<|im_start|>assistant\nHi there<|im_end|>\n"
-    "<|im_start|>user\nWho are you<|im_end|>\n"
-)
-CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
-CHATML_QUESTION = "<|im_start|>user\nAnother question<|im_end|>\n<|im_start|>assistant\n"
-CHATML_ANSWER = "<|im_start|>assistant\n   I am an assistant   <|im_end|>\n"
-THOUGHTLESS = "<think>\n\n</think>\n\n"
-GEMMA_FIRST = "<bos><start_of_turn>user\n"
-GEMMA_TURNS = (
-    "Hello<end_of_turn>\n<start_of_turn>model\nHi there<end_of_turn>\n<start_of_turn>user\nWho are you<end_of_turn>\n"
-    "<start_of_turn>model\nI am an assistant<end_of_turn>\n"
-)
-GEMMA_QUESTION = "<start_of_turn>user\nAnother question<end_of_turn>\n<start_of_turn>model\n"
-GEMMA = (
-    f"{GEMMA_FIRST}You are a helpful assistant\n\n{GEMMA_TURNS}{GEMMA_QUESTION}",
-    f"{GEMMA_FIRST}{GEMMA_TURNS}",
-)
-# family → (CONVERSATION with a generation prompt, ANSWERED without one)
-WRITTEN: dict[str, tuple[str, str]] = {
-    "llama 3": (
-        f"{LLAMA_SYSTEM}You are a helpful assistant<|eot_id|>{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
-        f"<|begin_of_text|>{LLAMA_TURNS}",
-    ),
-    "llama 3.1": (
-        f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\nYou are a helpful assistant<|eot_id|>"
-        f"{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
-        f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\n<|eot_id|>{LLAMA_TURNS}",
-    ),
-    "llama 3.2": (
-        f"{LLAMA_SYSTEM}{CUTOFF}09 Feb 2024\n\nYou are a helpful assistant<|eot_id|>"
-        f"{LLAMA_TURNS}{LLAMA_QUESTION}{LLAMA_PROMPT}",
-        f"{LLAMA_SYSTEM}{CUTOFF}09 Feb 2024\n\n<|eot_id|>{LLAMA_TURNS}",
-    ),
-    "qwen3": (  # with `enable_thinking=False` there: the prompt ends with the block that training does not supervise
-        f"{CHATML_SYSTEM}{CHATML_TURNS}{CHATML_ANSWER}{CHATML_QUESTION}{THOUGHTLESS}",
-        f"{CHATML_TURNS}<|im_start|>assistant\n{THOUGHTLESS}   I am an assistant   <|im_end|>\n",
-    ),
-    "qwen3 instruct": (
-        f"{CHATML_SYSTEM}{CHATML_TURNS}{CHATML_ANSWER}{CHATML_QUESTION}",
-        f"{CHATML_TURNS}{CHATML_ANSWER}",
-    ),
-    "mistral": (
-        "<s>[INST] Hello[/INST] Hi there</s>[INST] Who are you[/INST] I am an assistant</s>"
-        "[INST] You are a helpful assistant\n\nAnother question[/INST]",
-        "<s>[INST] Hello[/INST] Hi there</s>[INST] Who are you[/INST] I am an assistant</s>",
-    ),
-    "mistral tekken": (
-        "<s>[INST]Hello[/INST]Hi there</s>[INST]Who are you[/INST]   I am an assistant   </s>"
-        "[INST]You are a helpful assistant\n\nAnother question[/INST]",
-        "<s>[INST]Hello[/INST]Hi there</s>[INST]Who are you[/INST]   I am an assistant   </s>",
-    ),
-    "gemma": GEMMA,
-    "gemma2": GEMMA,
-    "gemma3": GEMMA,
-}
-
 
 def chat_of(family: Family, **values: Any) -> ChatFormat:
     """The family's chat, as `chat_format` finds it for a tokenizer with a template without tags."""
@@ -118,20 +37,20 @@ def chat_of(family: Family, **values: Any) -> ChatFormat:
 
 @every_family
 def test_plain_turns_are_written_as_published(name: str) -> None:
-    chat = chat_of(FAMILIES[name], current_date="2024-02-09")
-    assert chat.template == FAMILIES[name].text
-    asked, answered = WRITTEN[name]
-    assert chat.render(CONVERSATION, add_generation_prompt=True) == asked
-    assert chat.render(ANSWERED) == answered
-    untagged = ChatFormat(chat.tokenizer, FAMILIES[name].untagged, "content", "2024-02-09")
-    assert untagged.render(ANSWERED) == answered
+    family = FAMILIES[name]
+    chat = chat_of(family, current_date=DATE)
+    assert chat.template == family.text
+    assert chat.render(CONVERSATION, add_generation_prompt=True) == family.asked
+    assert chat.render(ANSWERED) == family.answered
+    untagged = ChatFormat(chat.tokenizer, family.untagged, "content", DATE)
+    assert untagged.render(ANSWERED) == family.answered
     assert not untagged.has_generation_tags
 
 
 @every_family
 def test_answers_and_their_end_tokens_are_supervised_and_nothing_else(name: str) -> None:
     family, chat = FAMILIES[name], chat_of(FAMILIES[name])
-    trims = "I am an assistant" + family.end in WRITTEN[name][1]
+    trims = "I am an assistant" + family.end in family.answered
     encoded = chat.encode(ANSWERED)
     answers = ["Hi there", "I am an assistant" if trims else "   I am an assistant   "]
     expected = [family.before + answer + family.end for answer in answers]
@@ -251,12 +170,11 @@ def test_every_shipped_template_belongs_to_a_family() -> None:
 
 
 def test_without_a_template_of_its_own_control_tokens_decide() -> None:
-    first = {"llama 3.2": "llama 3.1", "qwen3 instruct": "qwen3", "mistral tekken": "mistral"}
     for name, family in FAMILIES.items():
-        assert default_template(family.tokenizer()) == FAMILIES[first.get(name, name)].text
-    chatml = Family("", FAMILIES["qwen3"].config, "<|im_end|>", ("<|im_start|>", "<|im_end|>"))
+        assert default_template(family.tokenizer()) == FAMILIES[family.shares_tokens_with or name].text
+    chatml = replace(FAMILIES["qwen3"], control=("<|im_start|>", "<|im_end|>"))
     assert default_template(chatml.tokenizer()) == FAMILIES["qwen3 instruct"].text
-    lacking = Family("", FAMILIES["qwen3"].config, "<|im_start|>", ("<|im_start|>",))
+    lacking = replace(chatml, control=("<|im_start|>",), end="<|im_start|>")
     assert default_template(lacking.tokenizer()) is None
 
 
@@ -309,23 +227,14 @@ def test_a_broken_template_is_reported_where_it_is_used() -> None:
 # Documents
 
 DOCUMENT = " ".join(f"On day {day} the ferry to Brennick leaves at {day % 12}." for day in range(20))
-EDGES = {
-    "llama 3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    "llama 3.1": (f"{LLAMA_SYSTEM}{CUTOFF}26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    "llama 3.2": (f"{LLAMA_SYSTEM}{CUTOFF}05 Aug 2025\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    "qwen3": ("<|im_start|>user\n", "<|im_end|>\n"),
-    "qwen3 instruct": ("<|im_start|>user\n", "<|im_end|>\n"),
-    "mistral": ("<s>[INST]", "[/INST]"),  # the space is part of the document's first word
-    "mistral tekken": ("<s>[INST]", "[/INST]"),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3"), ("<bos><start_of_turn>user\n", "<end_of_turn>\n")),
-}  # fmt: skip
 
 
 @every_family
 def test_affixes_are_those_of_the_template(name: str) -> None:
-    chat = chat_of(FAMILIES[name])
+    family = FAMILIES[name]
+    chat = chat_of(family)
     prefix, suffix = chat.context_affixes()
-    assert (chat.decode(prefix), chat.decode(suffix)) == EDGES[name]
+    assert (chat.decode(prefix), chat.decode(suffix)) == family.edges
     message = chat.encode([{"role": "user", "content": DOCUMENT}]).input_ids
     assert [*prefix, *chat.encode_text(DOCUMENT), *suffix] == message
 
@@ -357,19 +266,16 @@ def records() -> Iterator[Record]:
 @every_family
 @pytest.mark.parametrize(
     "targets",
-    [("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")],
+    [ATTENTION, MLP],
     ids=["attention", "mlp"],
 )
 def test_a_step_of_training_from_text_to_weights(name: str, targets: tuple[str, ...]) -> None:
     """One step changes what can change, the loss is finite, and with B at zero the first one is the base's own."""
     family, chat = FAMILIES[name], chat_of(FAMILIES[name])
     config = RunConfig(
-        lora_r=2,
+        **HYPERNETWORK,
         target_modules=targets,
         ctx_encoder_type="per_layer_activations",
-        latent_size=16,
-        n_latent_queries=4,
-        num_blocks=1,
         learning_rate=0.01,
         warmup_steps=0,
         gradient_accumulation_steps=1,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
+from support.families import BASES
+from support.golden import ACCOUNT, BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,27 +33,17 @@ E2E = ["e2e_01_llama_q", "e2e_02_llama_down_3chunks", "e2e_03_qwen3_q_o_exit", "
 
 few = settings(derandomize=True, deadline=None, max_examples=15)
 
+LAYERS = 3
 SIZES = {
-    "vocab_size": 40,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
-ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
-MLP = ("down_proj", "gate_proj", "up_proj")
+    "num_hidden_layers": LAYERS,
+}  # q_proj: 16 → 32, no Linear is square
 
 
-def tiny_base(family: str = "GptOss") -> PreTrainedModel:
+def tiny_base(model_type: str = "gpt_oss") -> PreTrainedModel:
     torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}Config")
-    config = config_class(**SIZES, **(EXPERTS if family == "GptOss" else {}))
+    config = BASES[model_type].tiny(**SIZES, layer_types=None)
     base = AutoModelForCausalLM.from_config(config)
     return base.requires_grad_(False).eval()
 
@@ -135,6 +125,7 @@ class TestValue:
         lora = Lora(*({m: case[f"out.combined.{m}.{side}"] for m in modules} for side in "AB"), 1.0)
         losses = case.meta["losses"]
         assert 0.1 * lora.l1().item() == pytest.approx(losses["ce_token_l1"] - losses["ce_token"], rel=1e-4)
+        ACCOUNT.compare(name, losses["ce_token_l1"])
 
     def test_index_and_slice(self) -> None:
         lora = random_lora({"q_proj": (5, 7)}, 3)
@@ -152,25 +143,15 @@ class TestValue:
 
 
 class TestTargets:
-    @pytest.mark.parametrize(
-        ("family", "names"),
-        [
-            ("GptOss", ATTENTION),
-            ("Llama", ATTENTION + MLP),
-            ("Qwen3", ATTENTION + MLP),
-            ("Mistral", ATTENTION + MLP),
-            ("Gemma2", ATTENTION + MLP),
-            ("Gemma3Text", ATTENTION + MLP),
-        ],
-    )
-    def test_families(self, family: str, names: Sequence[str]) -> None:
-        base = tiny_base(family)
+    @pytest.mark.parametrize("model_type", BASES)
+    def test_families(self, model_type: str) -> None:
+        base, names = tiny_base(model_type), BASES[model_type].linears
         targets = find_targets(base, names)
         assert list(targets) == list(names)
         for name, linears in targets.items():
             expected = [m for path, m in base.named_modules() if path.endswith(f".{name}") and ".layers." in path]
             assert all(a is b for a, b in zip(linears, expected, strict=True))
-            assert len(linears) == 3
+            assert len(linears) == LAYERS
         assert target_sizes(targets, 16)["q_proj"] == (16, 32)
 
     def test_experts_are_parameters(self) -> None:
@@ -183,19 +164,19 @@ class TestTargets:
         assert "q_proj: " not in message
 
     def test_a_layer_that_lacks_the_module_is_named(self) -> None:
-        base = tiny_base("Llama")
+        base = tiny_base("llama")
         base.model.layers[1].self_attn.q_proj = nn.Identity()
         with pytest.raises(ModelError, match=r"q_proj: 0 Linears of that name in layers 1 of 3"):
             find_targets(base, ["q_proj"])
 
     def test_a_name_that_occurs_twice_is_refused(self) -> None:
-        base = tiny_base("Llama")
+        base = tiny_base("llama")
         base.model.layers[2].mlp.q_proj = nn.Linear(1, 1)
         with pytest.raises(ModelError, match=r"q_proj: 2 Linears of that name in layers 2 of 3"):
             find_targets(base, ["q_proj"])
 
     def test_sizes_that_differ_between_layers_are_refused(self) -> None:
-        base = tiny_base("Llama")
+        base = tiny_base("llama")
         base.model.layers[2].self_attn.q_proj = nn.Linear(16, 64)
         with pytest.raises(ModelError, match=r"\(16, 32\) and \(16, 64\)"):
             target_sizes(find_targets(base, ["q_proj"]), 16)

@@ -6,74 +6,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-)
+from support.families import BASES
+from support.sizes import ALTERNATING, WINDOW
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.load import plan_load
 from d2l.base.masks import attention_layout, packed_masks
+from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 
-WINDOW = 4
 LENGTHS = (11, 1, 9)  # documents longer than the window, and one of a single token
-COMMON: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
+MIXED = ALTERNATING["layer_types"]
+# Kinds of attention that no family of the table has, beside all that it has: (model_type, fields)
+OTHER_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_mixed": ("qwen3", {"use_sliding_window": True, **ALTERNATING}),
+    "mistral_window": ("mistral", {"sliding_window": WINDOW}),
 }
-MIXED = ["sliding_attention", "full_attention"] * 2
 
 
 def config(kind: str) -> PreTrainedConfig:
-    match kind:
-        case "gpt_oss":
-            return GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
-        case "llama":
-            return LlamaConfig(**COMMON)
-        case "qwen3":
-            return Qwen3Config(**COMMON)
-        case "qwen3_mixed":
-            return Qwen3Config(**COMMON, use_sliding_window=True, sliding_window=WINDOW, layer_types=MIXED)
-        case "mistral":
-            return MistralConfig(**COMMON, sliding_window=WINDOW)
-        case "gemma2":
-            return Gemma2Config(**COMMON, sliding_window=WINDOW, layer_types=MIXED)
-        case "gemma3":
-            return Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=MIXED)
-    raise AssertionError(kind)
+    model_type, fields = OTHER_KINDS.get(kind, (kind, {}))
+    return BASES[model_type].tiny(**fields)
 
 
-CASES = [
-    ("gpt_oss", "eager"),
-    ("llama", "eager"),
-    ("llama", "sdpa"),
-    ("qwen3", "sdpa"),
-    ("qwen3_mixed", "eager"),
-    ("qwen3_mixed", "sdpa"),
-    ("mistral", "eager"),
-    ("mistral", "sdpa"),
-    ("gemma2", "eager"),
-    ("gemma3", "eager"),
-    ("gemma3", "sdpa"),
-    *((kind, PER_DOCUMENT) for kind in ("gpt_oss", "llama", "qwen3_mixed", "mistral", "gemma2", "gemma3")),
-]
+def implementations(kind: str) -> list[str]:
+    """Every attention implementation that can train such a model on a CPU."""
+    return list(dict.fromkeys(["eager", plan_load(RunConfig(), config(kind), "cpu").attention.value, PER_DOCUMENT]))
+
+
+CASES = [(kind, attention) for kind in (*BASES, *OTHER_KINDS) for attention in implementations(kind)]
 
 
 def model(kind: str, attention: str) -> PreTrainedModel:
@@ -123,7 +85,7 @@ def test_gpt_oss_leaks_without_our_masks() -> None:
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.sampled_from(["eager", "sdpa"]), st.integers(1, 5))
 def test_masks_agree_with_a_loop_over_pairs(lengths: list[int], attention: str, window: int) -> None:
-    small = Qwen3Config(**COMMON, use_sliding_window=True, sliding_window=window, layer_types=MIXED)
+    small = BASES["qwen3"].tiny(use_sliding_window=True, sliding_window=window, layer_types=MIXED)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(small, attn_implementation=attention)
     masks = packed_masks(base, positions(tuple(lengths)))
@@ -153,8 +115,8 @@ def test_masks_agree_with_a_loop_over_pairs(lengths: list[int], attention: str, 
         ("gpt_oss", ("sliding_attention", "full_attention"), WINDOW),
         ("llama", ("full_attention",), None),
         ("qwen3", ("full_attention",), None),
-        ("mistral", ("sliding_attention",), WINDOW),
-        ("gemma3", ("sliding_attention", "full_attention"), WINDOW),
+        ("mistral_window", ("sliding_attention",), WINDOW),
+        ("gemma3_text", ("sliding_attention", "full_attention"), WINDOW),
     ],
 )
 def test_layout(kind: str, kinds: tuple[str, ...], window: int | None) -> None:
@@ -181,6 +143,6 @@ def test_layouts_that_no_mask_can_separate_are_refused_by_name(model_type: str, 
 
 
 def test_bidirectional_attention_is_refused() -> None:
-    both_ways = Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=MIXED, use_bidirectional_attention=True)
+    both_ways = BASES["gemma3_text"].tiny(use_bidirectional_attention=True)
     with pytest.raises(ModelError, match="later tokens"):
         attention_layout(both_ways)

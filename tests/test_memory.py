@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from transformers import AutoConfig, GptOssConfig, PreTrainedConfig
+from support.families import BASES
+from support.sizes import MXFP4
+from transformers import PreTrainedConfig
 
 from d2l.base.load import plan_load, random_base, read_base_config
 from d2l.base.masks import packed_masks
@@ -84,26 +86,17 @@ def kept_for_backward(base_config: PreTrainedConfig, tokens: int, attention: str
     return sum(storage.nbytes() for address, storage in storages.items() if address not in known)
 
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 160,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-MXFP4 = {"quant_method": "mxfp4"}
+# Wide enough that what a layer keeps outweighs what does not grow with the width.
+WIDE = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 8, "head_dim": 32}
 
 
 @pytest.mark.parametrize(
     ("base_config", "attention"),
     [
-        (
-            GptOssConfig(**SIZES, num_hidden_layers=4, num_local_experts=8, vocab_size=64, quantization_config=MXFP4),
-            "eager",
-        ),
-        (AutoConfig.for_model("llama", **SIZES, num_hidden_layers=4, vocab_size=64), "sdpa"),
-        (AutoConfig.for_model("llama", **SIZES, num_hidden_layers=4, vocab_size=64), "eager"),
-        (AutoConfig.for_model("qwen3", **SIZES, num_hidden_layers=4, vocab_size=64), "sdpa"),
+        (BASES["gpt_oss"].tiny(**WIDE, **MXFP4, num_local_experts=8), "eager"),
+        (BASES["llama"].tiny(**WIDE), "sdpa"),
+        (BASES["llama"].tiny(**WIDE), "eager"),
+        (BASES["qwen3"].tiny(**WIDE), "sdpa"),
     ],
     ids=["gpt_oss-eager", "llama-sdpa", "llama-eager", "qwen3-sdpa"],
 )

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_model import LAYERS, RANK, VOCABULARY, random_batch, random_rows, run_config, tiny_base, tiny_model
+from support.sizes import LAYERS, RANK, VOCABULARY
+from support.tiny_model import random_batch, random_rows, run_config, tiny_base, tiny_model
 from torch import Tensor
 
 from d2l.base.experts import PackedExperts

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import data_cases
+from support.golden import ACCOUNT, data_cases
 
 from d2l.data import packing
 from d2l.data.packing import Oversized, PackedBatch, collate, pack
@@ -72,6 +72,7 @@ def test_batches_are_those_of_the_reference(shared: Path, benchmark: ModuleType)
             assert len(rows) == 1
             packing = pack(sizes, *budgets, seed=0)
             assert list(packing.groups) == groups == ([(0,)] if "TypeError" in case["error"] else [])
+            ACCOUNT.compare("data_pack_batch", case["error"])
             assert len(packing.oversized) == 1 - len(groups)
             continue
         for number, group in enumerate(groups):
@@ -89,6 +90,7 @@ def test_batches_are_those_of_the_reference(shared: Path, benchmark: ModuleType)
                 assert len(batch.logprobs_vals) == batch.n_labels
             compared += 1
         assert len(groups) == len(case["result"]["ctx_ids"])
+        ACCOUNT.compare("data_pack_batch", case["result"])
     assert compared == 17
 
 
@@ -102,6 +104,7 @@ def test_evaluation_batches_are_those_of_the_reference(shared: Path) -> None:
     ours = as_lists(collate(rows))
     expected = {key: value[0] if isinstance(value[0], list) else value for key, value in case["result"].items()}
     assert {key: ours[key] for key in expected} == expected
+    ACCOUNT.compare("data_flatten_eval", expected)
 
 
 def test_a_first_token_is_never_supervised_by_the_query_before_it() -> None:
@@ -297,6 +300,7 @@ def test_the_greedy_baseline_is_the_rule_of_the_reference(shared: Path, benchmar
         sizes = [(sum(inp), sum(ctx)) for inp, ctx in zip(case["lens"], case["ctx_lens"], strict=True)]
         groups = benchmark.next_fit(sizes, case["max_inp"], case["max_ctx"], case["max_size"])
         assert groups == [tuple(range(start, end)) for start, end in case["result"]]
+        ACCOUNT.compare("data_pack_indices", case["result"])
 
 
 def test_the_seed_decides_groups_and_order(benchmark: ModuleType) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.sizes import BASE
 from support.tiny_run import make_run, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -43,14 +44,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 def make_base(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=40,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        **EXPERTS[family],
+        **BASE | {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": LAYERS} | EXPERTS[family]
     )
     return AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False).eval()
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.families import BASES
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import cli
@@ -148,15 +149,7 @@ def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path)
     assert str(absent) in refused(absent)
     assert "found gpt_oss with 1,024 tokens" in refused(Path("configs/models/tiny_gpt_oss"))
     other = tmp_path / "other"
-    LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=1,
-            hidden_size=16,
-            intermediate_size=16,
-            num_attention_heads=2,
-            vocab_size=len(tiny_base_tokenizer()),
-        )
-    ).save_pretrained(other)
+    LlamaForCausalLM(BASES["llama"].tiny(vocab_size=len(tiny_base_tokenizer()))).save_pretrained(other)
     tiny_base_tokenizer().save_pretrained(other)
     assert "expected a model that `d2l pretrain-tiny` made, found llama" in refused(other)
 

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import golden
+from support.families import BASES
 from support.golden import assert_close, load_case
 from test_end_to_end import batch_of, build
-from transformers import LlamaConfig
 
 from checks.reference_file import Call, Global, Instance, reference_state, write_reference_file
 from d2l.checkpoint import load_checkpoint, load_hypernet
@@ -28,7 +28,7 @@ from d2l.reference import inert_pickle
 from d2l.reference.inert_pickle import OrderedMapping, SavedDataclass, TorchFile
 from d2l.reference.load import import_reference
 
-BASE = LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
+BASE = BASES["llama"].tiny(hidden_size=16, num_hidden_layers=3)  # no Linear is square
 SIZES = {"q_proj": (16, 32), "down_proj": (24, 16)}
 
 

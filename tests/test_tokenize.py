@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import data_cases
+from support.golden import ACCOUNT, data_cases
 from support.tiny_run import tiny_config
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -271,6 +271,7 @@ def test_chunks_hold_the_text_of_the_reference(shared: Path) -> None:
         generator = random.Random(case["python_random_seed"])
         chunks = split_context(text, prefix, suffix, chosen, generator if case["is_train"] else None)
         assert [list(chunk) for chunk in chunks] == [prefix + body + suffix for body in theirs]
+        ACCOUNT.compare("data_split_ctx", theirs)
         if longest > 0:
             within = split_context(text, prefix, suffix, replace(chosen, max_ctx_chunk_len=longest))
             assert max(map(len, within)) <= longest
@@ -300,6 +301,7 @@ def test_where_the_reference_fails_or_ignores_a_limit_ours_does_neither(shared: 
         except DoesNotFitError as error:
             outcomes.append(error.kind)
     assert outcomes == [6, 3, 5, 4, "too many chunks"]
+    ACCOUNT.compare("data_split_ctx", outcomes)
 
 
 # Questions into rows
@@ -324,6 +326,7 @@ def test_questions_are_grouped_as_in_the_reference(shared: Path) -> None:
         assert rows == [
             dict(zip(case["result"], row, strict=True)) for row in zip(*case["result"].values(), strict=True)
         ]
+        ACCOUNT.compare("data_split_qas", case["result"])
 
 
 def test_rows_fit_a_batch_even_where_a_record_has_many_questions() -> None:
@@ -343,6 +346,7 @@ def test_labels_are_those_of_the_reference_and_never_longer_than_the_ids(shared:
                 assert (labels, theirs) == ((-100, -100, 7, 8, -100), [-100, -100, 7, 8, 9, -100])
             else:
                 assert list(labels) == theirs
+            ACCOUNT.compare("data_labels_from_ids", theirs)
 
 
 def test_the_first_token_is_never_supervised() -> None:
@@ -428,5 +432,6 @@ def test_documents_are_not_cut_as_by_the_helpers_of_the_reference(shared: Path) 
         if case["fn"] == "truncate_middle":
             longest = case["kw"]["max_length"] - case["kw"]["max_new_tokens"]
             assert len(case["result"]) <= longest < len(case["x"])
+            ACCOUNT.compare("data_misc", longest)
             with pytest.raises(DoesNotFitError, match=rf"14 tokens of document > max_ctx_len {longest}; raise"):
                 split_context(case["x"], [], [], Limits(max_ctx_len=longest))

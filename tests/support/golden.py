@@ -1,8 +1,10 @@
-"""Golden cases of the reference implementation: read them, pack their chunks, fill a module's parameters by the rule."""
+"""Golden cases of the reference implementation: reading them, comparing with them, and an account of what was compared."""
 
 import json
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ BFLOAT16 = 2e-2
 class Case:
     """One golden case: `meta` is its JSON, `tensors` are named `in.*`, `out.*` and `grad.*`."""
 
+    name: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -37,17 +40,66 @@ class Case:
         return self.meta["config"]
 
 
-READ: dict[str, int] = {}  # cases in each file that a test has read, by the file's name
+@dataclass
+class Account:
+    """Which golden files were loaded, and how many of their values were compared.
+
+    Attributes:
+        compared: values that were compared, by the file's name; 0 for a file that was only loaded.
+        open: files that the running test has loaded and not compared yet.
+    """
+
+    compared: Counter[str] = field(default_factory=Counter)
+    open: set[str] = field(default_factory=set)
+
+    def load(self, name: str) -> None:
+        """Note that a test has loaded a file."""
+        self.compared[name] += 0
+        self.open.add(name)
+
+    def compare(self, name: str, values: Any) -> None:
+        """Note that these values of a file were compared: a tensor, a number, a text, or lists and mappings of them."""
+        self.compared[name] += _count(values)
+        self.open.discard(name)
+
+    def close(self) -> None:
+        """End a test.
+
+        Raises:
+            AssertionError: it has loaded a file and compared nothing of it.
+        """
+        idle, self.open = sorted(self.open), set()
+        assert not idle, f"loaded and not compared: {', '.join(idle)}"
+
+    def unread(self, shared: Path) -> list[str]:
+        """Files of the folder that no test has compared."""
+        files = {path.stem for path in _folder(shared).glob("*.json")}
+        return sorted(name for name in files if not self.compared[name])
+
+    def summary(self) -> str:
+        """How many values of how many files were compared, in one line."""
+        used = {name for name, values in self.compared.items() if values}
+        whole = {name for name in used if name.startswith(("e2e_", "generate_", "checkpoint_"))}
+        parts, models = (sum(self.compared[name] for name in names) for names in (used - whole, whole))
+        return (
+            f"golden: {parts + models:,} values compared: {parts:,} in {len(used - whole)} files of components, "
+            f"{models:,} in {len(whole)} files of whole models"
+        )
+
+
+ACCOUNT = Account()
 
 
 def load_case(shared: Path, name: str) -> Case:
-    return Case(_read(shared, name), load_file(shared / "golden" / "reference" / f"{name}.safetensors"))
+    meta, tensors = _read(shared, name), load_file(_folder(shared) / f"{name}.safetensors")
+    for tensor in tensors.values():
+        tensor.golden_file = name  # by which `assert_close` knows what it compares with
+    return Case(name, meta, tensors)
 
 
 def data_cases(shared: Path, name: str) -> list[dict[str, Any]]:
-    """The cases of `data_NAME.json`."""
+    """The cases of `data_NAME.json`; a test reports what it compared by `ACCOUNT.compare`."""
     cases: list[dict[str, Any]] = _read(shared, f"data_{name}")["cases"]
-    READ[f"data_{name}"] = len(cases)
     return cases
 
 
@@ -55,24 +107,31 @@ def init_stats(shared: Path) -> dict[str, Any]:
     return _read(shared, "init_stats")
 
 
-def account(shared: Path) -> str:
-    """How many cases were read, in one line, and which files were not."""
-    files = {path.stem for path in (shared / "golden" / "reference").glob("*.json")}
-    whole = {name for name in READ if name.startswith(("e2e_", "generate_", "checkpoint_"))}
-    component = sum(READ[name] for name in READ.keys() - whole)
-    rest = f"; never read: {', '.join(sorted(files - READ.keys()))}" if files - READ.keys() else ""
-    return f"golden: {component} component cases and {len(whole)} end-to-end cases, in {len(READ)} of {len(files)} files{rest}"
+def _folder(shared: Path) -> Path:
+    return shared / "golden" / "reference"
 
 
 def _read(shared: Path, name: str) -> dict[str, Any]:
-    READ[name] = 1
-    values: dict[str, Any] = json.loads((shared / "golden" / "reference" / f"{name}.json").read_text())
+    ACCOUNT.load(name)
+    values: dict[str, Any] = json.loads((_folder(shared) / f"{name}.json").read_text())
     return values
+
+
+def _count(values: Any) -> int:
+    """How many numbers and texts there are in it."""
+    match values:
+        case Tensor():
+            return values.numel()
+        case Mapping():
+            return sum(map(_count, values.values()))
+        case list() | tuple():
+            return sum(map(_count, values))
+    return 1
 
 
 def case_names(shared: Path, prefix: str) -> set[str]:
     """Every case whose file name begins with `prefix`, so that a test can demand that its table is complete."""
-    return {path.stem for path in (shared / "golden" / "reference").glob(f"{prefix}*.safetensors")}
+    return {path.stem for path in _folder(shared).glob(f"{prefix}*.safetensors")}
 
 
 def fill(key: str, seed: int, shape: tuple[int, ...], scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -126,15 +185,30 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
     error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+    if name := getattr(expected, "golden_file", None):
+        ACCOUNT.compare(name, expected)
 
 
-def assert_gradients(module: nn.Module, case: Case) -> int:
-    """Compares the stored head and norm of each parameter's gradient; returns how many parameters were compared."""
-    names = [key.removeprefix("grad.").removesuffix(".l2") for key in case.tensors if key.endswith(".l2")]
+def stored_gradients(case: Case, loss: str | None = None) -> int:
+    """How many parameters' gradients the file holds, of all losses or of this one."""
+    return sum(key.startswith(f"grad.{loss}." if loss else "grad.") and key.endswith(".head") for key in case.tensors)
+
+
+def assert_gradients(module: nn.Module, case: Case, loss: str | None = None) -> int:
+    """Compare the stored head and norm of each parameter's gradient, all that the file has; returns how many parameters.
+
+    Args:
+        loss: the gradients of this loss, where a case holds those of several.
+    """
+    prefix = f"grad.{loss}." if loss else "grad."
+    stored = {key.removeprefix(prefix) for key in case.tensors if key.startswith(prefix)}
+    names = sorted(key.removesuffix(".l2") for key in stored if key.endswith(".l2"))
+    rest = stored - {f"{name}.{kind}" for name in names for kind in ("head", "l2")}
+    assert rest <= ({"ctx_features"} if loss is None else set()), f"stored and not compared: {sorted(rest)}"
     for name in names:
         grad = module.get_parameter(name).grad
         assert grad is not None, name
-        head, norm = case[f"grad.{name}.head"], case[f"grad.{name}.l2"]
+        head, norm = case[f"{prefix}{name}.head"], case[f"{prefix}{name}.l2"]
         assert_close(grad.flatten()[: head.numel()], head, GRADIENTS, f"gradient of {name}")
         assert_close(grad.norm()[None], norm, GRADIENTS, f"gradient norm of {name}")
     return len(names)

@@ -4,47 +4,23 @@ import random
 from typing import Any
 
 import torch
-from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from d2l.base.load import plan_load, random_base
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.hypernet.model import DocToLora
-
-VOCABULARY, LAYERS, RANK = 64, 4, 2
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_EXPERTS: dict[str, Any] = {
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
-    "quantization_config": {"quant_method": "mxfp4"},  # packed experts, as of the official checkpoints
-}
+from support.families import BASES
+from support.sizes import HYPERNETWORK, MXFP4, VOCABULARY
 
 
 def run_config(**changes: Any) -> RunConfig:
     """A learning rate of 0.01 without warmup, and two micro-batches of `random_rows` to a step."""
     values: dict[str, Any] = {
-        "lora_r": RANK,
+        **HYPERNETWORK,
         "target_modules": ("q_proj", "o_proj"),
         "ctx_encoder_type": "per_layer_activations",
-        "latent_size": 16,
-        "n_latent_queries": 4,
-        "num_blocks": 1,
         "max_packed_inp_len": 30,
         "max_packed_ctx_len": 40,
         "learning_rate": 0.01,
@@ -59,8 +35,8 @@ def run_config(**changes: Any) -> RunConfig:
 
 
 def base_config(family: str = "gpt_oss", **changes: Any) -> PreTrainedConfig:
-    """Of `gpt_oss` or `llama`."""
-    return GptOssConfig(**_SIZES | _EXPERTS | changes) if family == "gpt_oss" else LlamaConfig(**_SIZES | changes)
+    """A config of `support.families.BASES`; GPT-OSS holds its experts in MXFP4."""
+    return BASES[family].tiny(**(MXFP4 if family == "gpt_oss" else {}) | changes)
 
 
 def tiny_base(config: RunConfig | None = None, family: str = "gpt_oss", **changes: Any) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from d2l.build import run_chat, run_tokenizer
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.data.limits import Limits
-from d2l.data.tokenize import document_chunks
+from d2l.data.tokenize import chunk_document
 
 PAGES = Path("benchmarks")
 CHUNKS = (1, 2, 4, 8, 16, 24, 32, 40)
@@ -164,7 +164,7 @@ def read_answers(kind: str, records: Sequence[Mapping[str, Any]], result: Mappin
     """The scores, and which answers are about pairs that a boundary between chunks cuts."""
     config = load_config(run / "config.yaml")
     chat, limits = run_chat(config, run_tokenizer(config)), Limits.of(config)
-    chunks = [[chat.decode(chunk) for chunk in document_chunks(it["context"], chat, limits)] for it in records]
+    chunks = [[chat.decode(chunk) for chunk in chunk_document(it["context"], chat, limits)] for it in records]
     by_whole: dict[bool, list[float]] = {True: [], False: []}
     for answer in result["answers"]:
         if answer["condition"] == "document":

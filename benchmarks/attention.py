@@ -1,4 +1,4 @@
-"""Attention one document at a time against eager attention over the whole packed row: forward and backward of one layer.
+"""Benchmark of attention per document against eager attention over the packed row: forward and backward of one layer.
 
 python benchmarks/attention.py
 """
@@ -19,8 +19,8 @@ CASES = ((1024, 1024), (1024, 128), (1024, 16), (4096, 1024), (4096, 128))  # to
 REPEATS = 5
 
 
-def layer(implementation: str) -> GptOssForCausalLM:
-    """One full-attention layer of heads as GPT-OSS has them, with two small experts."""
+def make_layer(implementation: str) -> GptOssForCausalLM:
+    """Make one full-attention layer with heads as in GPT-OSS and two small experts."""
     config = GptOssConfig(
         num_hidden_layers=1,
         layer_types=["full_attention"],
@@ -40,8 +40,8 @@ def layer(implementation: str) -> GptOssForCausalLM:
     return model
 
 
-def step(model: GptOssForCausalLM, ids: Tensor, positions: Tensor) -> Callable[[], None]:
-    """A forward and a backward over a packed row."""
+def make_step(model: GptOssForCausalLM, ids: Tensor, positions: Tensor) -> Callable[[], None]:
+    """Make a function that runs forward and backward over a packed row [1, T]."""
 
     def run() -> None:
         masks = packed_masks(model, positions)
@@ -50,8 +50,8 @@ def step(model: GptOssForCausalLM, ids: Tensor, positions: Tensor) -> Callable[[
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Median of the processor time of some runs."""
+def measure(run: Callable[[], None]) -> float:
+    """Return the median CPU time of some calls, in seconds."""
     run()
     times = []
     for _ in range(REPEATS):
@@ -62,14 +62,14 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Print the ratio for every case."""
+    """Print both times and their ratio for every case."""
     torch.set_num_threads(1)
-    models = {name: layer(name) for name in ("eager", PER_DOCUMENT)}
+    models = {name: make_layer(name) for name in ("eager", PER_DOCUMENT)}
     sys.stdout.write(f"{'row':>6}{'document':>10}{'eager':>10}{PER_DOCUMENT:>14}{'ratio':>8}\n")
     for tokens, document in CASES:
         ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(0))
         positions = (torch.arange(tokens) % document)[None]
-        eager, own = (seconds(step(model, ids, positions)) for model in models.values())
+        eager, own = (measure(make_step(model, ids, positions)) for model in models.values())
         sys.stdout.write(f"{tokens:>6}{document:>10}{eager:>9.3f}s{own:>13.3f}s{eager / own:>8.2f}\n")
 
 

@@ -1,7 +1,7 @@
-"""Packing speed and fill, beside the reference's greedy rule: `python benchmarks/packing.py [ROWS …]`.
+"""Benchmark of packing: speed and fill, beside the reference's greedy rule. `python benchmarks/packing.py [ROWS …]`.
 
-Lengths are long-tailed (log-normal, cut at the budgets). Fill is the number of batches that the tokens need at the very
-least, whatever the rule, over the number of batches made: 1 cannot be reached when rows are long.
+Lengths are long-tailed (log-normal, clipped to the budgets). Fill is a lower bound on the number of batches, from the
+number of tokens, divided by the number of batches made: 1 cannot be reached when rows are long.
 """
 
 import sys
@@ -18,7 +18,7 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def next_fit(sizes: Sizes, max_inp: int, max_ctx: int, max_rows: int = -1) -> list[tuple[int, ...]]:
-    """The rule of the reference: rows in order, a new batch where the next does not fit; oversized rows left out."""
+    """Pack by the reference's rule: rows in order, a new batch where the next does not fit; oversized rows are dropped."""
     groups: list[tuple[int, ...]] = []
     group: list[int] = []
     inp_used = ctx_used = 0
@@ -34,24 +34,26 @@ def next_fit(sizes: Sizes, max_inp: int, max_ctx: int, max_rows: int = -1) -> li
     return [*groups, tuple(group)] if group else groups
 
 
-def long_tailed(count: int, max_inp: int, max_ctx: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Sizes of rows: documents of 665 tokens in the median, questions of 245; a fortieth is seven times as long."""
+def draw_sizes(count: int, max_inp: int, max_ctx: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Draw sizes of rows: median documents of 745 tokens and questions of 315; a fortieth is about seven times as long."""
     generator = np.random.default_rng(seed)
     ctx = 80 + generator.lognormal(6.5, 1.0, count).astype(int)
     inp = 70 + generator.lognormal(5.5, 1.0, count).astype(int)
     return list(zip(inp.clip(max=max_inp).tolist(), ctx.clip(max=max_ctx).tolist(), strict=True))
 
 
-def greedy(sizes: Sizes, budgets: tuple[int, int]) -> int:
+def count_greedy_batches(sizes: Sizes, budgets: tuple[int, int]) -> int:
+    """Count the batches of the reference's rule."""
     return len(next_fit(sizes, *budgets))
 
 
-def ours(sizes: Sizes, budgets: tuple[int, int]) -> int:
+def count_batches(sizes: Sizes, budgets: tuple[int, int]) -> int:
+    """Count the batches of `pack`."""
     return len(pack(sizes, *budgets, seed=0).groups)
 
 
 def measure(rule: Callable[[Sizes, tuple[int, int]], int], sizes: Sizes, budgets: tuple[int, int]) -> tuple[str, str]:
-    """Rows per second and fill of a rule, which returns how many batches it made."""
+    """Measure rows per second and fill of a rule, which returns its number of batches."""
     start = time.perf_counter()
     batches = rule(sizes, budgets)
     seconds = time.perf_counter() - start
@@ -60,11 +62,12 @@ def measure(rule: Callable[[Sizes, tuple[int, int]], int], sizes: Sizes, budgets
 
 
 def main(counts: Sequence[int]) -> None:
+    """Print a table with a line for each budget, number of rows and rule."""
     table = Table("rows", "budgets", "rule", "rows/s", "fill")
     for budgets in ((16384, 32768), (4096, 8192), (2048, 4096)):
         for count in counts:
-            sizes = long_tailed(count, *budgets)
-            for name, rule in (("greedy", greedy), ("d2l", ours)):
+            sizes = draw_sizes(count, *budgets)
+            for name, rule in (("greedy", count_greedy_batches), ("d2l", count_batches)):
                 table.add_row(f"{count:,}", f"{budgets[0]:,} / {budgets[1]:,}", name, *measure(rule, sizes, budgets))
     Console().print(table)
 

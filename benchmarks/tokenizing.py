@@ -1,8 +1,8 @@
-"""Tokenizing with and without the cache: `python benchmarks/tokenizing.py [RECORDS …]`.
+"""Benchmark of tokenizing with and without the cache: `python benchmarks/tokenizing.py [RECORDS …]`.
 
-Needle records of about 110 words. Cold writes the cache, warm finds it: it hashes the records and the files. Rates
-are by CPU time, so that other work on the machine matters little; `drawn` reads every row once. Memory is what holding
-the rows allocates, without what is mapped from files.
+Needle records of about 110 words. Cold writes the cache; warm finds it and hashes the records and the files. Rates are by
+CPU time, so that other work on the machine matters little; `drawn` reads every row once. Memory is what the rows
+allocate, without what is mapped from files.
 """
 
 import sys
@@ -25,8 +25,8 @@ from d2l.data.tokenize import Limits, Tokenized, tokenize_records
 MIB = 2**20
 
 
-def allocated(make: Callable[[], Tokenized]) -> float:
-    """MiB that stay allocated while the result is held."""
+def measure_memory(make: Callable[[], Tokenized]) -> float:
+    """Return the memory in MiB that stays allocated while the result exists."""
     tracemalloc.start()
     made = make()
     held = tracemalloc.get_traced_memory()[0]
@@ -36,7 +36,7 @@ def allocated(make: Callable[[], Tokenized]) -> float:
 
 
 def measure(make: Callable[[], Tokenized]) -> tuple[float, float, float]:
-    """CPU seconds to get the rows, their sizes, and every row."""
+    """Measure the CPU seconds for making the rows, for their sizes, and for reading every row."""
     times = [time.process_time()]
     rows = make().rows
     times.append(time.process_time())
@@ -44,12 +44,12 @@ def measure(make: Callable[[], Tokenized]) -> tuple[float, float, float]:
     times.append(time.process_time())
     assert all(row.queries for row in rows)
     times.append(time.process_time())
-    got, sized, drawn = (end - start for start, end in pairwise(times))
-    return got, sized, drawn
+    making, sizing, reading = (end - start for start, end in pairwise(times))
+    return making, sizing, reading
 
 
 def compare(count: int, chat: ChatFormat, folder: Path) -> Iterator[tuple[str, ...]]:
-    """A line of the table for each way."""
+    """Yield a line of the table for each way of tokenizing."""
     records, limits = needle_records(count, pairs=2, digits=2, filler_words=96, seed=0), Limits()
 
     def uncached() -> Tokenized:
@@ -58,16 +58,17 @@ def compare(count: int, chat: ChatFormat, folder: Path) -> Iterator[tuple[str, .
     def cached() -> Tokenized:
         return cached_rows(records, chat, limits, 0, folder)
 
-    usual = None
+    uncached_seconds = None
     for name, make in (("no cache", uncached), ("cold", cached), ("warm", cached)):
         seconds = measure(make)
-        usual = usual or seconds[0]
+        uncached_seconds = uncached_seconds or seconds[0]
         rates = [f"{count / duration:,.0f}" for duration in seconds]
-        held = f"{allocated(make):.2f}" if name != "cold" else ""  # a second cold build would be a warm one
-        yield f"{count:,}", name, rates[0], f"{usual / seconds[0]:.2f}", *rates[1:], held
+        held = f"{measure_memory(make):.2f}" if name != "cold" else ""  # a second cold build would be a warm one
+        yield f"{count:,}", name, rates[0], f"{uncached_seconds / seconds[0]:.2f}", *rates[1:], held
 
 
 def main(counts: Sequence[int]) -> None:
+    """Print a table with a line for each number of records and way of tokenizing."""
     chat = chat_format(load_tokenizer("configs/models/tiny_gpt_oss"))
     table = Table("records", "how", "records/s", "ratio", "sizes/s", "drawn/s", "MiB held")
     for count in counts:

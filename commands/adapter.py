@@ -1,4 +1,4 @@
-"""The commands that use a trained checkpoint: import one, make adapters of documents, ask. Heavy imports come late."""
+"""Commands for trained checkpoints: internalize a document, ask about it, import a checkpoint. Heavy imports are late."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,9 @@ from d2l.errors import DataError
 
 STDIN = "-"
 
-DocumentArgument = Annotated[str, typer.Argument(metavar="DOCUMENT", help="A text file (.txt, .md), or - for stdin.")]
+DocumentArgument = Annotated[
+    str, typer.Argument(metavar="DOCUMENT", help="Document: a text file (.txt, .md), or - for stdin.")
+]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -24,21 +26,23 @@ def add_commands(app: typer.Typer) -> None:
 def internalize(
     checkpoint: CheckpointArgument,
     document: DocumentArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER_DIR", help="A new folder.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="ADAPTER_DIR", help="Write the adapter to this new folder.")
+    ],
     model: BaseOption = None,
 ) -> None:
-    """Make a PEFT adapter of a document."""
-    from d2l.io.atomic import require_absent
+    """Turn a document into a PEFT adapter."""
+    from d2l.io.atomic import require_new_folder
 
-    require_absent(output)
+    require_new_folder(output)
     text = _read(document)
     with libraries_to_stderr():
         from d2l.inference.adapter import export_adapter
-        from d2l.inference.generate import internalize as read_into_lora
+        from d2l.inference.generate import internalize as make_lora
         from d2l.inference.load import load_model
 
         trained = load_model(checkpoint, model)
-        lora = read_into_lora(trained, text)
+        lora = make_lora(trained, text)
         rank = export_adapter(lora, trained.model.base, output, trained.config.model_name_or_path)
     typer.echo(
         f"adapter  {output}\n"
@@ -51,29 +55,33 @@ def internalize(
 def ask(
     checkpoint: CheckpointArgument,
     document: DocumentArgument,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the document.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Question about the document.")],
     model: BaseOption = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Generate at most N tokens.")
+    ] = 256,
 ) -> None:
-    """Ask about a document, which is not in the prompt."""
+    """Answer a question about a document that is not in the prompt."""
     if not question.strip():
         raise DataError("the question is empty")
     text = _read(document)
     with libraries_to_stderr():
-        from d2l.inference.generate import ask as answer
-        from d2l.inference.generate import internalize as read_into_lora
+        from d2l.inference.generate import ask as generate_answer
+        from d2l.inference.generate import internalize as make_lora
         from d2l.inference.load import load_model
 
         trained = load_model(checkpoint, model)
-        said = answer(trained, read_into_lora(trained, text), question, max_new_tokens)
-    typer.echo(said)
+        answer = generate_answer(trained, make_lora(trained, text), question, max_new_tokens)
+    typer.echo(answer)
 
 
 def import_reference(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The reference's pytorch_model.bin.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint of the reference: a pytorch_model.bin.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Write the checkpoint to this new folder.")
+    ],
 ) -> None:
-    """Import a checkpoint of the reference; no code in it is run."""
+    """Import a checkpoint of the reference; no code in it is executed."""
     with libraries_to_stderr():
         from d2l.checkpoint import load_checkpoint
         from d2l.reference.load import import_reference as convert
@@ -84,10 +92,10 @@ def import_reference(
 
 
 def _read(document: str) -> str:
-    """The text of a document.
+    """Read the text of a document.
 
     Raises:
-        DataError: it cannot be read, or is not text.
+        DataError: the file cannot be read, or is not text.
     """
     from d2l.data.document import decode_document
 

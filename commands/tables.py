@@ -1,4 +1,4 @@
-"""An evaluation's scores on stdout: tables on a terminal, plain lines in columns elsewhere."""
+"""Printing of an evaluation's scores: tables on a terminal, plain lines in columns elsewhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,22 +6,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from commands.console import console
+from d2l.evaluation.scores import LABELS, SHORT_LABELS, Estimate, Group
+
 if TYPE_CHECKING:
     from d2l.evaluation.run import Evaluation
-    from d2l.evaluation.scores import Condition, Estimate, Group
-
-LABELS: "dict[Condition, str]" = {
-    "document": "the document's LoRA",
-    "other": "another document's LoRA",
-    "none": "no document",
-    "in_prompt": "document in the prompt",
-}
-SHORT: "dict[Condition, str]" = {"document": "LoRA", "other": "other LoRA", "none": "none", "in_prompt": "in prompt"}
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What is shown: the first column holds labels, the others numbers."""
+    """Table of texts: the first column holds labels, the others numbers."""
 
     title: str
     header: tuple[str, ...]
@@ -30,34 +24,34 @@ class _Table:
 
 def show_scores(evaluation: "Evaluation") -> None:
     """Print the scores of every condition, and by the size of documents where sizes differ."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    shown = [_overall(evaluation)]
+    screen = console()
+    tables = [_make_overall_table(evaluation)]
     for name, groups in (("document tokens", evaluation.by_length), ("chunks", evaluation.by_chunks)):
         if len(groups) > 1:
-            shown.append(_by_size(name, groups))
-    if not console.is_terminal:
-        typer.echo("\n\n".join(map(_plain, shown)))
+            tables.append(_make_size_table(name, groups))
+    if not screen.is_terminal:
+        typer.echo("\n\n".join(map(_format_plain, tables)))
         return
     from rich import box
     from rich.table import Table
 
-    for table in shown:
+    for table in tables:
         drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for place, name in enumerate(table.header):
-            drawn.add_column(name, justify="right" if place else "left", overflow="fold")  # narrow: nothing is cut off
+            # fold: no cell is cut off on a narrow terminal
+            drawn.add_column(name, justify="right" if place else "left", overflow="fold")
         for row in table.rows:
             drawn.add_row(*row)
-        console.print(drawn)
+        screen.print(drawn)
 
 
-def _overall(evaluation: "Evaluation") -> _Table:
+def _make_overall_table(evaluation: "Evaluation") -> _Table:
+    """Make the table of all scores of every condition."""
     documents, questions = f"{evaluation.documents:,} documents", f"{evaluation.questions:,} questions"
     rows = [
         (
             LABELS[condition],
-            *map(_with_interval, (score.exact, score.f1, score.rouge_l)),
+            *map(_format_estimate, (score.exact, score.f1, score.rouge_l)),
             *("-" if it is None else f"{it:.3f}" for it in (score.relative_f1, score.relative_rouge_l)),
             f"{score.perplexity.value:.4g}",
         )
@@ -70,7 +64,8 @@ def _overall(evaluation: "Evaluation") -> _Table:
     )
 
 
-def _by_size(name: str, groups: "Sequence[Group]") -> _Table:
+def _make_size_table(name: str, groups: Sequence[Group]) -> _Table:
+    """Make the table of exact match and F1 for each group of documents."""
     rows = [
         (
             f"{group.low:,}" if group.low == group.high else f"{group.low:,}-{group.high:,}",
@@ -80,16 +75,16 @@ def _by_size(name: str, groups: "Sequence[Group]") -> _Table:
         )
         for group in groups
     ]
-    conditions = [SHORT[condition] for condition in groups[0].scores]
+    conditions = [SHORT_LABELS[condition] for condition in groups[0].scores]
     return _Table(f"exact match / F1 by {name}", (name, "documents", "questions", *conditions), tuple(rows))
 
 
-def _with_interval(estimate: "Estimate") -> str:
+def _format_estimate(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-def _plain(table: _Table) -> str:
-    """Columns as wide as what stands in them."""
+def _format_plain(table: _Table) -> str:
+    """Format a table as plain text, its columns as wide as their widest cell."""
     lines = [table.header, *table.rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [

@@ -17,7 +17,7 @@ from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.cache import cached_rows, default_folder
 from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
 from d2l.data.limits import Limits
-from d2l.data.logprobs import require_teachers
+from d2l.data.logprobs import require_teacher_logprobs
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, read_records
 from d2l.data.tokenize import OnProgress, Row, Tokenized, tokenize_records
@@ -180,7 +180,7 @@ def tokenize(
         DataError: no row is left, teacher logprobs are missing or do not match, or the cache cannot be written.
     """
     if config.needs_teacher:
-        require_teachers(records, max(base_config.vocab_size, len(chat.tokenizer)))
+        require_teacher_logprobs(records, max(base_config.vocab_size, len(chat.tokenizer)))
     limits = Limits.of(config, base_config)
     if not config.cache or len(records) < CACHED_FROM:
         return tokenize_records(records, chat, limits, config.seed, on_progress)

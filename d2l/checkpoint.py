@@ -1,7 +1,7 @@
 """Checkpoint folders: safetensors for tensors, JSON for the rest, a manifest of hashes written last.
 
-A folder is written beside its final place and renamed, so a reader never sees half of one; a reader takes only a
-folder whose manifest holds. Nothing is ever unpickled.
+A folder is written beside its final place and renamed, and loaded only if its files match the manifest. Nothing is ever
+unpickled.
 
     step-000020/
         hypernet.safetensors    trained parameters (the reference's names)
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d2l.errors import CheckpointError
-from d2l.io.atomic import require_absent, written_whole
+from d2l.io.atomic import require_new_folder, write_new_folder
 
 MANIFEST = "manifest.json"
 _HYPERNET, _TRAINER, _STATE = "hypernet.safetensors", "trainer.safetensors", "state.json"
@@ -31,7 +31,7 @@ _HYPERNET, _TRAINER, _STATE = "hypernet.safetensors", "trainer.safetensors", "st
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """Contents of a checkpoint folder.
 
     Attributes:
         hypernet: trained parameters by name.
@@ -45,21 +45,22 @@ class Checkpoint:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in a run's folder."""
+    """Return the checkpoint folder of a step in a run's folder."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint: beside its place, hashed, renamed.
+    """Write a checkpoint: beside its final place, with a manifest of hashes, then renamed.
 
     Raises:
-        CheckpointError: the folder exists, a value is no tensor or no JSON, a tensor is not finite, the disk is full.
+        CheckpointError: the folder exists or cannot be written, a value is not a tensor or not JSON, or a tensor is not
+            finite.
     """
-    require_absent(folder)
+    require_new_folder(folder)
     _require_saveable(checkpoint, folder)
-    with written_whole(folder, "checkpoint") as partial:
-        save_file(_contiguous(checkpoint.hypernet), partial / _HYPERNET)
-        save_file(_contiguous(checkpoint.trainer), partial / _TRAINER)
+    with write_new_folder(folder, "checkpoint") as partial:
+        save_file(_copy_contiguous(checkpoint.hypernet), partial / _HYPERNET)
+        save_file(_copy_contiguous(checkpoint.trainer), partial / _TRAINER)
         (partial / _STATE).write_text(json.dumps(dict(checkpoint.state), indent=1, allow_nan=False), encoding="utf-8")
         names = (_HYPERNET, _TRAINER, _STATE)
         manifest = {
@@ -69,10 +70,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint after verifying it.
+    """Verify and read a checkpoint.
 
     Raises:
-        CheckpointError: no manifest, or a file that is missing, changed or unreadable.
+        CheckpointError: there is no manifest, or a file is missing, changed or unreadable.
     """
     verify_checkpoint(folder)
     try:
@@ -89,7 +90,7 @@ def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: naming the file, with expected and actual size or hash.
+        CheckpointError: a file is missing or differs; the message names it, with expected and actual size or hash.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -119,36 +120,36 @@ def verify_checkpoint(folder: Path) -> None:
             )
 
 
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest folder of a run whose manifest holds, and why newer ones were passed over."""
-    refused = []
+def find_newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest valid checkpoint folder of a run, and why each newer one was rejected."""
+    rejected = []
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             verify_checkpoint(folder)
         except CheckpointError as error:
-            refused.append(str(error))
+            rejected.append(str(error))
         else:
-            return folder, refused
-    return None, refused
+            return folder, rejected
+    return None, rejected
 
 
 def find_checkpoint(place: Path) -> Path:
-    """The checkpoint folder that a user's path stands for: itself, or the newest whole one of the run in that folder.
+    """Return the checkpoint folder at a path: the path itself, or the newest valid checkpoint of the run in that folder.
 
     Raises:
-        CheckpointError: there is none; says why those found were passed over.
+        CheckpointError: there is none; the message gives the reason for each folder that was rejected.
     """
     if place.name.startswith("step-") or (place / MANIFEST).is_file():
         return place
-    folder, refused = newest_checkpoint(place)
+    folder, rejected = find_newest_checkpoint(place)
     if folder is None:
-        found = "\n".join(refused) or "found no checkpoint in it"
+        found = "\n".join(rejected) or "found no checkpoint in it"
         raise CheckpointError(f"{place}: expected a run's folder or a step-NNNNNN folder; {found}")
     return folder
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints that this run wrote to the end."""
+    """Remove all but the newest `keep` complete checkpoints of a run."""
     complete = [folder for folder in sorted((run / "checkpoints").glob("step-*")) if (folder / MANIFEST).is_file()]
     for folder in complete[:-keep]:
         (folder / MANIFEST).unlink()  # first: a folder half removed must not pass for a checkpoint
@@ -156,20 +157,20 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 def load_hypernet(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's parameters into a hypernetwork.
+    """Load a checkpoint's parameters into a hypernetwork.
 
     Raises:
-        CheckpointError: see `require_fitting`.
+        CheckpointError: see `require_matching_parameters`.
     """
-    require_fitting(hypernet, tensors)
+    require_matching_parameters(hypernet, tensors)
     hypernet.load_state_dict(tensors)
 
 
-def require_fitting(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def require_matching_parameters(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Compare a checkpoint's parameters with those of a hypernetwork, which may be on the meta device.
 
     Raises:
-        CheckpointError: a parameter is missing, left over, or of another shape, and what that means.
+        CheckpointError: a parameter is missing, unexpected, or of another shape.
     """
     own = hypernet.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -185,6 +186,7 @@ def require_fitting(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _require_saveable(checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse values that are not tensors, and trained parameters that are not finite."""
     for part in (checkpoint.hypernet, checkpoint.trainer):
         for name, value in part.items():
             if not isinstance(value, Tensor):
@@ -196,8 +198,8 @@ def _require_saveable(checkpoint: Checkpoint, folder: Path) -> None:
             raise CheckpointError(f"cannot write {folder}: {name} holds values that are not finite")
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Own, contiguous copies on the CPU: safetensors refuses shared storage and strides."""
+def _copy_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous: safetensors refuses shared storage and strides."""
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""The exceptions that users see; each message says where, what was expected, what was found and what to change.
+"""Exceptions for users; each message names the place, the expected and the actual value, and what to change.
 
 D2LError
 ├── ConfigError      the run's configuration (all problems at once)
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class D2LError(Exception):
-    """Base of every error that a user can mend; `str(error)` is the whole message."""
+    """Base of every error that a user can fix; `str(error)` is the whole message."""
 
 
 class ConfigError(D2LError):
@@ -20,7 +20,7 @@ class ConfigError(D2LError):
 
     Args:
         problems: one line for each problem.
-        source: the file that was read, if any.
+        source: name of the file that was read, if any.
     """
 
     def __init__(self, problems: Sequence[str], source: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What identifies a run and its base model: hashes of everything that shapes the run, and facts of the base's config."""
+"""Identity of a run and its base model: hashes of everything that shapes the run, and facts of the base's config."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 
-_PLACES = {"output_dir", "cache", "cache_dir"}  # where things lie shapes nothing
+_PATH_KEYS = {"output_dir", "cache", "cache_dir"}  # where files lie does not shape a run
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What shapes a run, each part as a sha256 or version, and one hash over all of it."""
+    """Fingerprint of everything that shapes a run: each part as a sha256 or version, and one hash over all parts."""
 
     parts: dict[str, str]
 
@@ -34,8 +34,8 @@ def run_fingerprint(
     records: Sequence[Record] | None,
     versions: dict[str, str],
 ) -> Fingerprint:
-    """Hash configuration, base config, template, tokenizer and data; name the library versions."""
-    settings = {key: value for key, value in config.resolved().items() if key not in _PLACES}
+    """Hash configuration, base config, template, tokenizer and data; add the library versions."""
+    settings = {key: value for key, value in config.resolved().items() if key not in _PATH_KEYS}
     parts = {
         "config": _sha256(json.dumps(settings, sort_keys=True)),
         "base_config": _sha256(base_config.to_json_string()),

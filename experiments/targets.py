@@ -1,8 +1,8 @@
-"""Which targets, features and losses can carry a document: needles in a tiny GPT-OSS, one budget, several seeds.
+"""Study of target modules, features, losses and optimizers: needles on a tiny GPT-OSS, one budget, several seeds.
 
-Every variant trains the same hypernetwork on the same documents for the same number of steps, and is asked about
-unseen documents: the share of questions whose every answer token is the likeliest one, with the document's LoRA and
-with another document's. `targets_page.py` turns the JSON file into a page and a figure.
+Every variant trains the same hypernetwork on the same documents for the same number of steps, and is evaluated on unseen
+documents: the share of questions whose answer tokens all have the highest logit, with the document's LoRA and with
+another document's. `targets_page.py` turns the JSON file into a page and a figure.
 
     python experiments/targets.py --output experiments/targets.json
 """
@@ -29,6 +29,7 @@ from d2l.data.records import Record
 from d2l.data.tokenize import Row
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
+from d2l.io.atomic import replace_file
 from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss
 from d2l.train.processes import OneProcess
@@ -37,7 +38,7 @@ from d2l.train.teacher import add_teacher_logprobs
 CONFIG = "configs/needle_tiny.yaml"
 UNSEEN = 192  # documents
 SEEDS = (1, 2, 3)
-TOP_K = 8  # of the teacher's tokens
+TOP_K = 8  # tokens of the teacher that the KL loss compares
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "q_proj": ("q_proj",),
@@ -58,7 +59,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the study: what differs from the shipped config."""
+    """Row of the study: its changes to the shipped config."""
 
     part: str
     name: str
@@ -67,12 +68,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one seed of a variant reached.
+    """Result of one seed of a variant.
 
     Attributes:
         exact, other: exact match on unseen documents with the document's LoRA and with another's.
-        train: exact match of the last steps, averaged as the curriculum does.
-        stage: of the curriculum that it was in, 1 for the first; seconds: of the processor, for training.
+        train: exact match of the last steps, with the curriculum's moving average.
+        stage: last curriculum stage, 1 for the first.
+        seconds: CPU time of the training.
     """
 
     part: str
@@ -86,7 +88,7 @@ class Outcome:
 
 
 def variants() -> list[Variant]:
-    """All rows, in the order of the page."""
+    """Return all rows, in the order of the page."""
     rows = [Variant("targets", name, {"target_modules": modules}) for name, modules in TARGETS.items()]
     rows += [Variant("features", name, changes) for name, changes in FEATURES.items()]
     rows.append(Variant("curriculum", "1 pair, then 2", {}))
@@ -102,13 +104,13 @@ def variants() -> list[Variant]:
 
 
 STAGES = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 1})
-# For the losses. A document of two values of one digit is not what the base was made for: asked with such a document in its
-# prompt, it ends its answer after that digit with a probability of .37, so what a teacher could teach ends there.
+# For the losses. The base was not trained on documents of two values with one digit: with such a document in its prompt it
+# ends the answer after that digit with a probability of .37 only, so its logprobs are no good teacher there.
 TWO_DIGITS = ({"pairs": 1, "digits": 1}, {"pairs": 2, "digits": 2})
 
 
 def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outcome:
-    """Train one seed of a variant for `steps` and ask it about unseen documents."""
+    """Train one seed of a variant for `steps`, and evaluate it on unseen documents."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     base_values = load_config(Path(CONFIG)).model_dump(exclude={"remarks"})
@@ -127,8 +129,8 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
     for _ in range(steps):
         metrics = trainer.step()
     seconds = time.process_time() - started
-    asked = data_config.model_copy(update={"loss": "ce"})
-    unseen = Components(asked, records=unseen_records(data_config)).rows
+    unseen_config = data_config.model_copy(update={"loss": "ce"})
+    unseen = Components(unseen_config, records=unseen_records(data_config)).rows
     exact, other = recall(trainer.model, config, list(unseen))
     return Outcome(
         part=variant.part,
@@ -143,7 +145,7 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
 
 
 def unseen_records(config: RunConfig) -> list[Record]:
-    """Documents whose pairs never occur in training; of one digit, too few to hold any out, never stand together in it."""
+    """Make documents whose pairs never occur in training; with one digit, too few for a split, never in one document."""
     last = config.stages[-1]
     if last.digits > 1:
         return needle_records(UNSEEN, last.pairs, last.digits, 0, seed=999, split="heldout", style="pairs")
@@ -154,26 +156,24 @@ def unseen_records(config: RunConfig) -> list[Record]:
 
 @torch.no_grad()
 def recall(model: DocToLora, config: RunConfig, rows: list[Row]) -> tuple[float, float]:
-    """Exact match with each document's LoRA, and with that of the next document of its batch."""
+    """Measure exact match with each document's LoRA, and with that of the next document in its batch."""
     batches = list(epoch_batches(config, rows, epoch=0))
     normalizer = Normalizer.of(batches, config.lora_r)
     loras = [model.lora(batch) for batch in batches]
     return tuple(
-        sum(
-            exact_match(model, batch, shifted(lora, by), normalizer) for batch, lora in zip(batches, loras, strict=True)
-        )
+        sum(exact_match(model, batch, shift(lora, by), normalizer) for batch, lora in zip(batches, loras, strict=True))
         for by in (0, 1)
     )  # type: ignore[return-value]
 
 
-def shifted(lora: Lora, by: int) -> Lora:
-    """Each context gets the LoRA of the one `by` places further."""
+def shift(lora: Lora, by: int) -> Lora:
+    """Give each context the LoRA of the one `by` places further."""
     A, B = ({name: x.roll(by, 0) for name, x in side.items()} for side in (lora.A, lora.B))
     return replace(lora, A=A, B=B)
 
 
 def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: Normalizer) -> float:
-    """The batch's part of the share of questions that are answered without a wrong token."""
+    """Return the batch's part of the share of questions whose answer tokens all have the highest logit."""
     logits = model.logits(batch, lora, positions=batch.prediction_positions)
     return float(compute_loss(logits, batch, lora, normalizer).exact_match)
 
@@ -181,9 +181,10 @@ def exact_match(model: DocToLora, batch: PackedBatch, lora: Lora, normalizer: No
 def outcomes(
     seeds: list[int], steps: int, documents: int, done: list[Outcome], processes: int
 ) -> Iterator[list[Outcome]]:
-    """Every seed of every variant that is not `done`, seeds outermost, so that a cut study has whole rounds.
+    """Run every seed of every variant that is not `done`, and yield the outcomes of each run.
 
-    Rows of different parts that change nothing are one and the same run.
+    Seeds are the outer loop, so that an interrupted study has complete rounds. Rows of different parts with the same
+    changes share a run.
     """
     have = {(outcome.part, outcome.name, outcome.seed) for outcome in done}
     with ProcessPoolExecutor(processes) as pool:
@@ -201,34 +202,33 @@ def outcomes(
 
 
 def _changes(variant: Variant) -> dict[str, Any]:
-    """What a variant changes of the shipped config."""
+    """Return the values of a variant that differ from the shipped config."""
     shipped = load_config(Path(CONFIG)).model_dump()
     return {key: value for key, value in variant.changes.items() if shipped[key] != value}
 
 
 def main() -> None:
-    """Run the study, writing the file after every run; what is in it already is not run again."""
+    """Run the study and write the file after every run; outcomes in the file are not run again."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--documents", type=int, default=8000)
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    asked = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time, one thread each")
+    options = parser.parse_args()
     done: list[Outcome] = []
-    if asked.output.exists():
-        before = json.loads(asked.output.read_text())
-        if (before["steps"], before["documents"]) != (asked.steps, asked.documents):
-            raise SystemExit(f"{asked.output} is of {before['steps']} steps and {before['documents']} documents")
+    if options.output.exists():
+        before = json.loads(options.output.read_text())
+        if (before["steps"], before["documents"]) != (options.steps, options.documents):
+            raise SystemExit(f"{options.output} is of {before['steps']} steps and {before['documents']} documents")
         done = [Outcome(**values) for values in before["outcomes"]]
-    for found in outcomes(asked.seeds, asked.steps, asked.documents, list(done), asked.processes):
+    for found in outcomes(options.seeds, options.steps, options.documents, list(done), options.processes):
         done += found
         order = [(variant.part, variant.name) for variant in variants()]
         done.sort(key=lambda it: (order.index((it.part, it.name)), it.seed))
-        values = {"steps": asked.steps, "documents": asked.documents, "outcomes": [asdict(it) for it in done]}
-        partial = asked.output.with_name(f"{asked.output.name}.partial")
-        partial.write_text(json.dumps(values, indent=1))
-        partial.replace(asked.output)
+        values = {"steps": options.steps, "documents": options.documents, "outcomes": [asdict(it) for it in done]}
+        with replace_file(options.output) as partial:
+            partial.write_text(json.dumps(values, indent=1))
         for outcome in found:
             sys.stdout.write(
                 f"{outcome.part:<12}{outcome.name:<28}seed {outcome.seed}  exact {outcome.exact:.3f}  "

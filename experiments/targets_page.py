@@ -1,4 +1,4 @@
-"""The page and the figure of the study of targets, from the outcomes that `targets.py` wrote.
+"""Page and figure of the study of targets, from the outcomes that `targets.py` wrote.
 
 python experiments/targets_page.py experiments/targets.json
 """
@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Outcomes = Sequence[Mapping[str, Any]]
-GUESSED = 0.55  # a value without its key: one of two, or both alike by chance
+VALUES_ALONE = 0.55  # recall of values without their keys: one of two, or both equal by chance
 HEADINGS = {
     "targets": "Targets",
     "features": "Features",
@@ -24,14 +24,14 @@ HEADINGS = {
 }
 NOTES = {
     "loss": "Documents of one pair with one digit, then of two pairs with two, on pairs never seen; chance is .01. With two "
-    "pairs of one digit the teacher itself is wrong: the base, asked with the document in its prompt, ends an answer of one "
+    "pairs of one digit the teacher itself is wrong: the base, with the document in its prompt, ends an answer of one "
     "digit with a probability of .37 only, and the KL loss then reaches .42 to .49 in all.\n\n",
     "optimizer": "AdamW with its own weight decay of .01, at the learning rate that was best for it before.\n\n",
 }
 
 
-def by_variant(outcomes: Outcomes) -> dict[tuple[str, str], Outcomes]:
-    """The outcomes of each variant, in the order of the study."""
+def group_by_variant(outcomes: Outcomes) -> dict[tuple[str, str], Outcomes]:
+    """Group the outcomes by variant, in the order of the study."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome["part"], outcome["name"]), []).append(outcome)
@@ -39,7 +39,7 @@ def by_variant(outcomes: Outcomes) -> dict[tuple[str, str], Outcomes]:
 
 
 def table(groups: Mapping[tuple[str, str], Outcomes], part: str) -> str:
-    """One part in Markdown, best first."""
+    """Make the table of one part in Markdown, best first."""
     rows = [(name, seeds) for (of, name), seeds in groups.items() if of == part]
     rows.sort(key=lambda row: -mean(seed["exact"] for seed in row[1]))
     lines = ["| | mean | seeds | stages reached | another document's LoRA | seconds |", "|---|---|---|---|---|---|"]
@@ -53,8 +53,8 @@ def table(groups: Mapping[tuple[str, str], Outcomes], part: str) -> str:
 
 
 def page(study: Mapping[str, Any], figure: str) -> str:
-    """The whole page."""
-    groups = by_variant(study["outcomes"])
+    """Make the whole page in Markdown."""
+    groups = group_by_variant(study["outcomes"])
     parts = dict.fromkeys(part for part, _ in groups)
     sections = "\n\n".join(f"## {HEADINGS[part]}\n\n{NOTES.get(part, '')}{table(groups, part)}" for part in parts)
     return (
@@ -68,8 +68,8 @@ def page(study: Mapping[str, Any], figure: str) -> str:
 
 
 def draw(study: Mapping[str, Any], path: Path) -> None:
-    """Every variant's mean as a bar, its seeds as points."""
-    groups = by_variant(study["outcomes"])
+    """Draw every variant's mean as a bar, its seeds as points."""
+    groups = group_by_variant(study["outcomes"])
     drawn = Figure(figsize=(8, 0.32 * len(groups) + 1), layout="constrained")
     axes = drawn.add_subplot()
     names = [f"{name}  ({part})" for part, name in groups]
@@ -78,7 +78,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
     for place, seeds in enumerate(values):
         axes.plot(seeds, [place] * len(seeds), "o", color="#08519c", markersize=4)
     axes.axvline(0.1, color="#999999", linewidth=0.8, linestyle=":")
-    axes.axvline(GUESSED, color="#999999", linewidth=0.8, linestyle="--")
+    axes.axvline(VALUES_ALONE, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
     axes.set_xlabel("exact match on unseen documents")

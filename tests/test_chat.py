@@ -173,7 +173,7 @@ def test_conversations_that_the_template_refuses() -> None:
     with pytest.raises(ModelError, match="line 2"):
         chat_format(tiny, template="a\n{% if %}").encode([QUESTION])
     with pytest.raises(ModelError, match="refuses a question"):
-        chat_format(tiny, template="{{ raise_exception('no') }}").require_generation_tags()
+        chat_format(tiny, template="{{ raise_exception('no') }}").has_generation_tags  # noqa: B018
     with pytest.raises(ConfigError, match="current_date: '2025-02-30'"):
         chat_format(tiny, current_date="2025-02-30")
 

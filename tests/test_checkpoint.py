@@ -10,8 +10,8 @@ from d2l import checkpoint as module
 from d2l.checkpoint import (
     MANIFEST,
     Checkpoint,
+    find_newest_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
@@ -102,7 +102,7 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(tmp_path: Path,
     damage(step_folder(tmp_path, 2))
     with pytest.raises(CheckpointError, match=expected):
         load_checkpoint(step_folder(tmp_path, 2))
-    newest, refused = newest_checkpoint(tmp_path)
+    newest, refused = find_newest_checkpoint(tmp_path)
     assert newest == step_folder(tmp_path, 1)
     assert len(refused) == 1
 

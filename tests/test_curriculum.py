@@ -14,7 +14,7 @@ from d2l.build import load_records
 from d2l.checkpoint import load_checkpoint, save_checkpoint
 from d2l.config.schema import CurriculumStage, RunConfig
 from d2l.data.epochs import stage_rows
-from d2l.train.curriculum import MEMORY, Curriculum
+from d2l.train.curriculum import EMA_DECAY, Curriculum
 from d2l.train.loop import Trainer
 
 STAGES = (
@@ -32,7 +32,7 @@ def test_a_stage_ends_when_the_weighted_mean_of_its_steps_passes(matches: list[f
     curriculum, stage, since = Curriculum(STAGES), 0, []
     for match in matches:
         since.append(match)
-        mean = sum((1 - MEMORY) * MEMORY**age * seen for age, seen in enumerate(reversed(since)))
+        mean = sum((1 - EMA_DECAY) * EMA_DECAY**age * seen for age, seen in enumerate(reversed(since)))
         passed = stage < 2 and mean >= (0.5, 0.9)[stage]
         if abs(mean - (0.5, 0.9, 2)[stage]) < 1e-9:
             return  # on the very border, where rounding decides

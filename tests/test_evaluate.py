@@ -1,4 +1,4 @@
-"""Evaluation: what each condition is given, what is measured of its answers, and what a seed repeats."""
+"""Evaluation: the LoRA and prompt of each condition, likelihoods, document sizes, and seeds."""
 
 import random
 
@@ -12,10 +12,10 @@ from d2l.data.tokenize import Limits, Row, tokenize_record
 from d2l.errors import DataError
 from d2l.evaluation.run import (
     Evaluation,
-    _other_documents,
+    _draw_other_documents,
     evaluate,
 )
-from d2l.evaluation.scores import CONDITIONS, Answered, Condition, by_chunks, by_length, scores
+from d2l.evaluation.scores import CONDITIONS, Condition, GradedAnswer, compute_scores, group_by_chunks, group_by_length
 from d2l.inference.generate import ask, internalize
 from d2l.inference.load import TrainedModel, load_model
 
@@ -39,18 +39,18 @@ def evaluation(trained: TrainedModel) -> Evaluation:
     return evaluate(trained, RECORDS, seed=1, max_new_tokens=NEW_TOKENS)
 
 
-def under(condition: Condition, evaluation: Evaluation) -> list[Answered]:
+def answers_under(condition: Condition, evaluation: Evaluation) -> list[GradedAnswer]:
     return [answer for answer in evaluation.answers if answer.condition == condition]
 
 
 def test_every_question_is_answered_under_every_condition(evaluation: Evaluation) -> None:
     assert (evaluation.documents, evaluation.questions) == (3, 6)
-    asked = [(answer.condition, answer.record, answer.query) for answer in evaluation.answers]
-    assert sorted(asked) == sorted((c, r, q) for c in CONDITIONS for r in range(3) for q in range(2))
+    found = [(answer.condition, answer.record, answer.query) for answer in evaluation.answers]
+    assert sorted(found) == sorted((c, r, q) for c in CONDITIONS for r in range(3) for q in range(2))
 
 
-def test_each_condition_is_given_its_lora_and_prompt(trained: TrainedModel, evaluation: Evaluation) -> None:
-    others = _other_documents(RECORDS, random.Random("1 other"))
+def test_each_condition_uses_its_lora_and_prompt(trained: TrainedModel, evaluation: Evaluation) -> None:
+    others = _draw_other_documents(RECORDS, random.Random("1 other"))
     for index, record in enumerate(RECORDS):
         for query, question in enumerate(record.prompts):
             own, other = internalize(trained, record.context), internalize(trained, RECORDS[others[index]].context)
@@ -68,7 +68,7 @@ def test_each_condition_is_given_its_lora_and_prompt(trained: TrainedModel, eval
 def test_likelihood_is_that_of_the_training_loss(trained: TrainedModel, evaluation: Evaluation) -> None:
     part = tokenize_record(0, RECORDS[1], trained.chat, Limits(), None)
     lora = internalize(trained, RECORDS[1].context)
-    for answer in [it for it in under("document", evaluation) if it.record == 1]:
+    for answer in [it for it in answers_under("document", evaluation) if it.record == 1]:
         batch = collate([Row(0, part.rows[0].chunks, (part.rows[0].queries[answer.query],))])
         labels = batch.labels[0, batch.label_positions]
         with torch.no_grad():
@@ -78,26 +78,26 @@ def test_likelihood_is_that_of_the_training_loss(trained: TrainedModel, evaluati
         assert answer.tokens == len(labels)
 
 
-def test_conditions_differ_in_what_they_see(evaluation: Evaluation) -> None:
-    losses = {c: [answer.nll for answer in under(c, evaluation)] for c in CONDITIONS}
+def test_conditions_give_different_likelihoods(evaluation: Evaluation) -> None:
+    losses = {c: [answer.nll for answer in answers_under(c, evaluation)] for c in CONDITIONS}
     assert len({tuple(values) for values in losses.values()}) == len(CONDITIONS)
 
 
-def test_the_seed_alone_decides(evaluation: Evaluation) -> None:
-    assert scores(evaluation.answers, seed=1) == scores(evaluation.answers, seed=1) == evaluation.scores
-    others = [_other_documents(RECORDS * 9, random.Random(f"{seed} other")) for seed in (1, 1, 2)]
+def test_results_depend_on_the_seed_alone(evaluation: Evaluation) -> None:
+    assert compute_scores(evaluation.answers, seed=1) == compute_scores(evaluation.answers, seed=1) == evaluation.scores
+    others = [_draw_other_documents(RECORDS * 9, random.Random(f"{seed} other")) for seed in (1, 1, 2)]
     assert others[0] == others[1] != others[2]
 
 
-def test_another_document_is_another_text() -> None:
+def test_the_other_document_has_another_text() -> None:
     doubled = [*RECORDS, RECORDS[0]]
-    for index, other in enumerate(_other_documents(doubled, random.Random(0))):
+    for index, other in enumerate(_draw_other_documents(doubled, random.Random(0))):
         assert doubled[other].context != doubled[index].context
     with pytest.raises(DataError, match="found 1 in 2 records"):
-        _other_documents([RECORDS[0], RECORDS[0]], random.Random(0))
+        _draw_other_documents([RECORDS[0], RECORDS[0]], random.Random(0))
 
 
-def test_sizes_are_those_of_the_documents_as_read(trained: TrainedModel) -> None:
+def test_sizes_are_tokens_and_chunks_of_the_documents(trained: TrainedModel) -> None:
     records = [*RECORDS[:2], *needle_records(documents=1, pairs=1, digits=2, filler_words=100, seed=5)]
     evaluation = evaluate(trained, records, max_new_tokens=1)
     found = {it.record: (it.document_tokens, it.chunks) for it in evaluation.answers}
@@ -105,8 +105,8 @@ def test_sizes_are_those_of_the_documents_as_read(trained: TrainedModel) -> None
     tokens = [len(trained.chat.encode_text(record.context)) for record in records]
     assert found == {index: (count, -(-count // longest)) for index, count in enumerate(tokens)}
     assert found[2][1] > 1
-    assert evaluation.by_length == by_length(evaluation.answers, seed=0)
-    assert evaluation.by_chunks == by_chunks(evaluation.answers, seed=0)
+    assert evaluation.by_length == group_by_length(evaluation.answers, seed=0)
+    assert evaluation.by_chunks == group_by_chunks(evaluation.answers, seed=0)
     assert [(group.low, group.documents, group.questions) for group in evaluation.by_chunks] == [
         (1, 2, 4),
         (found[2][1], 1, 1),
@@ -116,10 +116,10 @@ def test_sizes_are_those_of_the_documents_as_read(trained: TrainedModel) -> None
 def test_a_document_over_the_limits_is_refused_before_any_question(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*_: object, **__: object) -> None:
-        raise AssertionError("a question was asked")
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a question was answered")
 
-    monkeypatch.setattr("d2l.evaluation.run.generate", asked)
+    monkeypatch.setattr("d2l.evaluation.run.generate", fail)
     long = needle_records(documents=1, pairs=2, digits=2, filler_words=9000, seed=5)
     with pytest.raises(DataError, match="does not fit the checkpoint"):
         evaluate(trained, [*RECORDS, *long])

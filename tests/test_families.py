@@ -17,10 +17,10 @@ from d2l.data.chat.supervision import supervised_texts, supervision_faults
 from d2l.data.chat.templates import SHIPPED
 from d2l.data.limits import Limits
 from d2l.data.records import Record
-from d2l.data.tokenize import document_chunks, tokenize_records
+from d2l.data.tokenize import chunk_document, tokenize_records
 from d2l.errors import DataError, ModelError
 from d2l.hypernet.model import DocToLora
-from d2l.inference.generate import answer_text, prompt_ids, stop_ids
+from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids
 from d2l.inference.load import TrainedModel
 from d2l.train.loop import Trainer
 
@@ -88,9 +88,9 @@ def test_a_prompt_ends_where_supervision_begins_and_the_rest_is_the_answer(name:
     chat = chat_of(FAMILIES[name], supervision=supervision)
     encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
     begin = encoded.supervised.index(True)
-    assert prompt_ids(chat, "When?") == encoded.input_ids[:begin]
+    assert encode_prompt(chat, "When?") == encoded.input_ids[:begin]
     end = encoded.input_ids.index(chat.tokenizer.eos_token_id, begin)
-    assert answer_text(chat, encoded.input_ids[begin:end]) == "At nine."
+    assert decode_answer(chat, encoded.input_ids[begin:end]) == "At nine."
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_prompt_ends_where_supervision_begins_and_the_rest_is_the_answer(name:
 )
 def test_no_thought_leaks_into_an_answer(said: str, expected: str) -> None:
     chat = chat_of(FAMILIES["qwen3"])
-    assert answer_text(chat, chat.encode_text(said)) == expected
+    assert decode_answer(chat, chat.encode_text(said)) == expected
 
 
 @pytest.mark.parametrize("name", ["llama 3", "llama 3.2", "qwen3", "qwen3 instruct", "mistral", "gemma3"])
@@ -159,7 +159,7 @@ def test_an_answer_stops_where_training_ends_one_and_where_the_model_s_files_say
     trained = TrainedModel(cast(DocToLora, model), chat_format(tokenizer), RunConfig())
     end = tokenizer.get_added_vocab()[family.end]
     rest = named if isinstance(named, list) else [tokenizer.eos_token_id, *([named] if named else [])]
-    assert stop_ids(trained) == sorted({end, *rest})
+    assert find_stop_ids(trained) == sorted({end, *rest})
 
 
 # Which template a tokenizer gets
@@ -199,16 +199,13 @@ def test_a_template_with_tags_of_its_own_is_kept() -> None:
         ("gemma3", '<start_of_turn>model\\n" if', '<start_of_turn>model" if'),
     ],
 )
-def test_a_template_that_writes_other_text_is_kept_and_said_to_have_no_tags(
-    name: str, published: str, other: str
-) -> None:
-    """Nothing is trained on another text than the base knows without being asked for: the message names what is shipped."""
+def test_an_own_template_that_renders_other_text_is_kept(name: str, published: str, other: str) -> None:
+    """A run never trains on text that its base does not know, unless the configuration names the template."""
     family = FAMILIES[name]
     own = family.untagged.replace(published, other)
     chat = chat_format(family.tokenizer(own))
     assert chat.template == own != family.untagged
-    with pytest.raises(ModelError, match=f"chat_template=FILE; shipped for its control tokens: .*{family.template}"):
-        chat.require_generation_tags()
+    assert not chat.has_generation_tags
 
 
 def test_a_system_message_that_the_own_template_refuses_decides_nothing() -> None:
@@ -244,7 +241,7 @@ def test_a_long_document_is_split_between_affixes(name: str) -> None:
     chat = chat_of(FAMILIES[name])
     prefix, suffix = chat.context_affixes()
     longest = len(prefix) + len(suffix) + len(chat.encode_text(DOCUMENT)) // 4 + 1
-    chunks = document_chunks(DOCUMENT, chat, Limits(max_ctx_chunk_len=longest))
+    chunks = chunk_document(DOCUMENT, chat, Limits(max_ctx_chunk_len=longest))
     assert len(chunks) == 4
     assert max(map(len, chunks)) <= longest
     assert {(chunk[: len(prefix)], chunk[len(chunk) - len(suffix) :]) for chunk in chunks} == {

@@ -9,25 +9,25 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from d2l.evaluation.figures import draw
+from d2l.evaluation.figures import draw_figure
 from d2l.evaluation.run import Evaluation
-from d2l.evaluation.scores import CONDITIONS, Answered, by_chunks, by_length, scores
+from d2l.evaluation.scores import CONDITIONS, GradedAnswer, compute_scores, group_by_chunks, group_by_length
 
 
 def evaluation(sizes: list[tuple[int, int]]) -> Evaluation:
-    """One question to each document of so many tokens and chunks."""
+    """Return an evaluation with one question for each document, given as (tokens, chunks)."""
     answers = tuple(
-        Answered(record, 0, tokens, chunks, condition, "", float(record % 2), 0.5, 0.25, 1.0, 1)
+        GradedAnswer(record, 0, tokens, chunks, condition, "", float(record % 2), 0.5, 0.25, 1.0, 1)
         for record, (tokens, chunks) in enumerate(sizes)
         for condition in CONDITIONS
     )
-    groups = by_length(answers, 0), by_chunks(answers, 0)
-    return Evaluation(len(sizes), len(sizes), scores(answers, 0), *groups, answers)
+    groups = group_by_length(answers, 0), group_by_chunks(answers, 0)
+    return Evaluation(len(sizes), len(sizes), compute_scores(answers, 0), *groups, answers)
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
+    """Collect the figures that are saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -52,7 +52,7 @@ def test_curves_are_drawn_where_sizes_differ(
     tmp_path: Path, drawn: list[Figure], sizes: list[tuple[int, int]], curves: list[str]
 ) -> None:
     result = evaluation(sizes)
-    draw(result, tmp_path / "a.png")
+    draw_figure(result, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     bars, *others = drawn[0].axes
     heights = [bar.get_height() for bar in bars.patches]
@@ -72,17 +72,17 @@ def test_curves_are_drawn_where_sizes_differ(
         assert list(axes.lines[0].get_ydata()) == pytest.approx(values)
 
 
-def test_the_same_evaluation_makes_the_same_picture(tmp_path: Path) -> None:
+def test_the_same_evaluation_gives_the_same_figure(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
-        draw(evaluation([(9, 1), (40, 2)]), tmp_path / name)
+        draw_figure(evaluation([(9, 1), (40, 2)]), tmp_path / name)
     first, second = ((tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
     assert first == second
     assert b"<svg" in first
 
 
-def test_no_window_system_is_touched(tmp_path: Path) -> None:
+def test_no_window_system_is_used(tmp_path: Path) -> None:
     backend = matplotlib.rcParams._get("backend")
-    draw(evaluation([(9, 1), (40, 2)]), tmp_path / "a.png")
+    draw_figure(evaluation([(9, 1), (40, 2)]), tmp_path / "a.png")
     assert matplotlib.rcParams._get("backend") is backend
     code = "import sys, d2l.evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ from d2l.config.load import load_config
 from d2l.config.renamed import with_current_names
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
-from d2l.inference.generate import internalize, prompt_ids
+from d2l.inference.generate import encode_prompt, internalize
 from d2l.inference.load import load_model
 from d2l.train.loop import Trainer
 from d2l.train.run import checkpoint_to_resume
@@ -41,7 +41,7 @@ def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
         told = file.metadata()
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     lora = internalize(trained, told["document"])
-    ids = tuple(prompt_ids(trained.chat, told["question"]))
+    ids = tuple(encode_prompt(trained.chat, told["question"]))
     query = Query(ids, (IGNORE_INDEX,) * len(ids))
     batch = collate([Row(record=0, chunks=((0,),), queries=(query,))])
     with torch.no_grad():

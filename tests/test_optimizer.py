@@ -8,7 +8,7 @@ from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
 
 from d2l.train.loop import Trainer
-from d2l.train.optimizer import MuonAdamW, optimizer_values, orthogonal, parameter_groups, state_names
+from d2l.train.optimizer import MuonAdamW, optimizer_values, orthogonalize, parameter_groups, state_names
 
 SHAPES = [(8, 8), (8, 32), (32, 8)]
 
@@ -32,7 +32,7 @@ def muon(parameter: nn.Parameter, weight_decay: float = 0.1) -> MuonAdamW:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_steps_as_in_torch(shape: tuple[int, int]) -> None:
     ours, theirs = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
-    oracle = torch.optim.MuonAdamW([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    oracle = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     actual, expected = stepped(muon(ours), ours, gradients(*shape)), stepped(oracle, theirs, gradients(*shape))
     moved = (expected - 1).norm()
     assert (actual - expected).norm() < 0.02 * moved  # torch iterates in bfloat16
@@ -43,7 +43,7 @@ def test_singular_vectors_stay_and_singular_values_follow_the_quintic(
     rows: int, columns: int, stack: int, seed: int
 ) -> None:
     matrices = torch.randn(stack, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for matrix, actual in zip(matrices, orthogonal(matrices), strict=True):
+    for matrix, actual in zip(matrices, orthogonalize(matrices), strict=True):
         left, values, right = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
         for _ in range(5):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5

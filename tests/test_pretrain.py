@@ -1,4 +1,4 @@
-"""The tiny reader: what its tasks hold, that its format is the run's own, and that what is saved can be loaded."""
+"""The tiny base: its training tasks, its chat format, and saving and loading."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ CONFIG, SHIPPED = "configs/needle_tiny.yaml", "configs/models/needle_tiny"
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("REPEATED", "NEEDLES", "HELDOUT"):
+    for name in ("SEQUENCES", "DOCUMENTS", "HELDOUT"):
         monkeypatch.setattr(f"d2l.tiny.pretrain.{name}", 4)
 
 
@@ -49,34 +49,38 @@ def stated_pairs(text: list[str], digits: int) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("pairs", "digits", "split"), [(1, 1, "train"), (4, 2, "train"), (4, 2, "heldout")])
-def test_documents_ask_in_the_chat_format_what_they_state(tasks: Tasks, pairs: int, digits: int, split: Split) -> None:
-    batch = tasks.documents(5, pairs, digits, split=split)
+def test_documents_have_questions_on_their_pairs_in_the_chat_format(
+    tasks: Tasks, pairs: int, digits: int, split: Split
+) -> None:
+    batch = tasks.draw_documents(5, pairs, digits, split=split)
     chat = tiny_base_chat()
     for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
         document = words(ids)[3 : 3 + pairs * (1 + digits)]
         stated = dict(stated_pairs(document, digits))
         assert len(stated) == pairs
         assert {split_of(f"{key} {value}") for key, value in stated.items()} == {split}
-        said = words(ids)
-        asked = [said[place - 3] for place, token in enumerate(said) if token == "assistant"]
-        assert sorted(asked) == sorted(stated)
+        texts = words(ids)
+        keys = [texts[place - 3] for place, token in enumerate(texts) if token == "assistant"]
+        assert sorted(keys) == sorted(stated)
         turns = []
-        for number, key in enumerate(asked):
+        for number, key in enumerate(keys):
             question = f"{' '.join(document)}\n\n{key}" if number == 0 else key
             answer = " ".join((key, *stated[key]))
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         encoded = chat.encode(turns)
         assert encoded.input_ids == ids.tolist()
-        ends = [token == "<|end|>" for token in words(ids)]  # of earlier turns: that another follows cannot be known
+        ends = [
+            token == "<|end|>" for token in words(ids)
+        ]  # of earlier turns: that another turn follows cannot be predicted
         assert [mark and not end for mark, end in zip(encoded.supervised, ends, strict=True)] == supervised.tolist()
 
 
-def test_restated_pairs_say_the_same_in_other_orders(tasks: Tasks) -> None:
-    batch = tasks.restated(8, 4, 2)
+def test_restated_pairs_are_the_same_in_other_orders(tasks: Tasks) -> None:
+    batch = tasks.draw_restated(8, 4, 2)
     orders = set()
     for ids, supervised in zip(batch.ids, batch.supervised, strict=True):
-        told = stated_pairs(words(ids), 2)
-        blocks = [told[start : start + 4] for start in range(0, len(told), 4)]
+        restated = stated_pairs(words(ids), 2)
+        blocks = [restated[start : start + 4] for start in range(0, len(restated), 4)]
         assert len(blocks) == 3
         assert all(sorted(block) == sorted(blocks[0]) for block in blocks)
         orders |= {tuple(block.index(pair) for pair in blocks[0]) for block in blocks[1:]}
@@ -85,15 +89,15 @@ def test_restated_pairs_say_the_same_in_other_orders(tasks: Tasks) -> None:
     assert len(orders) > 1
 
 
-def test_repeated_sequences_are_supervised_where_they_can_be_known(tasks: Tasks) -> None:
-    batch = tasks.repeated(4)
+def test_repeated_sequences_are_supervised_where_they_can_be_predicted(tasks: Tasks) -> None:
+    batch = tasks.draw_repeated(4)
     length = batch.ids.shape[1] // 3
     assert torch.equal(batch.ids[:, :length], batch.ids[:, length : 2 * length])
     assert all(len(set(row.tolist())) == length for row in batch.ids[:, :length])
     assert batch.supervised.sum(1).tolist() == [2 * length - 1] * 4  # not the token at which the repeat begins
 
 
-def test_the_reader_has_about_a_million_parameters_and_all_of_gpt_oss() -> None:
+def test_the_tiny_base_has_about_a_million_parameters_and_all_of_gpt_oss() -> None:
     model, _ = next(pretrain(seed=0, max_steps=1, goal=GOAL))
     assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
     assert set(tiny_base_config().layer_types) == {"sliding_attention", "full_attention"}
@@ -107,19 +111,19 @@ def test_a_step_is_the_same_for_the_same_seed_and_changes_every_weight() -> None
     assert next(pretrain(seed=2, max_steps=1, goal=GOAL))[1] != one
 
 
-def test_a_start_is_where_training_goes_on_from(tmp_path: Path) -> None:
+def test_training_continues_from_a_start(tmp_path: Path) -> None:
     first, _ = next(pretrain(seed=1, max_steps=1, goal=GOAL))
     save_tiny_base(first, tmp_path / "first")
     start = load_tiny_base(tmp_path / "first")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
     wider = CurriculumStage(pairs=8, digits=4)
-    (gone_on, one), (whole, other) = (next(pretrain(2, 1, wider, model)) for model in (start, first))
+    (continued, one), (whole, other) = (next(pretrain(2, 1, wider, model)) for model in (start, first))
     assert one == other
-    assert all(torch.equal(a, b) for a, b in zip(gone_on.parameters(), whole.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(continued.parameters(), whole.parameters(), strict=True))
     assert next(pretrain(2, 1, wider))[1] != one
 
 
-def test_the_learning_rate_is_how_far_a_step_goes() -> None:
+def test_a_step_is_proportional_to_the_learning_rate() -> None:
     def moved(learning_rate: float) -> torch.Tensor:
         model = load_tiny_base(Path(SHIPPED))
         before = model.lm_head.weight.detach().clone()
@@ -129,18 +133,18 @@ def test_the_learning_rate_is_how_far_a_step_goes() -> None:
     torch.testing.assert_close(moved(2e-3), 2 * moved(1e-3), rtol=1e-3, atol=1e-6)
 
 
-def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path) -> None:
-    def go_on(start: Path | str, output: str) -> Result:
+def test_the_command_continues_from_a_tiny_base_and_from_nothing_else(tmp_path: Path) -> None:
+    def pretrain_from(start: Path | str, output: str) -> Result:
         options = ["-o", str(tmp_path / output), "--start", str(start), "--max-steps", "1", "--learning-rate", "1e-3"]
         return CliRunner().invoke(cli.app, ["pretrain-tiny", CONFIG, *options], prog_name="d2l")
 
     def refused(start: Path) -> str:
-        result = go_on(start, "refused")
+        result = pretrain_from(start, "refused")
         assert result.exit_code == 2
         assert not (tmp_path / "refused").exists()
         return result.stderr
 
-    assert go_on(SHIPPED, "wide").exit_code == 0  # it reads already
+    assert pretrain_from(SHIPPED, "wide").exit_code == 0  # its accuracy is above the target already
     trained, _ = next(pretrain(0, 1, GOAL, load_tiny_base(Path(SHIPPED)), 1e-3))
     written = load_tiny_base(tmp_path / "wide")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), written.parameters(), strict=True))
@@ -155,11 +159,11 @@ def test_the_command_goes_on_from_a_reader_and_from_nothing_else(tmp_path: Path)
 
 
 def test_the_command_writes_a_base_that_the_run_loads(tmp_path: Path) -> None:
-    folder = tmp_path / "reader"
+    folder = tmp_path / "tiny"
     result = CliRunner().invoke(
         cli.app, ["pretrain-tiny", CONFIG, "-o", str(folder), "--max-steps", "1"], prog_name="d2l"
     )
-    assert result.exit_code == 1  # a step is not enough, and it says so
+    assert result.exit_code == 1  # one step is not enough
     assert "stayed below" in result.stderr
     config = RunConfig(model_name_or_path=str(folder), chat_template=TEMPLATE, target_modules=("v_proj",))
     components = Components(config)

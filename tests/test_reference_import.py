@@ -131,7 +131,7 @@ def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
     with TorchFile(tmp_path / "file.bin", ()) as file:
         assert isinstance(file.root, OrderedMapping)
         for name, value in tensors.items():
-            read = file.tensor(file.root[name])
+            read = file.read_tensor(file.root[name])
             assert read.dtype == value.dtype
             assert torch.equal(read, value), name
 
@@ -429,7 +429,7 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path, rest: Any, numel
     members = {"file/data.pkl": one_tensor(*rest, numel=numel), "file/data/0": bytes(24)}
     path = write_archive(tmp_path / "file.bin", members)
     with TorchFile(path, ()) as file, pytest.raises(CheckpointError, match=expected):
-        file.tensor(file.root["w"])
+        file.read_tensor(file.root["w"])
 
 
 def test_a_storage_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:

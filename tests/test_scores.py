@@ -1,4 +1,4 @@
-"""Scores against hand-made answers and slow oracles: words shared, intervals that hold what they say, groups by size."""
+"""Scores against hand-made answers and slow oracles: shared words, coverage of intervals, groups by size."""
 
 import math
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 
 from d2l.evaluation.scores import (
     CONDITIONS,
-    COUNTS_ALONE,
-    Answered,
-    by_chunks,
-    by_length,
+    MAX_CHUNK_GROUPS,
+    GradedAnswer,
+    compute_scores,
     exact_match,
-    normalized,
+    group_by_chunks,
+    group_by_length,
+    normalize_answer,
     rouge_l,
-    scores,
     token_f1,
 )
 
 WORDS = st.lists(st.sampled_from(["red", "fox", "17", "the", "Éclair"]), max_size=6)
 
 
-def answered(record: int = 0, query: int = 0, size: int = 1, **values: object) -> list[Answered]:
-    """One question under every condition."""
+def make_answers(record: int = 0, query: int = 0, size: int = 1, **values: object) -> list[GradedAnswer]:
+    """Make the answers to one question under every condition."""
     fields = {"exact": 0.0, "f1": 0.0, "rouge_l": 0.0, "nll": 1.0, "tokens": 1} | values
-    return [Answered(record, query, size, size, condition, "", **fields) for condition in CONDITIONS]  # type: ignore[arg-type]
+    return [GradedAnswer(record, query, size, size, condition, "", **fields) for condition in CONDITIONS]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,25 +48,25 @@ def test_f1_counts_shared_words(answer: str, expected: str, f1: float) -> None:
 
 
 def test_answers_are_compared_without_case_punctuation_and_articles() -> None:
-    assert normalized(" The  Value, an 42! ") == "value 42"
+    assert normalize_answer(" The  Value, an 42! ") == "value 42"
     assert exact_match("the Value: 42.", "value 42") == 1.0
     assert exact_match("value 24", "value 42") == 0.0
 
 
-def longest_common(said: Sequence[str], wanted: Sequence[str]) -> int:
-    """By its definition: the longest subsequence that both have, one word at a time."""
-    if not said or not wanted:
+def longest_common(found: Sequence[str], correct: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, by its recursive definition."""
+    if not found or not correct:
         return 0
-    if said[0] == wanted[0]:
-        return 1 + longest_common(said[1:], wanted[1:])
-    return max(longest_common(said[1:], wanted), longest_common(said, wanted[1:]))
+    if found[0] == correct[0]:
+        return 1 + longest_common(found[1:], correct[1:])
+    return max(longest_common(found[1:], correct), longest_common(found, correct[1:]))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(said=WORDS, wanted=WORDS)
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(said: list[str], wanted: list[str]) -> None:
-    expected = 2 * longest_common(said, wanted) / (len(said) + len(wanted)) if said or wanted else 1.0
-    assert rouge_l(", ".join(said).upper(), " ".join(wanted)) == pytest.approx(expected)
+@given(found=WORDS, correct=WORDS)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(found: list[str], correct: list[str]) -> None:
+    expected = 2 * longest_common(found, correct) / (len(found) + len(correct)) if found or correct else 1.0
+    assert rouge_l(", ".join(found).upper(), " ".join(correct)) == pytest.approx(expected)
 
 
 def test_rouge_l_counts_words_of_every_script_and_their_order() -> None:
@@ -77,11 +77,11 @@ def test_rouge_l_counts_words_of_every_script_and_their_order() -> None:
 
 def test_scores_are_means_over_questions_and_tokens() -> None:
     answers = [
-        *answered(0, 0, exact=1.0, f1=1.0, rouge_l=1.0, nll=1.0, tokens=1),
-        *answered(0, 1, exact=0.0, f1=0.5, rouge_l=0.2, nll=3.0, tokens=3),
-        *answered(1, 0, exact=0.0, f1=0.0, rouge_l=0.0, nll=2.0, tokens=2),
+        *make_answers(0, 0, exact=1.0, f1=1.0, rouge_l=1.0, nll=1.0, tokens=1),
+        *make_answers(0, 1, exact=0.0, f1=0.5, rouge_l=0.2, nll=3.0, tokens=3),
+        *make_answers(1, 0, exact=0.0, f1=0.0, rouge_l=0.0, nll=2.0, tokens=2),
     ]
-    score = scores(answers, seed=0)["document"]
+    score = compute_scores(answers, seed=0)["document"]
     assert score.exact.value == pytest.approx(1 / 3)
     assert score.f1.value == pytest.approx(0.5)
     assert score.rouge_l.value == pytest.approx(0.4)
@@ -93,29 +93,29 @@ def test_scores_are_means_over_questions_and_tokens() -> None:
 def test_relative_is_to_the_document_in_the_prompt() -> None:
     worth = {"document": 0.6, "other": 0.2, "none": 0.0, "in_prompt": 0.8}
     answers = [
-        Answered(0, 0, 1, 1, condition, "", 0.0, worth[condition], worth[condition] / 2, 1.0, 1)
+        GradedAnswer(0, 0, 1, 1, condition, "", 0.0, worth[condition], worth[condition] / 2, 1.0, 1)
         for condition in CONDITIONS
     ]
-    found = scores(answers, seed=0)
+    found = compute_scores(answers, seed=0)
     relative = {condition: (it.relative_f1, it.relative_rouge_l) for condition, it in found.items()}
     assert relative == {condition: pytest.approx((worth[condition] / 0.8,) * 2) for condition in CONDITIONS}
-    silent = scores(answered(), seed=0)["document"]
+    silent = compute_scores(make_answers(), seed=0)["document"]
     assert (silent.relative_f1, silent.relative_rouge_l) == (None, None)
 
 
-def test_an_interval_holds_what_was_drawn_as_often_as_it_says() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     generator = np.random.default_rng(3)
     covered = 0
     for seed in range(100):
         draws = generator.random(100) < 0.3
-        answers = [it for record, hit in enumerate(draws) for it in answered(record, exact=float(hit))]
-        exact = scores(answers, seed)["none"].exact
+        answers = [it for record, hit in enumerate(draws) for it in make_answers(record, exact=float(hit))]
+        exact = compute_scores(answers, seed)["none"].exact
         covered += exact.low <= 0.3 <= exact.high
     assert covered >= 88
 
 
-def test_an_absurd_likelihood_has_an_infinite_perplexity() -> None:
-    assert scores(answered(nll=1e5), seed=0)["none"].perplexity.value == math.inf
+def test_a_very_low_likelihood_has_an_infinite_perplexity() -> None:
+    assert compute_scores(make_answers(nll=1e5), seed=0)["none"].perplexity.value == math.inf
 
 
 def test_lengths_share_a_group_up_to_the_next_power_of_two() -> None:
@@ -124,9 +124,9 @@ def test_lengths_share_a_group_up_to_the_next_power_of_two() -> None:
         it
         for record, size in enumerate(sizes)
         for query in range(2)
-        for it in answered(record, query, size, exact=float(size > 4))
+        for it in make_answers(record, query, size, exact=float(size > 4))
     ]
-    groups = by_length(answers, seed=0)
+    groups = group_by_length(answers, seed=0)
     assert [(group.low, group.high, group.documents, group.questions, group.mean) for group in groups] == [
         (1, 1, 1, 2, 1),
         (2, 2, 1, 2, 2),
@@ -137,13 +137,19 @@ def test_lengths_share_a_group_up_to_the_next_power_of_two() -> None:
     ]
     assert [group.scores["document"].exact.value for group in groups] == [0, 0, 0, 1, 1, 1]
     alone = [answer for answer in answers if answer.document_tokens in (5, 8)]
-    assert groups[3].scores == scores(alone, seed=0)
+    assert groups[3].scores == compute_scores(alone, seed=0)
 
 
-def test_each_number_of_chunks_is_alone_unless_there_are_many() -> None:
-    few = [it for record in range(COUNTS_ALONE) for it in answered(record, size=record + 1)]
-    assert [(group.low, group.high) for group in by_chunks(few, seed=0)] == [
-        (n + 1, n + 1) for n in range(COUNTS_ALONE)
+def test_each_number_of_chunks_has_a_group_unless_there_are_many() -> None:
+    few = [it for record in range(MAX_CHUNK_GROUPS) for it in make_answers(record, size=record + 1)]
+    assert [(group.low, group.high) for group in group_by_chunks(few, seed=0)] == [
+        (n + 1, n + 1) for n in range(MAX_CHUNK_GROUPS)
     ]
-    many = [*few, *answered(COUNTS_ALONE, size=COUNTS_ALONE + 1)]
-    assert [(group.low, group.high) for group in by_chunks(many, seed=0)] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
+    many = [*few, *make_answers(MAX_CHUNK_GROUPS, size=MAX_CHUNK_GROUPS + 1)]
+    assert [(group.low, group.high) for group in group_by_chunks(many, seed=0)] == [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (5, 8),
+        (9, 16),
+    ]

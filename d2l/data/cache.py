@@ -1,4 +1,4 @@
-"""Token rows on disk, under a key of everything that shapes them: a changed template, say, never meets old rows.
+"""Cache of token rows on disk, under a key of everything that shapes them: a changed template never finds old rows.
 
     CACHE/3f8a…c1/               the key
         shard-00000.arrow        rows of the first thousand records, and what was dropped of them
@@ -6,17 +6,16 @@
         manifest.json            what the key is made of; rows, bytes and sha256 of each shard
 
 Every file is written beside its place and renamed, a shard before the manifest that lists it. A shard that is not
-listed, or not as listed, is built again: so an interrupted build goes on where it stopped, and damage is mended.
-Builders of the same key at the same time write the same bytes, and never over a file that is being read.
+listed, or differs from its entry, is built again: an interrupted build continues where it stopped, and damaged files
+are replaced. Processes that build the same key at the same time write the same bytes; each replaces a file as a whole,
+so rows that are being read from the old one stay valid.
 """
 
 import hashlib
 import inspect
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -28,22 +27,23 @@ from d2l.data.chat import format as chat_code
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 from d2l.data.shards import MappedRows, Shard, write_shard
-from d2l.data.tokenize import Limits, OnProgress, Part, Tokenized, complete, tokenize_record
+from d2l.data.tokenize import Limits, OnProgress, Tokenized, TokenizedPart, combine_parts, tokenize_record
 from d2l.errors import DataError
+from d2l.io.atomic import replace_file
 
 MANIFEST = "manifest.json"
-RECORDS_PER_SHARD = 1000  # what an interruption can lose, a few seconds of work
-_FORMAT = 1  # of the files; count it up when they change
+RECORDS_PER_SHARD = 1000  # an interruption loses at most one shard, a few seconds of work
+_FORMAT = 1  # version of the file layout; raise it when the layout changes
 
-# Read when it is loaded: it is this code that makes the rows, whatever an editor writes meanwhile.
+# Hashed on import: this is the code that makes the rows, even if its files change while the process runs.
 _CODE = hashlib.sha256("\0".join(map(inspect.getsource, (chat_code, limits_code, tokenize_code))).encode()).hexdigest()
 
 
 def default_folder() -> Path:
-    """`d2l` in the user's folder for caches: `XDG_CACHE_HOME`, else `~/.cache`.
+    """Return `d2l` in the user's cache folder: in `XDG_CACHE_HOME`, else in `~/.cache`.
 
     Raises:
-        DataError: the user has no home.
+        DataError: the user has no home folder.
     """
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
@@ -55,7 +55,7 @@ def default_folder() -> Path:
 
 
 def key_parts(records: Sequence[Record], chat: ChatFormat, limits: Limits, seed: int | None) -> dict[str, str]:
-    """Everything that shapes rows, by name. A record's `source` does not: data may move."""
+    """Return everything that shapes rows, by name. A record's `source` is not part of it: data may move."""
     content = hashlib.sha256()
     for record in records:
         values = (record.context, record.prompts, record.responses, record.logprobs_vals, record.logprobs_indices)
@@ -80,10 +80,10 @@ def cached_rows(
     folder: Path,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Tokenized:
-    """What `tokenize_records` makes of the same arguments, kept below `folder`; rows are read as they are used.
+    """Return the result of `tokenize_records`, kept on disk below `folder`; rows are read when they are used.
 
     Args:
-        folder: of all keys; it is made, and may be removed between runs.
+        folder: cache folder for all keys; it is made if needed, and may be removed between runs.
         on_progress: called after every record that is tokenized and every shard that is found.
 
     Raises:
@@ -92,7 +92,7 @@ def cached_rows(
     """
     store = _Store(folder, key_parts(records, chat, limits, seed))
     shards: list[Shard] = []
-    failed: list[Part] = []
+    failed: list[TokenizedPart] = []
     for number, start in enumerate(range(0, len(records), RECORDS_PER_SHARD)):
         stop = min(start + RECORDS_PER_SHARD, len(records))
         shard = store.read(number)
@@ -102,47 +102,48 @@ def cached_rows(
                 parts.append(tokenize_record(index, records[index], chat, limits, seed))
                 on_progress(index + 1, len(records))
             if any(part.problems for part in parts):
-                failed += parts  # there will be no rows: go on only to name every problem
+                failed += parts  # the call will fail: continue only to name every problem
                 continue
             shard = store.write(number, parts)
         on_progress(stop, len(records))
         shards.append(shard)
-    return complete(records, MappedRows(shards), failed + [shard.account(records) for shard in shards])
+    return combine_parts(records, MappedRows(shards), failed + [shard.read_dropped(records) for shard in shards])
 
 
 class _Store:
-    """The files of one key."""
+    """Files of one key: reads and writes shards and the manifest."""
 
     def __init__(self, folder: Path, parts: Mapping[str, str]) -> None:
         self._folder = folder / hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self._parts = parts
-        self._shards = self._listed()
+        self._shards = self._read_manifest()
 
     def read(self, number: int) -> Shard | None:
-        """A shard, or `None` where there is none that is as listed."""
+        """Return a shard, or `None` where it is absent or differs from its entry in the manifest."""
         path = self._path(number)
         try:
-            whole = path.name in self._shards and _identity(path).items() <= self._shards[path.name].items()
-            return Shard(path) if whole else None
+            is_valid = path.name in self._shards and _hash_file(path).items() <= self._shards[path.name].items()
+            return Shard(path) if is_valid else None
         except OSError:
             return None
 
-    def write(self, number: int, parts: Sequence[Part]) -> Shard:
+    def write(self, number: int, parts: Sequence[TokenizedPart]) -> Shard:
         """Write a shard, and then the manifest that lists it.
 
         Raises:
-            DataError: the disk is full, or not ours.
+            DataError: the folder cannot be written, or the disk is full.
         """
         path = self._path(number)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with _replacing(path) as beside:
-                write_shard(beside, parts)
-                entry = {"rows": sum(len(part.rows) for part in parts)} | _identity(beside)
-            self._shards = self._listed() | self._shards | {path.name: entry}  # another builder may be ahead
+            with replace_file(path) as partial:
+                write_shard(partial, parts)
+                entry = {"rows": sum(len(part.rows) for part in parts)} | _hash_file(partial)
+            # another process may have listed more shards meanwhile
+            self._shards = self._read_manifest() | self._shards | {path.name: entry}
             manifest = {"parts": self._parts, "shards": self._shards}
-            with _replacing(self._folder / MANIFEST) as beside:
-                beside.write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            with replace_file(self._folder / MANIFEST) as partial:
+                partial.write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
             return Shard(path)
         except OSError as error:
             raise DataError(
@@ -150,8 +151,8 @@ class _Store:
                 "make room, name another folder (--set cache_dir=FOLDER), or do without (--set cache=false)"
             ) from error
 
-    def _listed(self) -> dict[str, Any]:
-        """The shards of the manifest; none where it is absent, damaged or of another key."""
+    def _read_manifest(self) -> dict[str, Any]:
+        """Return the manifest's entries by shard; none where it is absent, damaged or belongs to another key."""
         try:
             manifest = json.loads((self._folder / MANIFEST).read_bytes())
             return {name: dict(entry) for name, entry in manifest["shards"].items() if manifest["parts"] == self._parts}
@@ -162,15 +163,7 @@ class _Store:
         return self._folder / f"shard-{number:05d}.arrow"
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A place for this writer alone, beside `path`; what is written there becomes `path`, whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        beside = Path(folder) / path.name
-        yield beside
-        beside.replace(path)
-
-
-def _identity(path: Path) -> dict[str, Any]:
+def _hash_file(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,16 +1,16 @@
-"""A document as text: what `internalize` and `ask` read."""
+"""Decoding of a document's bytes, as `internalize` and `ask` read them."""
 
 from d2l.errors import DataError
 
 
 def decode_document(data: bytes, source: str) -> str:
-    """A document's bytes as text.
+    """Decode a document's bytes as UTF-8 text.
 
     Args:
-        source: where they come from, for the message.
+        source: name of the file or stream, for error messages.
 
     Raises:
-        DataError: they are not text, or nothing but white space.
+        DataError: the bytes are not text, or only white space.
     """
     try:
         text = data.decode("utf-8-sig")

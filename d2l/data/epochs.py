@@ -1,4 +1,4 @@
-"""Rows in the order of training: the packed batches of an epoch, and the rows of each stage of a curriculum."""
+"""Order of the rows in training: the packed batches of an epoch, and the rows of each curriculum stage."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from d2l.errors import DataError
 
 
 def stage_rows(config: RunConfig, rows: Sequence[Row]) -> list[range]:
-    """Return which rows belong to each stage of the curriculum; without a curriculum, all of them to one stage."""
+    """Return the range of rows of each curriculum stage; without a curriculum, one range of all rows."""
     if not config.curriculum:
         return [range(len(rows))]
     firsts = accumulate((config.documents_of(stage) for stage in config.stages), initial=0)
-    borders = [bisect_left(range(len(rows)), first, key=lambda row: rows[row].record) for first in firsts]
-    return [range(*pair) for pair in pairwise(borders)]
+    bounds = [bisect_left(range(len(rows)), first, key=lambda row: rows[row].record) for first in firsts]
+    return [range(*pair) for pair in pairwise(bounds)]
 
 
 def epoch_batches(config: RunConfig, rows: Sequence[Row], epoch: int, among: range | None = None) -> PackedBatches:
-    """Pack the rows of an epoch, in its own order; each batch is made when it is asked for.
+    """Pack the rows of an epoch, in the order of that epoch; each batch is made on access.
 
     Args:
-        among: the rows to take; default: all.
+        among: range of the rows to pack; default: all.
 
     Raises:
         DataError: no row fits the packed lengths.

@@ -1,4 +1,4 @@
-"""How long documents, chunks and questions may be, and what is said of those that are longer."""
+"""Length limits for documents, chunks and questions, and the messages for what exceeds them."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,10 +11,10 @@ from d2l.errors import DataError
 
 @dataclass(frozen=True)
 class Limits:
-    """Everything of a run's configuration that shapes rows, by the same names. In tokens; -1 means no limit.
+    """Settings of a run that shape its rows, under the names of the configuration. In tokens; -1 means no limit.
 
-    `max_ctx_len` and the chunk lengths count the template's affixes around the text. `max_position_embeddings` is of the
-    base's config: the longest text that it was made for, so a limit for every chunk and every question.
+    `max_ctx_len` and the chunk lengths count the template's affixes around the text. `max_position_embeddings` comes from
+    the base's config: the longest text that the base was trained for, a limit for every chunk and every question.
     """
 
     max_ctx_len: int = -1
@@ -30,14 +30,14 @@ class Limits:
 
     @classmethod
     def of(cls, config: RunConfig, base_config: PreTrainedConfig | None = None) -> "Limits":
-        """The limits that a run's configuration sets, and its base model."""
+        """Read the limits from a run's configuration and the config of its base model."""
         values: dict[str, Any] = {field.name: getattr(config, field.name, -1) for field in fields(cls)}
         values["max_position_embeddings"] = getattr(base_config, "max_position_embeddings", None) or -1
         return cls(**values)
 
 
 class DoesNotFitError(DataError):
-    """A document or a question that no row can hold. `kind` groups reasons for counting."""
+    """A document or question does not fit into any row. `kind` groups reasons for counting."""
 
     def __init__(self, kind: str, reason: str) -> None:
         self.kind = kind
@@ -45,36 +45,37 @@ class DoesNotFitError(DataError):
 
 
 def check_chunk_length(length: int, limits: Limits) -> None:
-    """Refuse a document whose longest chunk, affixes included, is beyond what the base model was made for.
+    """Refuse a document whose longest chunk, affixes included, exceeds `max_position_embeddings` of the base.
 
     Raises:
-        DoesNotFitError: it is.
+        DoesNotFitError: the chunk is too long.
     """
     if 0 <= limits.max_position_embeddings < length:
         raise DoesNotFitError(
             "document too long",
-            f"{_beyond_the_base(length, 'document in one chunk', limits)}; set max_ctx_chunk_len to at most "
+            f"{_describe_excess_of_base(length, 'document in one chunk', limits)}; set max_ctx_chunk_len to at most "
             f"{limits.max_position_embeddings}",
         )
 
 
 def check_question_length(length: int, limits: Limits) -> None:
-    """Refuse a question with its answer that no row can hold.
+    """Refuse a question whose tokens, with its answer, exceed a limit.
 
     Raises:
-        DoesNotFitError: it is over a limit.
+        DoesNotFitError: the message names the limit.
     """
     for name in ("max_qas_len", "max_packed_inp_len"):
         if 0 <= getattr(limits, name) < length:
-            raise DoesNotFitError("question too long", over(length, "question and answer", name, getattr(limits, name)))
+            reason = describe_excess(length, "question and answer", name, getattr(limits, name))
+            raise DoesNotFitError("question too long", reason)
     if 0 <= limits.max_position_embeddings < length:
-        raise DoesNotFitError("question too long", _beyond_the_base(length, "question and answer", limits))
+        raise DoesNotFitError("question too long", _describe_excess_of_base(length, "question and answer", limits))
 
 
-def over(length: int, what: str, name: str, limit: int) -> str:
-    """That something is over a limit of the configuration, and what to raise it to."""
+def describe_excess(length: int, what: str, name: str, limit: int) -> str:
+    """Describe how far something exceeds a limit of the configuration, and what to raise the limit to."""
     return f"{length:,} tokens of {what} > {name} {limit:,}; raise {name} to at least {length:,}"
 
 
-def _beyond_the_base(length: int, what: str, limits: Limits) -> str:
+def _describe_excess_of_base(length: int, what: str, limits: Limits) -> str:
     return f"{length:,} tokens of {what} > {limits.max_position_embeddings:,}, the max_position_embeddings of the base"

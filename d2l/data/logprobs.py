@@ -1,4 +1,4 @@
-"""A teacher's top-k natural-log probabilities, as records carry them: what is refused, and in which record."""
+"""Validation of teacher logprobs: the top-k natural-log probabilities and token ids that records carry."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,10 +12,14 @@ _MASS_TOLERANCE = 0.01  # a teacher's probabilities rounded to bfloat16 sum to a
 
 
 def check_logprobs(vals: Sequence[Sequence[float]], indices: Sequence[Sequence[int]], n_labels: int) -> None:
-    """Check a teacher's top-k for one question.
+    """Check the top-k of a teacher for one question: k finite natural-log probabilities and k token ids for each label.
+
+    Args:
+        vals, indices: log-probabilities and token ids, [supervised token][k].
+        n_labels: number of supervised tokens.
 
     Raises:
-        DataError: not one entry of k natural-log probabilities, finite and summing to at most 1, and k ids per label.
+        DataError: shapes or types differ, or values are not finite or sum to a probability above 1.
     """
     try:
         table, ids = np.asarray(vals, dtype=np.float64), np.asarray(indices)
@@ -38,14 +42,14 @@ def check_logprobs(vals: Sequence[Sequence[float]], indices: Sequence[Sequence[i
         raise DataError(f"teacher logprobs: the probabilities of a token sum to {mass:.3g} > 1; expected natural logs")
 
 
-def require_teachers(records: Sequence[Record], vocabulary: int) -> None:
-    """Refuse records that a run with a KL loss cannot learn from.
+def require_teacher_logprobs(records: Sequence[Record], vocabulary: int) -> None:
+    """Refuse records whose teacher logprobs a KL loss cannot use.
 
     Args:
-        vocabulary: token ids that the base has logits for.
+        vocabulary: number of token ids that the base has logits for.
 
     Raises:
-        DataError: records without a teacher, or with token ids beyond the vocabulary, by name.
+        DataError: records without teacher logprobs, or with token ids beyond the vocabulary; the message names them.
     """
     missing, beyond = [], []
     for index, record in enumerate(records):
@@ -54,7 +58,7 @@ def require_teachers(records: Sequence[Record], vocabulary: int) -> None:
             missing.append(name)
             continue
         for position, ids in enumerate(record.logprobs_indices):
-            if (largest := _largest(ids)) >= vocabulary:
+            if (largest := _largest_id(ids)) >= vocabulary:
                 beyond.append(f"{name}, prompt {position}: token id {largest:,}")
     if missing:
         raise DataError(
@@ -68,22 +72,23 @@ def require_teachers(records: Sequence[Record], vocabulary: int) -> None:
         )
 
 
-def first_of_each_k(records: Sequence[Record], top_k: Iterable[int]) -> str:
-    """For every number of entries per token (0: no teacher) a record that has it, one indented line each."""
+def list_top_k_examples(records: Sequence[Record], top_k: Iterable[int]) -> str:
+    """List one record for every k (logprobs per token; 0: no teacher), one indented line each."""
     found: dict[int, str] = {}
     for index, record in enumerate(records):
         for vals in record.logprobs_vals or ((),):
-            found.setdefault(_width(vals), f"record {index} ({record.source})")
+            found.setdefault(_top_k_of(vals), f"record {index} ({record.source})")
     return listing([f"{k}: {found[k]}" for k in sorted(top_k)])
 
 
-def _width(vals: Any) -> int:
-    """Entries of the first token; 0 where there is none, or in a malformed table of a record that was dropped."""
+def _top_k_of(vals: Any) -> int:
+    """Return k of the first token; 0 where there is none, or in a malformed table of a record that was dropped."""
     return len(vals[0]) if isinstance(vals, tuple) and vals and isinstance(vals[0], tuple) else 0
 
 
-def _largest(ids: Any) -> int:
+def _largest_id(ids: Any) -> int:
+    """Return the largest token id in a nested list; -1 where there is none or the list is malformed."""
     try:
         return int(np.asarray(ids).max(initial=-1))
-    except (TypeError, ValueError):  # malformed, in a record that was dropped before anybody looked
+    except (TypeError, ValueError):  # in a record that was dropped before its logprobs were checked
         return -1

@@ -1,4 +1,4 @@
-"""Needle in a haystack: synthetic documents that state the values of keys between sentences of filler.
+"""Needle-in-a-haystack data: synthetic documents that state the values of keys between sentences of filler.
 
 Whether a (key, value) pair or a filler sentence belongs to `train` or to `heldout` is decided by its hash alone, so the
 two splits share neither, whatever the seeds and sizes: recall on held-out documents is not memory of the training set.
@@ -39,7 +39,7 @@ _COLOURS, _ANIMALS, _MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES = ma
 
 PAIR_KEYS = tuple(_ANIMALS[:32])  # few, so that a tiny model has a token for each
 KEYS = tuple(f"{colour} {animal}" for colour, animal in product(_COLOURS, _ANIMALS))
-PAIR_FILLER = tuple(_PEOPLE[:24])  # likewise
+PAIR_FILLER = tuple(_PEOPLE[:24])  # few, for the same reason
 SENTENCE_WORDS = 8
 _HELDOUT_SHARE = 5  # one in five
 
@@ -57,17 +57,16 @@ def needle_records(
     """Make documents with `pairs` needles each, and one question for every needle.
 
     Args:
-        documents: how many records.
+        documents: number of records.
         pairs: needles in a document; their keys differ.
         digits: decimal digits of a value, 1 to 4, leading zeros included; chance is 10^-digits.
-        filler_words: words of filler in a document, rounded up to whole sentences of eight; in `pairs`
-            of as many words as a pair has, so that chunks of a multiple of it cut no pair in two.
-        seed: same arguments, same records.
+        filler_words: words of filler in a document, rounded up to whole sentences. A sentence has eight words; with style
+            `pairs` as many as a pair has, so that chunks of a multiple of that length split no pair.
+        seed: seed of all draws; the same arguments give the same records.
         split: `train` and `heldout` share no (key, value) pair and no filler sentence.
-        style: English sentences; or `pairs`, the least that a tiny model can read: one-word keys, digits apart,
-            filler of nouns in a row, questions that are keys, and answers that name the key first, as a sentence would.
-
-        min_filler_words: each document draws its filler between this and `filler_words`; default: all have the most.
+        style: `sentences` of English; or `pairs`, for tiny models: one-word keys, digits separated by spaces, filler of
+            nouns, questions that are keys, and answers that repeat the key first, as a sentence would.
+        min_filler_words: lower bound of each document's own draw of filler words; default: all have `filler_words`.
 
     Raises:
         ConfigError: more pairs than keys exist, or than have a value in the split.
@@ -82,27 +81,29 @@ def needle_records(
     generator = random.Random(f"{seed} {split}")
     records = []
     for number in range(1, documents + 1):
-        values = _values(generator, keys, pairs, digits, split)
+        values = _draw_values(generator, keys, pairs, digits, split)
         source = f"needle-{split}:{number}"
-        write = _pairs if style == "pairs" else _sentences
+        write = _write_pairs if style == "pairs" else _write_sentences
         filler = filler_words if min_filler_words is None else generator.randint(min_filler_words, filler_words)
         records.append(write(generator, values, filler, split, source))
     return records
 
 
 def split_of(text: str) -> Split:
-    """The split that a filler sentence or a pair, written `key value`, belongs to."""
+    """Return the split that a filler sentence or a pair, written `key value`, belongs to."""
     return "heldout" if zlib.crc32(text.encode()) % _HELDOUT_SHARE == 0 else "train"
 
 
 @cache
 def _keys_with_values(keys: Sequence[str], digits: int, split: Split) -> int:
-    """How many keys have a value that belongs to the split: a digit has too few values for all of them."""
+    """Count the keys that have a value in the split: with one digit not all of them do."""
     return sum(any(split_of(f"{key} {value:0{digits}d}") == split for value in range(10**digits)) for key in keys)
 
 
-def _values(generator: random.Random, keys: Sequence[str], pairs: int, digits: int, split: Split) -> dict[str, str]:
-    """Distinct keys with their values, each pair of the split."""
+def _draw_values(
+    generator: random.Random, keys: Sequence[str], pairs: int, digits: int, split: Split
+) -> dict[str, str]:
+    """Draw distinct keys with values, each pair from the split."""
     values: dict[str, str] = {}
     while len(values) < pairs:
         key, value = generator.choice(keys), f"{generator.randrange(10**digits):0{digits}d}"
@@ -111,11 +112,12 @@ def _values(generator: random.Random, keys: Sequence[str], pairs: int, digits: i
     return values
 
 
-def _sentences(
+def _write_sentences(
     generator: random.Random, values: Mapping[str, str], filler_words: int, split: Split, source: str
 ) -> Record:
+    """Write a document of English sentences."""
     sentences = [f"The value of {key} is {value}." for key, value in values.items()]
-    sentences += [_filler(generator, split) for _ in range(-(-filler_words // SENTENCE_WORDS))]
+    sentences += [_draw_sentence(generator, split) for _ in range(-(-filler_words // SENTENCE_WORDS))]
     generator.shuffle(sentences)
     return Record(
         context=" ".join(sentences),
@@ -125,16 +127,20 @@ def _sentences(
     )
 
 
-def _pairs(generator: random.Random, values: Mapping[str, str], filler_words: int, split: Split, source: str) -> Record:
+def _write_pairs(
+    generator: random.Random, values: Mapping[str, str], filler_words: int, split: Split, source: str
+) -> Record:
+    """Write a document of pairs: `key d d`, between filler of as many words."""
     stated = tuple(" ".join((key, *value)) for key, value in values.items())
     words = len(stated[0].split())
-    parts = [*stated, *(_filler_words(generator, words, split) for _ in range(-(-filler_words // words)))]
+    parts = [*stated, *(_draw_words(generator, words, split) for _ in range(-(-filler_words // words)))]
     if filler_words:
         generator.shuffle(parts)
     return Record(context=" ".join(parts), prompts=tuple(values), responses=stated, source=source)
 
 
-def _filler(generator: random.Random, split: Split) -> str:
+def _draw_sentence(generator: random.Random, split: Split) -> str:
+    """Draw an English sentence of filler from the split."""
     while True:
         words = [generator.choice(kind) for kind in (_MOODS, _PEOPLE, _VERBS, _PREPOSITIONS, _LOOKS, _PLACES)]
         sentence = "The {} {} {} {} the {} {}.".format(*words)
@@ -142,7 +148,8 @@ def _filler(generator: random.Random, split: Split) -> str:
             return sentence
 
 
-def _filler_words(generator: random.Random, words: int, split: Split) -> str:
+def _draw_words(generator: random.Random, words: int, split: Split) -> str:
+    """Draw filler of so many nouns from the split."""
     while True:
         sentence = " ".join(generator.choices(PAIR_FILLER, k=words))
         if split_of(sentence) == split:

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from d2l.errors import DataError
-from d2l.io.atomic import file_written_whole
+from d2l.io.atomic import write_new_file
 
 EXPECTED = (
     'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '
@@ -81,7 +81,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     Raises:
         DataError: the file exists, or cannot be written.
     """
-    with file_written_whole(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
+    with write_new_file(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
         for record in records:
             values = {key: value for key, value in vars(record).items() if key != "source" and value is not None}
             file.write(json.dumps(values, ensure_ascii=False) + "\n")

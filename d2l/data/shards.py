@@ -1,7 +1,7 @@
-"""Token rows as an Arrow file: written from what tokenization made of some records, read memory-mapped, row by row.
+"""Shards of token rows: Arrow files, written from tokenized records and read memory-mapped, row by row.
 
-One record batch: the record's index and the nested lists of each row, ids as int32. What has no row (the dropped
-records and questions) stands in the schema's metadata, so that one hash covers everything.
+A shard is one Arrow batch: the index of the record and the nested lists of each row, ids as int32. Records and questions
+without a row (dropped ones) are listed in the schema's metadata, so that one hash covers everything.
 """
 
 import json
@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.ipc
 
 from d2l.data.records import Record
-from d2l.data.tokenize import Dropped, Part, Query, Row
+from d2l.data.tokenize import Dropped, Query, Row, TokenizedPart
 
-# How deep the lists of each column are, and of what. A query without teacher logprobs has empty ones.
+# Nesting depth and value type of each column. A query without teacher logprobs has empty lists.
 _COLUMNS = {
     "chunks": (2, pyarrow.int32()),
     "input_ids": (2, pyarrow.int32()),
@@ -28,8 +28,8 @@ _COLUMNS = {
 }
 
 
-def write_shard(path: Path, parts: Sequence[Part]) -> None:
-    """Write what became of some records; the same parts give the same bytes.
+def write_shard(path: Path, parts: Sequence[TokenizedPart]) -> None:
+    """Write the rows and dropped questions of some records; the same parts give the same bytes.
 
     Raises:
         OSError: the file cannot be written.
@@ -57,14 +57,14 @@ def write_shard(path: Path, parts: Sequence[Part]) -> None:
 
 
 class Shard:
-    """A file of `write_shard`, memory-mapped.
+    """Memory-mapped file that `write_shard` wrote.
 
     Raises:
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        with pyarrow.memory_map(str(path)) as file:  # the map outlives the open file, of which a process may have few
+        with pyarrow.memory_map(str(path)) as file:  # the map outlives the file handle, of which a process may have few
             batch = pyarrow.ipc.open_file(file).get_batch(0)
         self._records = batch.column("record").to_numpy()
         self._columns = {name: _Nested.of(batch.column(name), depth) for name, (depth, _) in _COLUMNS.items()}
@@ -75,11 +75,11 @@ class Shard:
 
     @property
     def sizes(self) -> np.ndarray:
-        """`Row.size` of every row, [rows, 2] int64."""
+        """Return `Row.size` of every row, int64 [rows, 2]."""
         return np.stack([self._columns["input_ids"].sizes, self._columns["chunks"].sizes], axis=1)
 
     def row(self, index: int) -> Row:
-        """One row, its tokens read from the file."""
+        """Read one row from the file."""
         chunks, *columns = (column.row(index) for column in self._columns.values())
         queries = (
             Query(ids, labels, vals or None, indices or None)
@@ -87,17 +87,17 @@ class Shard:
         )
         return Row(int(self._records[index]), chunks, tuple(queries))
 
-    def account(self, records: Sequence[Record]) -> Part:
-        """What has no row, told with the sources that the records have now."""
+    def read_dropped(self, records: Sequence[Record]) -> TokenizedPart:
+        """Return a part without rows: the dropped records and questions, with the present `source` of each record."""
         dropped = (
             Dropped(index, records[index].source, query, kind, reason)
             for index, query, kind, reason in json.loads(self._metadata[b"dropped"])
         )
-        return Part(dropped=tuple(dropped), top_k=frozenset(json.loads(self._metadata[b"top_k"])))
+        return TokenizedPart(dropped=tuple(dropped), top_k=frozenset(json.loads(self._metadata[b"top_k"])))
 
 
 class MappedRows(Sequence[Row]):
-    """The rows of some shards: each is made when it is asked for, and only its own tokens are read."""
+    """Rows of some shards: each row is made on access, and only its own tokens are read."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
@@ -121,12 +121,12 @@ class MappedRows(Sequence[Row]):
 
     @property
     def sizes(self) -> np.ndarray:
-        """`Row.size` of every row, [rows, 2] int64, without reading their tokens."""
+        """Return `Row.size` of every row, int64 [rows, 2], without reading tokens."""
         return np.concatenate([shard.sizes for shard in self._shards])
 
 
 def row_sizes(rows: Sequence[Row]) -> np.ndarray:
-    """`Row.size` of every row, [rows, 2] int64: tokens of the queries, tokens of the chunks."""
+    """Return `Row.size` of every row, int64 [rows, 2]: tokens of the queries, tokens of the chunks."""
     if isinstance(rows, MappedRows):
         return rows.sizes
     return np.array([row.size for row in rows], dtype=np.int64).reshape(-1, 2)
@@ -134,31 +134,32 @@ def row_sizes(rows: Sequence[Row]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Nested:
-    """A column of nested lists, as views on its file: the borders of the lists by level, outermost first, and values."""
+    """Column of nested lists, as views of its file: offsets of the lists by level, outermost first, and the values."""
 
-    borders: tuple[np.ndarray, ...]
+    offsets: tuple[np.ndarray, ...]
     values: np.ndarray
 
     @classmethod
     def of(cls, column: Any, depth: int) -> "_Nested":
-        borders = []
+        """View a column of Arrow lists that are nested `depth` times."""
+        offsets = []
         for _ in range(depth):
-            borders.append(column.offsets.to_numpy())
+            offsets.append(column.offsets.to_numpy())
             column = column.values
-        return cls(tuple(borders), column.to_numpy())
+        return cls(tuple(offsets), column.to_numpy())
 
     @property
     def sizes(self) -> np.ndarray:
-        """Values in each row of a column of depth 2, [rows] int64."""
-        rows, lists = self.borders
+        """Return the number of values in each row of a column of depth 2, int64 [rows]."""
+        rows, lists = self.offsets
         return np.diff(lists[rows])
 
     def row(self, index: int) -> tuple[Any, ...]:
-        """The lists of one row as nested tuples."""
+        """Return the lists of one row as nested tuples."""
         return self._tuples(0, index, index + 1)[0]
 
     def _tuples(self, level: int, start: int, stop: int) -> tuple[Any, ...]:
-        if level == len(self.borders):
+        if level == len(self.offsets):
             return tuple(self.values[start:stop].tolist())
-        borders = self.borders[level][start : stop + 1].tolist()
-        return tuple(self._tuples(level + 1, *pair) for pair in pairwise(borders))
+        offsets = self.offsets[level][start : stop + 1].tolist()
+        return tuple(self._tuples(level + 1, *pair) for pair in pairwise(offsets))

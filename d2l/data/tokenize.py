@@ -1,6 +1,6 @@
-"""Records into token rows: the document in chunks, its questions as conversations without the document.
+"""Tokenization of records into rows: the document in chunks, its questions as conversations without the document.
 
-Nothing is truncated. What does not fit a limit is dropped as a whole and named, with its record, in the result.
+Nothing is truncated. A document or question that exceeds a limit is dropped as a whole and listed in the result.
 """
 
 import math
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from itertools import islice
 
 from d2l.data.chat.format import ChatFormat
-from d2l.data.limits import DoesNotFitError, Limits, check_chunk_length, check_question_length, over
-from d2l.data.logprobs import check_logprobs, first_of_each_k
+from d2l.data.limits import DoesNotFitError, Limits, check_chunk_length, check_question_length, describe_excess
+from d2l.data.logprobs import check_logprobs, list_top_k_examples
 from d2l.data.records import Record, listing
 from d2l.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
 
 Ids = tuple[int, ...]
-OnProgress = Callable[[int, int], None]  # is told how many records are done, and of how many
+OnProgress = Callable[[int, int], None]  # called with the number of records done, and of all records
 
 
 @dataclass(frozen=True)
 class Query:
     """A question and its answer: `labels[t]` is `input_ids[t]` where supervised, else -100.
 
-    The first token is never supervised: nothing comes before it to predict it from. `logprobs_vals` and
+    The first token is never supervised: no token before it predicts it. `logprobs_vals` and
     `logprobs_indices` are a teacher's top-k, [supervised token][k].
     """
 
@@ -41,13 +41,13 @@ class Query:
 
     @property
     def n_labels(self) -> int:
-        """Supervised tokens."""
+        """Number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A document in chunks with questions about it: what packing moves as one piece. `record` is its record's index."""
+    """A document in chunks with questions about it, the unit of packing. `record` is the index of its record."""
 
     record: int
     chunks: tuple[Ids, ...]
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Tokens of the queries, tokens of the chunks."""
+        """Number of tokens of the queries, and of the chunks."""
         return sum(len(query.input_ids) for query in self.queries), sum(map(len, self.chunks))
 
 
@@ -75,8 +75,8 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What became of some records. `problems` are questions that cannot be used, `top_k` the teachers' k (0: none)."""
+class TokenizedPart:
+    """Result for some of the records. `problems`: questions that cannot be used; `top_k`: each k of a teacher (0: none)."""
 
     rows: tuple[Row, ...] = ()
     dropped: tuple[Dropped, ...] = ()
@@ -86,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows, and an account of everything that is not in them. `str()` is a summary on one screen."""
+    """Rows of all records, and what was dropped. `str()` is a summary on one screen."""
 
     rows: Sequence[Row]
     dropped: tuple[Dropped, ...]
@@ -113,14 +113,14 @@ def tokenize_records(
     seed: int | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Tokenized:
-    """Turn records into rows.
+    """Tokenize records into rows.
 
     Args:
         records: documents with questions and answers.
-        chat: writes a question with its answer, and what surrounds a document.
-        limits: of the run.
-        seed: draws chunk counts by `limits.num_chunk_probs`, for each record on its own, so that a record's rows do not
-            depend on the others. None (evaluation): as few chunks as fit.
+        chat: format of questions with answers, and of the message around a document.
+        limits: length limits of the run.
+        seed: seed for drawing chunk counts by `limits.num_chunk_probs`, for each record on its own, so that a record's
+            rows do not depend on the others. None (evaluation): as few chunks as fit.
         on_progress: called after every record.
 
     Raises:
@@ -131,26 +131,26 @@ def tokenize_records(
     for index, record in enumerate(records):
         parts.append(tokenize_record(index, record, chat, limits, seed))
         on_progress(index + 1, len(records))
-    return complete(records, tuple(row for part in parts for row in part.rows), parts)
+    return combine_parts(records, tuple(row for part in parts for row in part.rows), parts)
 
 
-def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits, seed: int | None) -> Part:
-    """What becomes of one record, whatever the others; see `tokenize_records`.
+def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits, seed: int | None) -> TokenizedPart:
+    """Tokenize one record, independently of the others; see `tokenize_records`.
 
     Raises:
         ConfigError: `max_ctx_chunk_len` has no room for text.
     """
     generator = None if seed is None else random.Random(f"{seed}:{index}")
     try:
-        chunks = document_chunks(record.context, chat, limits, generator)
+        chunks = chunk_document(record.context, chat, limits, generator)
     except DoesNotFitError as error:
-        return Part(dropped=(Dropped(index, record.source, None, error.kind, str(error)),))
+        return TokenizedPart(dropped=(Dropped(index, record.source, None, error.kind, str(error)),))
     queries: list[Query] = []
     dropped: list[Dropped] = []
     problems: list[str] = []
     for position in range(len(record.prompts)):
         try:
-            query = _query(record, position, chat)
+            query = _make_query(record, position, chat)
             check_question_length(len(query.input_ids), limits)
         except DoesNotFitError as error:
             dropped.append(Dropped(index, record.source, position, error.kind, str(error)))
@@ -161,11 +161,15 @@ def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits
             queries.append(query)
     rows = tuple(Row(index, chunks, group) for group in split_queries(queries, limits))
     top_k = frozenset(len(query.logprobs_vals[0]) if query.logprobs_vals else 0 for query in queries)
-    return Part(rows, tuple(dropped), tuple(problems), top_k)
+    return TokenizedPart(rows, tuple(dropped), tuple(problems), top_k)
 
 
-def complete(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[Part]) -> Tokenized:
-    """The account of all records: these are their rows, and the parts say what became of the rest.
+def combine_parts(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[TokenizedPart]) -> Tokenized:
+    """Combine the parts of all records with their rows.
+
+    Args:
+        rows: rows of all parts; those of the parts themselves are not read.
+        parts: dropped questions, problems and teachers' k of all records.
 
     Raises:
         DataError: a question cannot be used, teachers differ in k, or no row is left.
@@ -177,7 +181,7 @@ def complete(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[Par
     if len(top_k) > 1:
         raise DataError(
             "every record needs the same number of teacher logprobs per token (0: none), found\n"
-            + first_of_each_k(records, top_k)
+            + list_top_k_examples(records, top_k)
         )
     dropped = tuple(drop for part in parts for drop in part.dropped)
     result = Tokenized(rows, dropped, len(records), sum(len(record.prompts) for record in records))
@@ -186,10 +190,10 @@ def complete(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[Par
     return result
 
 
-def document_chunks(
+def chunk_document(
     text: str, chat: ChatFormat, limits: Limits, generator: random.Random | None = None
 ) -> tuple[Ids, ...]:
-    """The token chunks of a document; see `split_context`."""
+    """Tokenize a document into chunks; see `split_context`."""
     prefix, suffix = chat.context_affixes()
     return split_context(chat.encode_text(text), prefix, suffix, limits, generator)
 
@@ -206,10 +210,10 @@ def split_context(
     Args:
         text, prefix, suffix: token ids.
         limits: `max_ctx_chunk_len` and `min_ctx_chunk_len` hold for every chunk with its affixes.
-        generator: draws the number of chunks by `limits.num_chunk_probs`; None: as few as fit.
+        generator: source of the draw of a chunk count by `limits.num_chunk_probs`; None: as few chunks as fit.
 
     Raises:
-        DoesNotFitError: the document is empty, or over a limit.
+        DoesNotFitError: the document is empty, or exceeds a limit.
         ConfigError: the affixes alone fill a chunk.
     """
     affixes = len(prefix) + len(suffix)
@@ -217,12 +221,14 @@ def split_context(
     if not text:
         raise DoesNotFitError("empty document", "the tokenizer makes no token of the document")
     if 0 <= limits.max_ctx_len < whole:
-        raise DoesNotFitError("document too long", over(whole, "document", "max_ctx_len", limits.max_ctx_len))
+        reason = describe_excess(whole, "document", "max_ctx_len", limits.max_ctx_len)
+        raise DoesNotFitError("document too long", reason)
     count = _chunk_count(len(text), affixes, limits, generator)
     total = len(text) + count * affixes
     if 0 <= limits.max_packed_ctx_len < total:
         what = "document" if count == 1 else f"document in {count} chunks"
-        raise DoesNotFitError("document too long", over(total, what, "max_packed_ctx_len", limits.max_packed_ctx_len))
+        reason = describe_excess(total, what, "max_packed_ctx_len", limits.max_packed_ctx_len)
+        raise DoesNotFitError("document too long", reason)
     short, longer = divmod(len(text), count)
     check_chunk_length(affixes + short + (longer > 0), limits)
     pieces, texts = iter(text), [short + (i < longer) for i in range(count)]
@@ -230,7 +236,7 @@ def split_context(
 
 
 def _chunk_count(length: int, affixes: int, limits: Limits, generator: random.Random | None) -> int:
-    """How many chunks: drawn among the wished counts that the limits allow, else the nearest that they allow."""
+    """Return the number of chunks: drawn from the requested counts that the limits allow, else the nearest allowed one."""
     fewest = 1
     if limits.max_ctx_chunk_len >= 0:
         room = limits.max_ctx_chunk_len - affixes
@@ -252,14 +258,19 @@ def _chunk_count(length: int, affixes: int, limits: Limits, generator: random.Ra
     most = min(allowed, length // max(1, limits.min_ctx_chunk_len - affixes))
     if limits.max_packed_ctx_len >= 0 and affixes:
         most = min(most, (limits.max_packed_ctx_len - length) // affixes)  # a draw never makes a document too long
-    wished = {count: p for count, p in limits.num_chunk_probs.items() if fewest <= count <= most and p > 0}
-    if wished:
-        return generator.choices(list(wished), list(wished.values()))[0]
+    weights = {count: p for count, p in limits.num_chunk_probs.items() if fewest <= count <= most and p > 0}
+    if weights:
+        return generator.choices(list(weights), list(weights.values()))[0]
     return max(fewest, most) if min(limits.num_chunk_probs) > most else fewest
 
 
-def _query(record: Record, position: int, chat: ChatFormat) -> Query:
-    """One question as a conversation without the document."""
+def _make_query(record: Record, position: int, chat: ChatFormat) -> Query:
+    """Tokenize one question with its answer, without the document.
+
+    Raises:
+        DoesNotFitError: no token is supervised.
+        DataError: the template refuses the question, or the teacher logprobs do not match the labels.
+    """
     encoded = chat.encode(
         [
             {"role": "user", "content": record.prompts[position]},
@@ -278,13 +289,13 @@ def _query(record: Record, position: int, chat: ChatFormat) -> Query:
 
 
 def labels_from_mask(input_ids: Sequence[int], supervised: Sequence[bool]) -> Ids:
-    """The ids where supervised, else -100; the first token, which nothing predicts, is never supervised."""
+    """Return the ids where supervised, else -100; the first token, which nothing predicts, is never supervised."""
     marked = zip(input_ids[1:], supervised[1:], strict=True)
     return (IGNORE_INDEX, *(token if on else IGNORE_INDEX for token, on in marked))
 
 
 def split_queries(queries: Sequence[Query], limits: Limits) -> list[tuple[Query, ...]]:
-    """Cut a record's questions, in order, into groups for one row each, none above the limits."""
+    """Split a record's questions, in order, into groups for one row each, within the limits."""
     most_tokens = min((n for n in (limits.max_qas_len, limits.max_packed_inp_len) if n >= 0), default=math.inf)
     most = limits.max_qas_per_sample if limits.max_qas_per_sample >= 0 else math.inf
     groups: list[list[Query]] = []

@@ -1,7 +1,7 @@
-"""How well documents were internalized: the same questions answered under four conditions, with confidence intervals.
+"""Evaluation of a trained model: the same questions answered under four conditions, with confidence intervals.
 
-A number without controls proves little: `none` shows what the base knows anyway, `other` what any document's LoRA gives
-away, and `in_prompt` what this base could answer at best.
+Three conditions are controls for `document`: `none` shows what the base knows without a document, `other` what any
+document's LoRA reveals, and `in_prompt` what the base can answer at best.
 """
 
 import random
@@ -17,35 +17,43 @@ from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Row, tokenize_record
 from d2l.errors import DataError
 from d2l.evaluation.scores import (
-    Answered,
     Condition,
+    GradedAnswer,
     Group,
     Score,
-    by_chunks,
-    by_length,
+    compute_scores,
     exact_match,
+    group_by_chunks,
+    group_by_length,
     rouge_l,
-    scores,
     token_f1,
 )
 from d2l.hypernet.lora import Lora
-from d2l.inference.generate import answer_text, document_in_chunks, generate, internalize, prompt_ids, stop_ids
+from d2l.inference.generate import (
+    decode_answer,
+    encode_prompt,
+    find_stop_ids,
+    generate,
+    internalize,
+    tokenize_document,
+    truncate_at_stop,
+)
 from d2l.inference.load import TrainedModel
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every answer, the scores over them, and those of documents of about equal length, and of as many chunks."""
+    """Answers to every question, their scores, and scores by the documents' length and number of chunks."""
 
     documents: int
     questions: int
     scores: Mapping[Condition, Score]
     by_length: tuple[Group, ...]
     by_chunks: tuple[Group, ...]
-    answers: tuple[Answered, ...]
+    answers: tuple[GradedAnswer, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the evaluation as JSON values."""
         return asdict(self)
 
 
@@ -57,57 +65,68 @@ def evaluate(
     max_new_tokens: int = 64,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Ask every question of every record under all conditions, decoding greedily.
+    """Answer every question of every record under all conditions, by greedy decoding, and grade the answers.
 
     Args:
-        records: at least two documents with different texts; `other` answers under the LoRA of another one of them.
-        seed: draws which document is the other one, and the resamples of the intervals.
-        on_progress: called after every document.
+        records: at least two documents with different texts; condition `other` takes the LoRA of another one of them.
+        seed: seed for drawing the other documents, and the resamples of the intervals.
+        max_new_tokens: upper bound on the tokens of an answer.
+        on_progress: called after every document, with the number of documents done, and of all.
 
     Raises:
-        DataError: there is no second document, or a record does not fit the limits that the model was trained with.
+        DataError: there is no second document, or a record exceeds the limits of the training.
     """
-    others = _other_documents(records, random.Random(f"{seed} other"))
-    documents = [_measured(trained, index, record) for index, record in enumerate(records)]  # one may be too long
-    answers: list[Answered] = []
+    others = _draw_other_documents(records, random.Random(f"{seed} other"))
+    # measured first: a document that is too long is an error before anything is generated
+    documents = [_measure_document(trained, index, record) for index, record in enumerate(records)]
+    answers: list[GradedAnswer] = []
     for index, record in enumerate(records):
         own, other = (internalize(trained, records[it].context) for it in (index, others[index]))
-        asked: dict[Condition, tuple[Lora | None, Record]] = {
+        conditions: dict[Condition, tuple[Lora | None, Record]] = {
             "document": (own, record),
             "other": (other, record),
             "none": (None, record),
             "in_prompt": (None, document_in_prompts(record)),
         }
-        for condition, (lora, questions) in asked.items():
-            answers += _ask_all(trained, lora, questions, documents[index], condition, max_new_tokens)
+        for condition, (lora, questions) in conditions.items():
+            answers += _answer_questions(trained, lora, questions, documents[index], condition, max_new_tokens)
         on_progress(index + 1, len(records))
     return Evaluation(
         documents=len(records),
         questions=sum(len(record.prompts) for record in records),
-        scores=scores(answers, seed),
-        by_length=by_length(answers, seed),
-        by_chunks=by_chunks(answers, seed),
+        scores=compute_scores(answers, seed),
+        by_length=group_by_length(answers, seed),
+        by_chunks=group_by_chunks(answers, seed),
         answers=tuple(answers),
     )
 
 
 @dataclass(frozen=True)
 class _Document:
-    """Which one it is, its tokens without what is put around every chunk, and the chunks in which it is read."""
+    """Size of a document: its index, its tokens without the affixes of the chunks, and its number of chunks."""
 
     index: int
     tokens: int
     chunks: int
 
 
-def _measured(trained: TrainedModel, index: int, record: Record) -> _Document:
-    chunks = document_in_chunks(trained, record.context)
-    around = sum(map(len, trained.chat.context_affixes()))
-    return _Document(index, sum(map(len, chunks)) - around * len(chunks), len(chunks))
+def _measure_document(trained: TrainedModel, index: int, record: Record) -> _Document:
+    """Count the tokens and chunks of a document.
+
+    Raises:
+        DataError: the document exceeds the limits of the training.
+    """
+    chunks = tokenize_document(trained, record.context)
+    affixes = sum(map(len, trained.chat.context_affixes()))
+    return _Document(index, sum(map(len, chunks)) - affixes * len(chunks), len(chunks))
 
 
-def _other_documents(records: Sequence[Record], generator: random.Random) -> list[int]:
-    """For each record the index of another one with another text."""
+def _draw_other_documents(records: Sequence[Record], generator: random.Random) -> list[int]:
+    """Draw for each record the index of another one with another text.
+
+    Raises:
+        DataError: all records have the same text.
+    """
     others = []
     for record in records:
         candidates = [index for index, other in enumerate(records) if other.context != record.context]
@@ -120,19 +139,19 @@ def _other_documents(records: Sequence[Record], generator: random.Random) -> lis
     return others
 
 
-def _ask_all(
+def _answer_questions(
     trained: TrainedModel,
     lora: Lora | None,
     record: Record,
     document: _Document,
     condition: Condition,
     max_new_tokens: int,
-) -> list[Answered]:
-    """Answers to all questions of one record, with the likelihood of the expected ones."""
-    said = _generated(trained, lora, record.prompts, max_new_tokens)
-    likelihoods = _likelihoods(trained, lora, record)
+) -> list[GradedAnswer]:
+    """Answer all questions of one record under one condition, and grade the answers."""
+    answers = _generate_answers(trained, lora, record.prompts, max_new_tokens)
+    likelihoods = _compute_likelihoods(trained, lora, record)
     return [
-        Answered(
+        GradedAnswer(
             record=document.index,
             query=query,
             document_tokens=document.tokens,
@@ -145,35 +164,42 @@ def _ask_all(
             nll=nll,
             tokens=tokens,
         )
-        for query, (answer, expected, (nll, tokens)) in enumerate(zip(said, record.responses, likelihoods, strict=True))
+        for query, (answer, expected, (nll, tokens)) in enumerate(
+            zip(answers, record.responses, likelihoods, strict=True)
+        )
     ]
 
 
-def _generated(trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers; questions of equal length are answered together."""
-    prompts = [prompt_ids(trained.chat, question) for question in questions]
-    stop = stop_ids(trained)
+def _generate_answers(
+    trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Generate greedy answers; questions of equal length share a batch."""
+    prompts = [encode_prompt(trained.chat, question) for question in questions]
+    stop = find_stop_ids(trained)
     answers = [""] * len(prompts)
     for length in sorted({len(ids) for ids in prompts}):
         places = [place for place, ids in enumerate(prompts) if len(ids) == length]
         rows = torch.tensor([prompts[place] for place in places])
-        bound = None if lora is None else _repeated(lora, len(places))
+        bound = None if lora is None else _repeat_lora(lora, len(places))
         new = generate(trained.model, bound, rows, stop=stop, max_new_tokens=max_new_tokens)
         for place, tokens in zip(places, new.tolist(), strict=True):
-            end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
-            answers[place] = answer_text(trained.chat, tokens[:end])
+            answers[place] = decode_answer(trained.chat, truncate_at_stop(tokens, stop))
     return answers
 
 
-def _repeated(lora: Lora, count: int) -> Lora:
-    """One context's LoRA for several rows."""
+def _repeat_lora(lora: Lora, count: int) -> Lora:
+    """Repeat the LoRA of one context for several rows."""
     A, B = ({name: x.expand(count, -1, -1, -1) for name, x in side.items()} for side in (lora.A, lora.B))
     return Lora(A, B, lora.scale)
 
 
 @torch.no_grad()
-def _likelihoods(trained: TrainedModel, lora: Lora | None, record: Record) -> list[tuple[float, int]]:
-    """Of each expected answer: its negative log-likelihood in nats, and its supervised tokens."""
+def _compute_likelihoods(trained: TrainedModel, lora: Lora | None, record: Record) -> list[tuple[float, int]]:
+    """Compute the negative log-likelihood of each expected answer in nats, and count its supervised tokens.
+
+    Raises:
+        DataError: a question cannot be tokenized.
+    """
     plain = replace(record, logprobs_vals=None, logprobs_indices=None)
     part = tokenize_record(0, plain, trained.chat, Limits(), None)
     if part.dropped or part.problems:

@@ -1,4 +1,4 @@
-"""Scores of answers: exact match, token F1, ROUGE-L and perplexity, with confidence intervals, in groups of documents."""
+"""Scores of answers: exact match, token F1, ROUGE-L and perplexity, with confidence intervals, by groups of documents."""
 
 import math
 import re
@@ -14,10 +14,22 @@ from rouge_score.rouge_scorer import RougeScorer
 
 Condition = Literal["document", "other", "none", "in_prompt"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+LABELS: dict[Condition, str] = {
+    "document": "the document's LoRA",
+    "other": "another document's LoRA",
+    "none": "no document",
+    "in_prompt": "document in the prompt",
+}
+SHORT_LABELS: dict[Condition, str] = {
+    "document": "LoRA",
+    "other": "other LoRA",
+    "none": "none",
+    "in_prompt": "in prompt",
+}
 CEILING: Condition = "in_prompt"
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles: a 95% confidence interval
-COUNTS_ALONE = 12  # as many different numbers of chunks have a group each; more of them share groups
+MAX_CHUNK_GROUPS = 12  # up to so many different numbers of chunks have a group each; more of them share groups
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -25,16 +37,17 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One question under one condition.
+class GradedAnswer:
+    """Answer to one question under one condition, with its scores.
 
     Attributes:
-        record, query: index of the document and of its question.
-        document_tokens, chunks: how long the document is, and in how many chunks it is read.
-        exact: 1.0 where the answer is the expected one, else 0.0; both normalised as SQuAD does.
-        f1: overlap of their words, 0 to 1.
+        record, query: index of the document, and of its question.
+        document_tokens, chunks: length of the document, and number of its chunks.
+        exact: 1.0 where the answer equals the expected one, else 0.0; both normalised as in SQuAD.
+        f1: F1 of the words of both, 0 to 1.
         rouge_l: F-measure of their longest common subsequence of words, 0 to 1.
-        nll: negative log-likelihood of the expected answer's tokens, in nats; tokens: how many they are.
+        nll: negative log-likelihood of the expected answer, in nats.
+        tokens: number of tokens of the expected answer.
     """
 
     record: int
@@ -52,7 +65,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the bounds of its 95% confidence interval, from resampled documents."""
+    """Mean with its 95% confidence interval, from resampled documents."""
 
     value: float
     low: float
@@ -61,7 +74,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """What a condition reached; relative: over that of the document in the prompt, None where that is 0."""
+    """Scores of one condition; relative: divided by those of the document in the prompt, None where those are 0."""
 
     exact: Estimate
     f1: Estimate
@@ -73,7 +86,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Group:
-    """The scores of those documents whose size lies between `low` and `high`, both included; `mean` is theirs."""
+    """Scores of the documents whose size lies between `low` and `high`, both included; `mean` is their mean size."""
 
     low: int
     high: int
@@ -83,66 +96,66 @@ class Group:
     scores: Mapping[Condition, Score]
 
 
-def normalized(text: str) -> str:
-    """Lower case without punctuation, articles and superfluous space: the comparison of SQuAD (Rajpurkar et al. 2016)."""
+def normalize_answer(text: str) -> str:
+    """Lower a text and remove punctuation, articles and extra white space, as SQuAD does (Rajpurkar et al. 2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, expected: str) -> float:
-    """1.0 where both are equal after normalising, else 0.0."""
-    return float(normalized(answer) == normalized(expected))
+    """Return 1.0 where both are equal after normalising, else 0.0."""
+    return float(normalize_answer(answer) == normalize_answer(expected))
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words, after normalising; 1 where both are empty."""
-    said, wanted = normalized(answer).split(), normalized(expected).split()
-    if not said or not wanted:
-        return float(said == wanted)
-    shared = (Counter(said) & Counter(wanted)).total()
-    return 2 * shared / (len(said) + len(wanted))
+    """Compute the F1 of the answer's words after normalising, 0 to 1; 1 where both texts are empty."""
+    found, correct = normalize_answer(answer).split(), normalize_answer(expected).split()
+    if not found or not correct:
+        return float(found == correct)
+    shared = (Counter(found) & Counter(correct)).total()
+    return 2 * shared / (len(found) + len(correct))
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L (Lin 2004), F-measure, without stemming; 1 where neither holds a word."""
-    if not _words(answer) and not _words(expected):
+    """Compute the F-measure of ROUGE-L (Lin 2004) without stemming, 0 to 1; 1 where neither text has a word."""
+    if not _split_words(answer) and not _split_words(expected):
         return 1.0
-    return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
+    return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
 
 
-class _Words:
-    """Lower-case runs of letters and digits: the library's own on ASCII, which drops every other script's letters."""
+class _WordTokenizer:
+    """Tokenizer into lower-case words of letters and digits: as rouge-score's own on ASCII, but for every script."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _words(text)
+        return _split_words(text)
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
 @cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+def _rouge_scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
 
 
-def scores(answers: Sequence[Answered], seed: int) -> dict[Condition, Score]:
-    """Scores of every condition, over the same resamples of documents.
+def compute_scores(answers: Sequence[GradedAnswer], seed: int) -> dict[Condition, Score]:
+    """Compute the scores of every condition, over the same resamples of documents.
 
     Args:
-        answers: of at least one document, to the same questions under every condition.
-        seed: of the resamples.
+        answers: answers on at least one document, to the same questions under every condition.
+        seed: seed of the resamples.
     """
     places = {record: place for place, record in enumerate(sorted({answer.record for answer in answers}))}
     count = len(places)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     tables = {condition: np.zeros((count, 6)) for condition in CONDITIONS}
-    for it in answers:  # sums of each document
+    for it in answers:  # sums over each document
         tables[it.condition][places[it.record]] += (1, it.exact, it.f1, it.rouge_l, it.nll, it.tokens)
-    f1_ceiling, rouge_ceiling = (_ratio(tables[CEILING], draws, column, 0).value for column in (2, 3))
+    f1_ceiling, rouge_ceiling = (_estimate_ratio(tables[CEILING], draws, column, 0).value for column in (2, 3))
     result: dict[Condition, Score] = {}
     for condition, table in tables.items():
-        exact, f1, rouge = (_ratio(table, draws, column, 0) for column in (1, 2, 3))
-        nll = _ratio(table, draws, 4, 5)
+        exact, f1, rouge = (_estimate_ratio(table, draws, column, 0) for column in (1, 2, 3))
+        nll = _estimate_ratio(table, draws, 4, 5)
         result[condition] = Score(
             exact=exact,
             f1=f1,
@@ -154,35 +167,40 @@ def scores(answers: Sequence[Answered], seed: int) -> dict[Condition, Score]:
     return result
 
 
-def by_length(answers: Sequence[Answered], seed: int) -> tuple[Group, ...]:
-    """Groups of documents by their tokens, from one power of two to the next, shortest first."""
-    return _grouped(answers, lambda answer: answer.document_tokens, _doubling, seed)
+def group_by_length(answers: Sequence[GradedAnswer], seed: int) -> tuple[Group, ...]:
+    """Group documents by their tokens, by powers of two, shortest first, and compute the scores of each group."""
+    return _group_documents(answers, lambda answer: answer.document_tokens, _doubling_range, seed)
 
 
-def by_chunks(answers: Sequence[Answered], seed: int) -> tuple[Group, ...]:
-    """Groups of documents by their chunks, fewest first: one for each number, or by powers of two where there are many."""
-    few = len({answer.chunks for answer in answers}) <= COUNTS_ALONE
-    return _grouped(answers, lambda answer: answer.chunks, (lambda size: (size, size)) if few else _doubling, seed)
+def group_by_chunks(answers: Sequence[GradedAnswer], seed: int) -> tuple[Group, ...]:
+    """Group documents by their number of chunks, or by powers of two where there are many numbers, fewest first."""
+    few = len({answer.chunks for answer in answers}) <= MAX_CHUNK_GROUPS
+    size_range = (lambda size: (size, size)) if few else _doubling_range
+    return _group_documents(answers, lambda answer: answer.chunks, size_range, seed)
 
 
-def _doubling(size: int) -> tuple[int, int]:
-    """The bounds around a size: 1, 2, 3 to 4, 5 to 8 and so on."""
+def _doubling_range(size: int) -> tuple[int, int]:
+    """Return the bounds of the range that holds a size: 1, 2, 3 to 4, 5 to 8 and so on."""
     high = 1 << (size - 1).bit_length()
     return high // 2 + 1, high
 
 
-def _grouped(
-    answers: Sequence[Answered], size: Callable[[Answered], int], bounds: Callable[[int], tuple[int, int]], seed: int
+def _group_documents(
+    answers: Sequence[GradedAnswer],
+    size: Callable[[GradedAnswer], int],
+    size_range: Callable[[int], tuple[int, int]],
+    seed: int,
 ) -> tuple[Group, ...]:
-    parts: dict[tuple[int, int], list[Answered]] = {}
+    """Group documents by the range of their size, smallest first, and compute the scores of each group."""
+    parts: dict[tuple[int, int], list[GradedAnswer]] = {}
     for answer in answers:
-        parts.setdefault(bounds(size(answer)), []).append(answer)
+        parts.setdefault(size_range(size(answer)), []).append(answer)
     groups = []
     for (low, high), part in sorted(parts.items()):
         sizes = {answer.record: size(answer) for answer in part}
         questions = len({(answer.record, answer.query) for answer in part})
         mean = sum(sizes.values()) / len(sizes)
-        groups.append(Group(low, high, mean, len(sizes), questions, scores(part, seed)))
+        groups.append(Group(low, high, mean, len(sizes), questions, compute_scores(part, seed)))
     return tuple(groups)
 
 
@@ -190,8 +208,14 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _ratio(table: np.ndarray, draws: np.ndarray, above: int, below: int) -> Estimate:
-    """The sum of one column over that of another, and its percentiles over resampled documents."""
-    resampled = draws @ table  # [resamples, columns]; a draw says how often each document is in it
+def _estimate_ratio(table: np.ndarray, draws: np.ndarray, above: int, below: int) -> Estimate:
+    """Divide the sum of one column by that of another, with an interval from resampled documents.
+
+    Args:
+        table: sums over each document, [documents, columns].
+        draws: number of times that a resample holds each document, [resamples, documents].
+        above, below: index of the numerator's column, and of the denominator's.
+    """
+    resampled = draws @ table  # [resamples, columns]
     low, high = np.percentile(resampled[:, above] / resampled[:, below], INTERVAL)
     return Estimate(float(table[:, above].sum() / table[:, below].sum()), float(low), float(high))

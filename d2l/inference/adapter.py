@@ -1,6 +1,6 @@
-"""A document's LoRA as an adapter folder of PEFT, for every tool that serves such adapters.
+"""Export of a document's LoRA as a PEFT adapter folder, for every tool that serves such adapters.
 
-PEFT scales a delta by `lora_alpha / r`, ours is scaled directly: with `lora_alpha = scale · R` both are the same.
+PEFT scales a delta by `lora_alpha / r`, d2l by `scale`: with `lora_alpha = scale · R` both are equal.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from d2l.errors import CheckpointError
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.targets import MLP_BLOCK, find_targets
-from d2l.io.atomic import require_absent, written_whole
+from d2l.io.atomic import require_new_folder, write_new_folder
 
 NO_FORMAT = (
     f"PEFT and vLLM have no adapter format for {MLP_BLOCK}, which runs beside a whole block and changes no weight"
@@ -25,7 +25,7 @@ def require_exportable(names: Collection[str]) -> None:
     """Refuse target modules for which no adapter format exists.
 
     Raises:
-        CheckpointError: says which and why.
+        CheckpointError: the message names the modules and the reason.
     """
     if MLP_BLOCK in names:
         raise CheckpointError(
@@ -35,28 +35,28 @@ def require_exportable(names: Collection[str]) -> None:
 
 
 def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path | str, base_model_name: str | None = None) -> int:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, chunks and bias along one rank, padding left out.
+    """Write `adapter_model.safetensors` and `adapter_config.json`, chunks and bias along one rank, without padding.
 
     Args:
-        lora: of one context.
-        base: the model that it is for, only read.
-        folder: new.
-        base_model_name: hub id or folder, under which users of the adapter find the base; default: the base's own.
+        lora: LoRA of one context.
+        base: the base model, only read.
+        folder: a new folder.
+        base_model_name: hub id or folder of the base, written into the adapter's config; default: the base's own.
 
     Returns:
         The adapter's rank.
 
     Raises:
-        CheckpointError: the folder exists or cannot be written, the LoRA is not finite, or no adapter format has such
-            a target.
+        CheckpointError: the folder exists or cannot be written, the LoRA is not finite, or no adapter format supports a
+            target module.
         ModelError: the base lacks a target module.
     """
     if lora.n_contexts != 1:
         raise ValueError(f"an adapter holds the LoRA of one context, this one has {lora.n_contexts}")
     folder = Path(folder)
-    require_absent(folder)
+    require_new_folder(folder)
     require_exportable(lora.A)
-    lora = _without_padding(lora)
+    lora = _remove_padding(lora)
     paths = {module: path for path, module in base.named_modules()}
     tensors: dict[str, Tensor] = {}
     for name, modules in find_targets(base, list(lora.A)).items():
@@ -66,7 +66,7 @@ def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path | str, base_m
     if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise CheckpointError(f"cannot write {folder}: {broken[0]} holds values that are not finite")
 
-    from peft import LoraConfig, TaskType  # only here: with what it imports it takes seconds
+    from peft import LoraConfig, TaskType  # imported late: it takes seconds
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     config = LoraConfig(
@@ -78,15 +78,15 @@ def export_adapter(lora: Lora, base: PreTrainedModel, folder: Path | str, base_m
         base_model_name_or_path=base.name_or_path if base_model_name is None else base_model_name,
         inference_mode=True,
     )
-    with written_whole(folder, "adapter") as partial:
+    with write_new_folder(folder, "adapter") as partial:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
     return lora.rank
 
 
-def _without_padding(lora: Lora) -> Lora:
-    """Without the ranks that are zero everywhere, of which a shorter context has some; a LoRA of zeros keeps one."""
+def _remove_padding(lora: Lora) -> Lora:
+    """Remove the ranks that are zero everywhere, which pad shorter contexts; a LoRA of zeros keeps one rank."""
     sides = [*lora.A.values(), *lora.B.values()]
     largest = torch.stack([side.detach().abs().amax(dim=(0, 1, 3)) for side in sides]).amax(dim=0)
     used = largest.nonzero().flatten().tolist() or [0]
@@ -95,7 +95,7 @@ def _without_padding(lora: Lora) -> Lora:
 
 
 def _target_names(base: PreTrainedModel, tensors: dict[str, Tensor], names: list[str]) -> list[str]:
-    """The modules' short names where PEFT finds exactly the adapted ones by them, else their whole paths."""
+    """Return the modules' short names if PEFT matches exactly the adapted modules by them, else their full paths."""
     adapted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
     matching = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     return names if matching == adapted else sorted(adapted)

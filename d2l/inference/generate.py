@@ -1,4 +1,4 @@
-"""Using a trained model: a document becomes a LoRA, and the base under that LoRA answers questions about it."""
+"""Inference with a trained model: documents into LoRAs, and greedy answers of the base with a LoRA."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,74 +8,74 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from d2l.data.chat.conversations import PROBE
 from d2l.data.chat.format import ChatFormat
-from d2l.data.chat.harmony import CONTROL_TOKENS, final_text, speaks_harmony
+from d2l.data.chat.harmony import CONTROL_TOKENS, final_text, has_harmony_tokens
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import Ids, Row, document_chunks
+from d2l.data.tokenize import Ids, Row, chunk_document
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora, bind
 from d2l.hypernet.model import DocToLora
 from d2l.inference.load import TrainedModel
 
-_FINAL = "<|channel|>final<|message|>"  # the header of what the user sees, in harmony
-_THINK, _END_THINK = "<think>", "</think>"  # around thoughts; tokens of such models, but seldom special ones
-_PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."})
+_FINAL_HEADER = "<|channel|>final<|message|>"  # in harmony, the header of the text for the user
+_THINK, _END_THINK = "<think>", "</think>"  # tokens around reasoning, in models that have them; seldom special tokens
 
 
 @torch.no_grad()
 def internalize(trained: TrainedModel, document: str) -> Lora:
-    """Read a document into a LoRA of one context.
+    """Turn a document into a LoRA of one context.
 
     Raises:
-        DataError: the document is empty or over a limit.
+        DataError: the document is empty or exceeds a limit.
     """
-    batch = collate([Row(record=0, chunks=document_in_chunks(trained, document), queries=())])
+    batch = collate([Row(record=0, chunks=tokenize_document(trained, document), queries=())])
     return trained.model.lora(batch.to(trained.model.base.device))
 
 
-def document_in_chunks(trained: TrainedModel, document: str) -> tuple[Ids, ...]:
-    """The token chunks in which a document is read: as few as the limits of training allow.
+def tokenize_document(trained: TrainedModel, document: str) -> tuple[Ids, ...]:
+    """Tokenize a document into as few chunks as the limits of training allow.
 
     Raises:
-        DataError: the document is empty or over a limit.
+        DataError: the document is empty or exceeds a limit.
     """
     try:
-        return document_chunks(document, trained.chat, Limits.of(trained.config, trained.model.base.config))
+        return chunk_document(document, trained.chat, Limits.of(trained.config, trained.model.base.config))
     except DoesNotFitError as error:
         advice = "the limits are those of the training: pass a shorter document, or train with higher ones"
         raise DataError(f"the document does not fit the checkpoint: {error}\n{advice}") from error
 
 
 def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens: int = 256) -> str:
-    """The answer under a document's LoRA, or that of the base alone, decoded greedily.
+    """Answer a question with a document's LoRA, or with the base alone, by greedy decoding.
 
-    With harmony, an answer is what stands in the final channel: under `content` supervision, which never trains a
-    channel header, the prompt ends with that header; under `sampled` the model writes it, and it is parsed away.
+    With harmony, the answer is the text of the final channel. Under `content` supervision, which never trains a channel
+    header, the prompt ends with that header; under `sampled` the model writes the header and it is removed.
 
     Args:
-        lora: of one context; None for the base alone.
+        lora: LoRA of one context; None for the base alone.
+        max_new_tokens: upper bound on the tokens of the answer.
     """
-    prompt = torch.tensor([prompt_ids(trained.chat, question)])
-    stop = stop_ids(trained)
+    prompt = torch.tensor([encode_prompt(trained.chat, question)])
+    stop = find_stop_ids(trained)
     tokens = generate(trained.model, lora, prompt, stop=stop, max_new_tokens=max_new_tokens)[0].tolist()
-    length = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
-    return answer_text(trained.chat, tokens[:length])
+    return decode_answer(trained.chat, truncate_at_stop(tokens, stop))
 
 
-def prompt_ids(chat: ChatFormat, question: str) -> list[int]:
-    """A question up to where supervision begins in training.
+def encode_prompt(chat: ChatFormat, question: str) -> list[int]:
+    """Encode a question up to the position where supervision begins in training.
 
     Raises:
         DataError: the template refuses the question.
     """
     ids = chat.encode([{"role": "user", "content": question}], add_generation_prompt=True).input_ids
-    return [*ids, *chat.encode_text(_FINAL)] if _is_prefilled(chat) else ids
+    return [*ids, *chat.encode_text(_FINAL_HEADER)] if _is_prefilled(chat) else ids
 
 
-def answer_text(chat: ChatFormat, ids: Sequence[int]) -> str:
-    """What a user gets to see of generated tokens, without the stop token: no channel, no control token."""
-    if speaks_harmony(chat.tokenizer):
+def decode_answer(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """Decode generated tokens, without the stop token, as text for the user: no channel header, no control token."""
+    if has_harmony_tokens(chat.tokenizer):
         other = {token for name, token in chat.tokenizer.get_added_vocab().items() if name not in CONTROL_TOKENS}
         text = chat.decode([token for token in ids if token not in other])
         return final_text(text, prefilled="final" if _is_prefilled(chat) else None).strip()
@@ -85,39 +85,48 @@ def answer_text(chat: ChatFormat, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def stop_ids(trained: TrainedModel) -> list[int]:
-    """The tokens that end an answer: the one that training puts there, and those that the model's files name."""
+def truncate_at_stop(ids: Sequence[int], stop: Sequence[int]) -> Sequence[int]:
+    """Return the tokens before the first stop token, all of them where there is none."""
+    return ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]
+
+
+def find_stop_ids(trained: TrainedModel) -> list[int]:
+    """Return the ids of tokens that end an answer: the one supervised in training, and those in the model's files."""
     chat = trained.chat
-    if speaks_harmony(chat.tokenizer):
+    if has_harmony_tokens(chat.tokenizer):
         vocabulary = chat.tokenizer.get_added_vocab()
         names = ["<|return|>", "<|call|>", "<|endoftext|>", *(["<|end|>"] if _is_prefilled(chat) else [])]
-        return [vocabulary[name] for name in names if name in vocabulary]  # under `sampled`, <|end|> ends the analysis
-    encoded = chat.encode(_PROBE)
+        return [
+            vocabulary[name] for name in names if name in vocabulary
+        ]  # under `sampled`, <|end|> only ends the analysis
+    encoded = chat.encode(PROBE)
     added = set(chat.tokenizer.get_added_vocab().values())
-    trained_ends = [it for it, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on and it in added][-1:]
+    supervised_end = [it for it, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on and it in added][
+        -1:
+    ]
     named: int | list[int] | None = trained.model.base.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [named, chat.tokenizer.eos_token_id]
-    return sorted({*trained_ends, *(it for it in listed if it is not None)})
+    return sorted({*supervised_end, *(it for it in listed if it is not None)})
 
 
 @torch.no_grad()
 def generate(
     model: DocToLora, lora: Lora | None, prompts: Tensor, *, stop: Sequence[int], max_new_tokens: int
 ) -> Tensor:
-    """Greedy continuations under each row's LoRA.
+    """Generate greedy continuations, each row with its own LoRA.
 
     Args:
-        lora: one context per row; None for the base alone.
+        lora: LoRA with one context per row; None for the base alone.
         prompts: int64 [n, T], all of one length.
-        stop: tokens that end a row, which is then padded with the first of them; if none, those that the base's files
-            name.
-        max_new_tokens: at most.
+        stop: ids of tokens that end a row, which is then padded with the first of them; if empty, the base's own.
+        max_new_tokens: upper bound on the new tokens of a row.
 
     Returns:
-        The new tokens alone, int64 [n, up to max_new_tokens], stop tokens included.
+        The new tokens without the prompt, int64 [n, up to max_new_tokens], stop tokens included.
     """
     prompts = prompts.to(model.base.device)
-    greedy = GenerationConfig(  # all said explicitly: what is left open comes from the base's files, made for sampling
+    # every field is explicit: the defaults come from the base's files, which are made for sampling
+    greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
         temperature=1.0,
@@ -138,4 +147,5 @@ def generate(
 
 
 def _is_prefilled(chat: ChatFormat) -> bool:
-    return speaks_harmony(chat.tokenizer) and chat.supervision == "content"
+    """Return whether prompts end with the header of the final channel."""
+    return has_harmony_tokens(chat.tokenizer) and chat.supervision == "content"

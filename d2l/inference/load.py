@@ -1,4 +1,4 @@
-"""A trained checkpoint, ready for use: its base, hypernetwork, chat format and configuration."""
+"""Loading of a trained checkpoint for inference: base, hypernetwork, chat format and configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from d2l.hypernet.model import DocToLora
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What answers questions about documents.
+    """Trained model that answers questions about documents.
 
     Attributes:
-        model: in eval mode, on the base's device.
-        chat: how the questions of training were written.
-        config: that of training, but for where the base lies.
+        model: base and hypernetwork in eval mode, on the base's device.
+        chat: chat format of the training.
+        config: configuration of the training, with the present path of the base.
     """
 
     model: DocToLora
@@ -31,24 +31,24 @@ class TrainedModel:
 
 
 def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
-    """Load a checkpoint's base and put its hypernetwork around it.
+    """Load a checkpoint's base and its hypernetwork.
 
     Args:
-        place: a checkpoint folder, or a run's folder, whose newest whole checkpoint is taken.
-        model: where the base lies now, if not where it lay in training.
+        place: a checkpoint folder, or a run's folder, whose newest valid checkpoint is loaded.
+        model: present path or hub id of the base, if it differs from that in training.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it was trained around another base.
+        CheckpointError: there is no valid checkpoint, or it was trained on another base.
         ModelError: the base, its tokenizer or its chat template cannot be used.
     """
     folder = find_checkpoint(Path(place))
     checkpoint = load_checkpoint(folder)
-    config = _config(checkpoint, folder, model)
+    config = _read_config(checkpoint, folder, model)
     components = Components(config)
     try:
         base_config = components.base_config
     except ModelError as error:
-        reason = str(error).splitlines()[0]  # what follows is advice for a run's configuration
+        reason = str(error).splitlines()[0]  # the other lines advise on a run's configuration
         raise ModelError(f"{folder} needs its base model: {reason}\npass where it lies now: --model MODEL") from error
     found = base_facts(base_config)
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
@@ -57,7 +57,8 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     return TrainedModel(trained.to(trained.base.device).eval(), chat, config)
 
 
-def _config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:
+def _read_config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:
+    """Read the configuration of a checkpoint, with another base model if one is given."""
     values = dict(checkpoint.state.get("config", {}))
     if model is not None:
         values["model_name_or_path"] = model
@@ -69,7 +70,7 @@ def _config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfi
 
 
 def _require_same_base(folder: Path, name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint says of its base with the model at hand, before its weights are loaded."""
+    """Compare the facts of the base in a checkpoint with the base found, before its weights are loaded."""
     differences = [
         f"  {key}: expected {value!r}, found {found[key]!r}" for key, value in expected.items() if found[key] != value
     ]

@@ -1,7 +1,12 @@
-"""Output folders and files: written beside their place and renamed, so that nobody sees half of one; never written over."""
+"""Atomic writing: a folder or file is written beside its final place and renamed, so that nobody reads half of one.
+
+Outputs for the user are never written over (`write_new_folder`, `write_new_file`); a cache replaces its files
+(`replace_file`).
+"""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +14,27 @@ from pathlib import Path
 from d2l.errors import CheckpointError, DataError
 
 
-def require_absent(folder: Path) -> None:
-    """Refuse a place that is taken, empty folders included.
+def require_new_folder(folder: Path) -> None:
+    """Refuse a path that exists, empty folders included.
 
     Raises:
-        CheckpointError: something is there.
+        CheckpointError: the path exists.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists and is never written over: remove it or choose another folder")
 
 
 @contextmanager
-def written_whole(folder: Path, what: str) -> Iterator[Path]:
-    """Yields a new folder beside `folder`, which takes its place when the block ends without an error.
+def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Yield a new folder beside `folder`; it is renamed to `folder` when the block ends without an error.
 
     Args:
-        what: what is written, as messages call it.
+        what: name of the contents in error messages, such as `checkpoint`.
 
     Raises:
-        CheckpointError: the place is taken, or writing failed; nothing is left behind.
+        CheckpointError: the path exists, or writing failed; nothing is left behind.
     """
-    require_absent(folder)
+    require_new_folder(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -43,10 +48,10 @@ def written_whole(folder: Path, what: str) -> Iterator[Path]:
 
 
 def require_new_file(path: Path) -> None:
-    """Refuse a place that is taken, or whose folder does not exist.
+    """Refuse a path that exists, or whose folder does not.
 
     Raises:
-        DataError: which of both.
+        DataError: the message names which of the two.
     """
     if path.exists():
         raise DataError(f"{path} exists and is never written over: remove it or choose another name")
@@ -55,20 +60,32 @@ def require_new_file(path: Path) -> None:
 
 
 @contextmanager
-def file_written_whole(path: Path) -> Iterator[Path]:
-    """Yields the name of a new file beside `path`, which takes its place when the block ends without an error.
+def write_new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside `path`; it is renamed to `path` when the block ends without an error.
 
     Raises:
-        DataError: the place is taken, or writing failed; nothing is left behind.
+        DataError: the path exists, or writing failed; nothing is left behind.
     """
     require_new_file(path)
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        partial.unlink(missing_ok=True)
-        yield partial
-        require_new_file(path)  # it may have come meanwhile
-        partial.rename(path)
+        with replace_file(path) as partial:
+            yield partial
+            require_new_file(path)  # another process may have written it meanwhile
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside `path`, for this writer alone; it replaces `path` when the block ends.
+
+    Where the block ends with an error, `path` stays as it was. The new file has the name of `path`, in a temporary
+    folder: writers that choose a format by the suffix find it.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        partial.replace(path)

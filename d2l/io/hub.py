@@ -1,4 +1,4 @@
-"""The model hub: what is in the cache first, and no waiting for a network that is not there."""
+"""Access to the model hub: the local cache comes first, and a hub that cannot be reached costs seconds, not minutes."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,14 +9,14 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
-PATIENCE = 3.0  # seconds for the one request that tells whether the hub answers; libraries retry for a minute
+TIMEOUT = 3.0  # seconds for the one request that tests whether the hub answers; libraries retry for a minute
 
 
 def from_cache_or_hub(load: Callable[[bool], T], name: str) -> T:
-    """What `load(local_files_only)` gives: from the cache, else from the hub where it answers.
+    """Return the result of `load(local_files_only)`: from the cache, else from the hub if it answers.
 
     Raises:
-        OSError: neither has it. `load` may raise errors of its own.
+        OSError: neither has `name`. `load` may raise errors of its own.
     """
     try:
         return load(True)
@@ -28,11 +28,11 @@ def from_cache_or_hub(load: Callable[[bool], T], name: str) -> T:
 
 @cache
 def hub_answers(name: str) -> bool:
-    """Whether the hub says anything about a repository, be it that there is none."""
+    """Return whether the hub answers a request for a repository, even with an error such as not found."""
     if HF_HUB_OFFLINE:
         return False
     try:
-        HfApi().model_info(name, timeout=PATIENCE)
+        HfApi().model_info(name, timeout=TIMEOUT)
     except HfHubHTTPError:
         return True
     except Exception:  # whatever the network library in use raises: all of it means no answer

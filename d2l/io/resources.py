@@ -1,4 +1,4 @@
-"""Where the shipped configs, models and chat templates lie, from a checkout and from an installed wheel alike."""
+"""Paths of the shipped configs, models and chat templates, in a checkout and in an installed wheel alike."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def resource(name: str) -> Path:
-    """The path of a shipped file or folder.
+    """Return the path of a shipped file or folder.
 
     Args:
-        name: relative and with forward slashes, such as `configs/tiny_gpt_oss.yaml`.
+        name: relative path with forward slashes, such as `configs/tiny_gpt_oss.yaml`.
 
     Raises:
-        FileNotFoundError: nothing of that name is shipped.
+        FileNotFoundError: no such file is shipped.
     """
     for root in (_PACKAGE / "resources", _PACKAGE.parent):
         if (root / name).exists():
@@ -21,7 +21,7 @@ def resource(name: str) -> Path:
 
 
 def local_or_shipped(name: str) -> Path | None:
-    """The local path of that name, else the shipped one (`configs/models/tiny_gpt_oss` from any directory), else `None`."""
+    """Return the local path of that name, else the shipped one (`configs/models/tiny_gpt_oss` in any directory), else `None`."""
     path = Path(name)
     if path.exists() or path.is_absolute():
         return path

@@ -1,8 +1,8 @@
-"""Reads files of `torch.save` without executing them: tensors out of the archive, an inert value for all else.
+"""Restricted reader of `torch.save` files: tensors from the archive, inert values for everything else.
 
-A pickle is a program. This one runs with a vocabulary of its own: an opcode or a global name that is not listed ends
-the reading, and a listed name stands for one of the classes below, never for what it names elsewhere. So nothing that
-the file chooses is imported, called or written to, and no tensor exists before its place in the file was verified.
+A pickle is a program. Here it runs with a fixed vocabulary: an opcode or a global name that is not listed ends the
+reading, and a listed name stands for one of the classes below, never for the object that it names elsewhere. So nothing
+that the file chooses is imported, called or written to, and no tensor is made before its extent in the file is verified.
 """
 
 import io
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from d2l.errors import CheckpointError
 
-# What torch.save writes in its pickle protocol, 2: values and containers, then what builds objects out of them.
+# Opcodes that torch.save writes in pickle protocol 2: values and containers, then those that build objects.
 _OPCODES = """
     PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1
     TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT
@@ -37,30 +37,30 @@ _DTYPES = {
 
 
 def _refuse_state(state: Any) -> None:
-    """For `__setstate__`: without one, BUILD would write attributes, on a class even, which all its users share."""
+    """Refuse a state, as `__setstate__`: without one, BUILD would set attributes, even on a class."""
     raise pickle.UnpicklingError(f"state of type {type(state).__name__} for an object that has none")
 
 
 class SavedDataclass:
-    """An object of a dataclass: its fields as `values`."""
+    """Instance of a dataclass in the file, its fields in `values`."""
 
     values: Mapping[str, Any] = MappingProxyType({})
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise pickle.UnpicklingError("an object whose state is no mapping")
+            raise pickle.UnpicklingError("an object whose state is not a mapping")
         self.values = state
 
 
 class OrderedMapping(dict[Any, Any]):
-    """An OrderedDict; attributes set on it (torch's `_metadata`) are dropped."""
+    """OrderedDict of the file, without its attributes (torch's `_metadata`)."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class EnumMember(NamedTuple):
-    """A member of an enumeration, by its value."""
+    """Member of an enumeration in the file, by its value."""
 
     value: Any
 
@@ -69,7 +69,7 @@ class EnumMember(NamedTuple):
 
 
 class TensorReference(NamedTuple):
-    """The arguments of `torch._utils._rebuild_tensor_v2`, not yet verified: see `TorchFile.tensor`."""
+    """Arguments of `torch._utils._rebuild_tensor_v2`, not verified yet: see `TorchFile.read_tensor`."""
 
     storage: Any
     offset: Any
@@ -83,7 +83,7 @@ class TensorReference(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A run of numbers in the archive."""
+    """Contiguous storage of numbers in the archive."""
 
     dtype: torch.dtype
     key: str
@@ -94,29 +94,29 @@ class _Storage(NamedTuple):
 
 
 class TorchFile:
-    """A file in torch's zip format, closed with the `with` block.
+    """Open file in torch's zip format; a context manager, which closes it.
 
     Args:
-        path: the file.
-        records: qualified names of dataclasses that it may hold.
-        enums: qualified names of enumerations that it may hold.
+        path: path of the file.
+        dataclasses: qualified names of dataclasses that the file may hold.
+        enums: qualified names of enumerations that the file may hold.
 
     Attributes:
-        root: what was saved; tensors are `TensorReference`s in it, dataclasses `SavedDataclass`s.
+        root: the saved object; its tensors are `TensorReference`s, its dataclasses `SavedDataclass`es.
 
     Raises:
-        CheckpointError: the file is in another format or damaged, or holds something that is not listed.
+        CheckpointError: the file has another format, is damaged, or holds a name that is not listed.
     """
 
-    def __init__(self, path: Path, records: Collection[str], enums: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, dataclasses: Collection[str], enums: Collection[str] = ()) -> None:
         self.path = path
         try:
             self._archive = zipfile.ZipFile(path)
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise CheckpointError(_not_an_archive(path, error)) from error
+            raise CheckpointError(_describe_bad_archive(path, error)) from error
         try:
             self._folder = self._find_folder()
-            names = dict.fromkeys(records, SavedDataclass) | dict.fromkeys(enums, EnumMember)
+            names = dict.fromkeys(dataclasses, SavedDataclass) | dict.fromkeys(enums, EnumMember)
             self.root: Any = _load(self._read("data.pkl"), names, path)
         except BaseException:
             self._archive.close()
@@ -128,11 +128,11 @@ class TorchFile:
     def __exit__(self, *error: object) -> None:
         self._archive.close()
 
-    def tensor(self, reference: TensorReference) -> Tensor:
-        """The tensor, on the CPU.
+    def read_tensor(self, reference: TensorReference) -> Tensor:
+        """Read a tensor, on the CPU.
 
         Raises:
-            CheckpointError: it reaches beyond what the file holds.
+            CheckpointError: the description is malformed, or the tensor exceeds its storage in the file.
         """
         storage, offset, size, stride = reference[:4]
         shape_is_valid = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
@@ -153,7 +153,7 @@ class TorchFile:
         return torch.frombuffer(bytearray(data), dtype=storage.dtype).as_strided(size, stride, offset)
 
     def _find_folder(self) -> str:
-        """The folder inside the archive, by its one pickle."""
+        """Return the folder inside the archive that holds its only pickle."""
         names = self._archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -171,7 +171,7 @@ class TorchFile:
         return folder
 
     def _read(self, name: str) -> bytes:
-        """A member of the archive; torch compresses none, so none is larger than the file."""
+        """Read a member of the archive; torch compresses none, so none is larger than the file."""
         try:
             member = self._archive.getinfo(self._folder + name)
             if member.compress_type != zipfile.ZIP_STORED:
@@ -182,7 +182,7 @@ class TorchFile:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Looks names up in a table and nowhere else."""
+    """Unpickler that looks up names in a table and nowhere else."""
 
     def __init__(self, data: bytes, names: Mapping[str, Any], path: Path) -> None:
         super().__init__(io.BytesIO(data))
@@ -201,11 +201,15 @@ class _Unpickler(pickle.Unpickler):
         match reference:
             case ("storage", str(kind), str(key), str(), int(numel)) if kind in _DTYPES and key.isdecimal():
                 return _Storage(_DTYPES[kind], key, numel)
-        raise pickle.UnpicklingError("a reference that is no storage of numbers")
+        raise pickle.UnpicklingError("a reference that is not a storage of numbers")
 
 
 def _load(data: bytes, names: Mapping[str, type], path: Path) -> Any:
-    """Run a pickle with these classes, those of tensors, and no others."""
+    """Load a pickle with these classes, those of tensors, and no others.
+
+    Raises:
+        CheckpointError: the pickle is malformed, or holds a name that is not listed.
+    """
     table: dict[str, Any] = {
         "collections.OrderedDict": OrderedMapping,
         "torch._utils._rebuild_tensor_v2": TensorReference,
@@ -214,16 +218,16 @@ def _load(data: bytes, names: Mapping[str, type], path: Path) -> Any:
         **names,
     }
     try:
-        _screen(data)
+        _require_known_opcodes(data)
         return _Unpickler(data, table, path).load()
     except CheckpointError:
         raise
-    except Exception as error:  # what a malformed pickle raises is not bounded
+    except Exception as error:  # a malformed pickle can raise anything
         raise CheckpointError(f"{path}: its pickle is malformed: {type(error).__name__}: {error!s:.200}") from error
 
 
-def _screen(data: bytes) -> None:
-    """Refuse opcodes that torch.save does not write, and memo places that would make a table of gigabytes."""
+def _require_known_opcodes(data: bytes) -> None:
+    """Refuse opcodes that torch.save does not write, and memo indices that would make a table of gigabytes."""
     allowed = frozenset(_OPCODES.split())
     for opcode, argument, position in pickletools.genops(data):
         if opcode.name not in allowed:
@@ -233,11 +237,12 @@ def _screen(data: bytes) -> None:
 
 
 def _are_counts(*values: Any) -> bool:
+    """Return whether all values are integers of 0 or more."""
     return all(type(value) is int and value >= 0 for value in values)
 
 
-def _not_an_archive(path: Path, error: Exception) -> str:
-    """Why a file is no zip archive, in terms of what it may be instead."""
+def _describe_bad_archive(path: Path, error: Exception) -> str:
+    """Describe why a file is not a zip archive, and what it may be instead."""
     if path.is_dir():
         return f"{path} is a folder: pass the pytorch_model.bin in it"
     if isinstance(error, OSError):

@@ -1,6 +1,6 @@
-"""A curriculum: needles in stages, each until the questions of the training steps are answered well enough.
+"""Curriculum of needles in stages: a stage ends when the exact match on training questions is high enough.
 
-What ends a stage is counted in steps and answers, never in seconds: the same config and seed take the same course.
+The end of a stage depends on steps and answers, never on time: the same config and seed give the same stages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 
 from d2l.config.schema import CurriculumStage
 
-MEMORY = 0.9  # weight of the past in the moving average of exact match: about the last ten steps count
+EMA_DECAY = 0.9  # of the moving average of exact match: about the last ten steps count
 
 
 class Curriculum:
-    """Which stage a run is in.
+    """State of a curriculum: its present stage, and the moving average of exact match in it.
 
     Args:
-        stages: in order; at least one. The last one never ends.
+        stages: at least one stage, in order; the last one never ends.
     """
 
     def __init__(self, stages: Sequence[CurriculumStage]) -> None:
@@ -23,17 +23,17 @@ class Curriculum:
         self.stage, self.average = 0, 0.0
 
     def observe(self, exact_match: float) -> bool:
-        """Count one step, whose questions had this exact match; whether the stage was passed and the next one begins."""
-        self.average = MEMORY * self.average + (1 - MEMORY) * exact_match
+        """Add the exact match of one step; return whether the stage ended and the next one begins."""
+        self.average = EMA_DECAY * self.average + (1 - EMA_DECAY) * exact_match
         if self.stage == len(self._passing) - 1 or self.average < self._passing[self.stage]:
             return False
         self.stage, self.average = self.stage + 1, 0.0
         return True
 
     def state(self) -> dict[str, Any]:
-        """As JSON values, for a checkpoint."""
+        """Return the state as JSON values, for a checkpoint."""
         return {"stage": self.stage, "average": self.average}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Restore the result of `state`."""
         self.stage, self.average = state["stage"], state["average"]

@@ -1,4 +1,4 @@
-"""The guards before every optimizer step: supervised tokens, a finite loss, a finite gradient norm; or a diagnosis."""
+"""Guards before every optimizer step: supervised tokens, a finite loss, a finite gradient norm; else a diagnosis."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,20 +22,20 @@ def require_finite_step(
     records: Sequence[int],
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> None:
-    """Refuse an optimizer step that would spoil the weights or teach nothing.
+    """Refuse an optimizer step that would make the weights non-finite or has nothing to learn from.
 
     Args:
-        step: the number of the step about to be taken.
-        loss: the step's total loss, over all micro-batches and ranks.
+        step: number of the step.
+        loss: total loss of the step, over all micro-batches and ranks.
         grad_norm: norm of all gradients before clipping.
-        label_tokens: supervised tokens of the step, over all ranks.
-        records: the records in the step, to be named in the message.
-        parameters: named parameters, whose gradients are searched for the cause only when something is wrong.
+        label_tokens: number of supervised tokens of the step, over all ranks.
+        records: indices of the records in the step, for the message.
+        parameters: named parameters; their gradients are searched for the cause only where the norm is not finite.
 
     Raises:
-        NonFiniteError: what is wrong, in which records, and where it was seen first.
+        NonFiniteError: a value is not finite, or no token is supervised; the message names records and parameters.
     """
-    where = f"step {step} (records {_some(records)})"
+    where = f"step {step} (records {_list_some(records)})"
     if label_tokens == 0:
         raise NonFiniteError(
             f"{where}: expected at least one supervised token, found 0: the loss would be 0 or NaN and nothing would "
@@ -46,22 +46,23 @@ def require_finite_step(
     if not math.isfinite(grad_norm):
         raise NonFiniteError(
             f"{where}: the gradient norm is {grad_norm}, expected a finite value (the loss is {loss:.4g}); "
-            f"{_culprits(parameters)}\n{_ADVICE}"
+            f"{_describe_non_finite(parameters)}\n{_ADVICE}"
         )
 
 
-def _culprits(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """The parameters whose gradients hold a value that is not finite."""
+def _describe_non_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """Name the parameters whose gradients hold a value that is not finite."""
     names = [name for name, parameter in parameters if parameter.grad is not None and _has_non_finite(parameter.grad)]
     if not names:
         return "every single gradient is finite, so their norm overflows: lower the learning rate or the L1 weight"
-    return f"not finite in the gradients of {_some(names)}"
+    return f"not finite in the gradients of {_list_some(names)}"
 
 
 def _has_non_finite(values: Tensor) -> bool:
     return not bool(values.isfinite().all())
 
 
-def _some(items: Sequence[object], limit: int = 8) -> str:
+def _list_some(items: Sequence[object], limit: int = 8) -> str:
+    """List the first items in one line, and how many more there are."""
     shown = ", ".join(str(item) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,4 +1,4 @@
-"""The optimizer of the hypernetwork, AdamW or Muon with AdamW, and the schedule of its learning rate."""
+"""Optimizer of the hypernetwork, AdamW or Muon with AdamW, and the schedule of its learning rate."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from transformers import get_scheduler
 from d2l.config.schema import RunConfig
 
 MUON_MOMENTUM = 0.95
-# Keller Jordan's quintic: it takes the singular values of a matrix of norm 1 into [0.7, 1.2] within five iterations.
+# Keller Jordan's quintic: five iterations bring the singular values of a matrix of norm 1 into [0.7, 1.2].
 _QUINTIC, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-_ADAMW_RMS = 0.2  # root mean square of AdamW's usual update; arXiv:2502.16982, section 2.2
+_ADAMW_RMS = 0.2  # typical root mean square of an AdamW update; arXiv:2502.16982, section 2.2
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups marked `matrices` take Muon's step: momentum, made orthogonal.
+    """AdamW whose groups marked `matrices` take Muon's step: orthogonalized momentum.
 
-    `torch.optim.Muon` takes single matrices only; the weights that a hypernetwork holds for every layer of its base are
-    stacks of them, each of which is a map of its own. Updates are scaled to AdamW's size, so that a learning rate
-    means the same to both (`adjust_lr_fn="match_rms_adamw"` there).
+    `torch.optim.Muon` takes single matrices only. The weights of a hypernetwork for the layers of its base are stacks of
+    matrices, and each matrix is orthogonalized by itself. Updates have the root mean square of AdamW's, so that both
+    share a scale of learning rates (`adjust_lr_fn="match_rms_adamw"` there).
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step of every group."""
+        """Take one optimizer step."""
         groups = self.param_groups
         for group in groups:
             if group["matrices"]:
@@ -39,17 +39,18 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def _step_matrices(self, parameter: nn.Parameter, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        """Take Muon's step of one parameter [..., m, n]."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MUON_MOMENTUM)
-        update = orthogonal(gradient.lerp(momentum, MUON_MOMENTUM))  # Nesterov's
+        update = orthogonalize(gradient.lerp(momentum, MUON_MOMENTUM))  # Nesterov's
         size = _ADAMW_RMS * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - lr * weight_decay).sub_(update.to(parameter.dtype), alpha=lr * size)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The matrices [..., m, n] with their singular values brought near 1, by Newton and Schulz's iteration.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices [..., m, n] near 1, by Newton-Schulz iteration.
 
     In bfloat16 on a GPU, as published (https://kellerjordan.github.io/posts/muon/); on a CPU float32 is faster.
     """
@@ -64,12 +65,12 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def make_optimizer(hypernet: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """The optimizer that the configuration asks for; see `parameter_groups`."""
+    """Make the optimizer of a configuration; see `parameter_groups`."""
     device = next(hypernet.parameters()).device
     kind = torch.optim.AdamW if config.muon_learning_rate is None else MuonAdamW
     return kind(
         parameter_groups(hypernet, config),
-        lr=config.learning_rate,  # the schedule takes the ratio of min_lr to it
+        lr=config.learning_rate,  # the schedule divides min_lr by it
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=device.type == "cpu",  # one pass over each tensor instead of ten; on CUDA several tensors go together
@@ -77,7 +78,7 @@ def make_optimizer(hypernet: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
-    """What the optimizer keeps of each parameter from its first step on."""
+    """Return the names of the state tensors that the optimizer keeps for each parameter after its first step."""
     muon = isinstance(optimizer, MuonAdamW)
     return {
         parameter: ("momentum",) if muon and group["matrices"] else ("step", "exp_avg", "exp_avg_sq")
@@ -87,7 +88,7 @@ def state_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[st
 
 
 def optimizer_values(hypernet: nn.Module, config: RunConfig) -> int:
-    """How many float32 values the optimizer keeps between steps: AdamW two a parameter, Muon one for a weight."""
+    """Count the float32 values in the optimizer's state: AdamW keeps two for each parameter, Muon one for a weight."""
     matrices, others = (
         sum(parameter.numel() for parameter in group["params"]) for group in parameter_groups(hypernet, config)
     )
@@ -95,7 +96,7 @@ def optimizer_values(hypernet: nn.Module, config: RunConfig) -> int:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> LambdaLR:
-    """The learning rate over `max_steps`, by transformers' schedule of that name."""
+    """Make the schedule of the learning rate over `max_steps`, by its name in transformers."""
     options: dict[str, dict[str, Any]] = {
         "cosine_with_min_lr": {"min_lr": config.min_lr},
         "warmup_stable_decay": {"num_decay_steps": config.decay_steps, "decay_type": "linear"},
@@ -110,12 +111,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> Lambda
 
 
 def parameter_groups(hypernet: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Weight matrices and stacks of them, which decay; then scalers, biases, norms and latents, which do not."""
+    """Split the parameters into weight matrices, which decay, and scalers, biases, norms and latents, which do not."""
     weights: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in hypernet.named_parameters():
-        spared = parameter.ndim < 2 or any(word in name for word in ("scaler_", "bias", "latents_q", "norm"))
-        (others if spared else weights).append(parameter)
+        no_decay = parameter.ndim < 2 or any(word in name for word in ("scaler_", "bias", "latents_q", "norm"))
+        (others if no_decay else weights).append(parameter)
     lr = config.learning_rate
     return [
         {

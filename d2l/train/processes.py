@@ -1,4 +1,4 @@
-"""The processes that share each optimizer step, and the device of this one."""
+"""Processes that share each optimizer step, and the device of this one."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from accelerate.utils import parse_flag_from_env
 
 
 def processes() -> PartialState:
-    """The processes of this run, which the first call joins, and the device of this one.
+    """Return the process group of this run and the device of this process; the first call joins the group.
 
-    On CPUs accelerate has to be told, or each of several processes takes itself for the only one.
+    On CPUs accelerate needs the option, or each of several processes acts as the only one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
 
 
 @dataclass(frozen=True)
 class OneProcess:
-    """A process that trains by itself on a device of its own, whatever others there are; a twin does."""
+    """Process group of one process on one device, whatever other processes there are; for the twin of the checks."""
 
     device: torch.device
     num_processes: int = 1

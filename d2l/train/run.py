@@ -1,4 +1,4 @@
-"""One training run: its folder, its parts put together, and the loop, from a configuration that preflight passed."""
+"""Training run: its folder, its components and the training loop, for a configuration that passed preflight."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,36 +19,36 @@ from d2l.train.processes import processes
 
 CONFIG, PREFLIGHT = "config.yaml", "preflight.json"
 
-# What may differ when a run is continued: how far, how often it saves, and where things lie.
-_FREE_TO_CHANGE = {"max_steps", "save_steps", "save_total_limit", "output_dir", "cache", "cache_dir"}
+# Settings that may change when a run is resumed: its length, how often it saves, and paths.
+_CHANGEABLE = {"max_steps", "save_steps", "save_total_limit", "output_dir", "cache", "cache_dir"}
 
 
 def new_folder(config: RunConfig, *, numbered: bool) -> Path:
-    """The folder for a new run, not yet made; the main process decides for all, and may make it before others look.
+    """Return the folder for a new run, not yet made; the main process chooses for all.
 
     Args:
-        numbered: take the next free `NAME-2`, `NAME-3`, … where the configured one is in use; else refuse it.
+        numbered: take the next free `NAME-2`, `NAME-3`, … where the configured folder is in use; else refuse it.
 
     Raises:
         CheckpointError: the folder is in use and `numbered` is off.
     """
-    wanted = Path(config.output_dir)
-    choice = next(filter(_is_free, _numbered(wanted) if numbered else [wanted]), None)
-    processes()  # joined, so that there is a main one
+    configured = Path(config.output_dir)
+    choice = next(filter(_is_free, _number_folders(configured) if numbered else [configured]), None)
+    processes()  # joins the group, so that there is a main process
     (folder,) = broadcast_object_list([choice])
     if folder is None:
         raise CheckpointError(
-            f"{wanted} is not empty, and nothing is written over; choose another --output, "
-            f"or continue the run in it with --resume {wanted}"
+            f"{configured} is not empty, and nothing is written over; choose another --output, "
+            f"or continue the run in it with --resume {configured}"
         )
     return folder
 
 
 def checkpoint_to_resume(config: RunConfig, place: Path) -> tuple[Path, Checkpoint]:
-    """The run folder and the checkpoint to continue from.
+    """Load the checkpoint to resume from, and return it with its run's folder.
 
     Args:
-        place: a checkpoint folder, or a run's folder, whose newest whole checkpoint is taken.
+        place: a checkpoint folder, or a run's folder, whose newest valid checkpoint is loaded.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it was made with another configuration.
@@ -58,7 +58,7 @@ def checkpoint_to_resume(config: RunConfig, place: Path) -> tuple[Path, Checkpoi
     if not checkpoint.trainer:
         raise CheckpointError(f"{folder} holds a trained model, but no run to continue: it was imported")
     ours, theirs = config.resolved(), with_current_names(checkpoint.state.get("config", {}))[0]
-    changed = [key for key in ours if key not in _FREE_TO_CHANGE and ours[key] != theirs.get(key)]
+    changed = [key for key in ours if key not in _CHANGEABLE and ours[key] != theirs.get(key)]
     if changed:
         lines = [f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours[key]!r} now" for key in changed]
         raise CheckpointError("\n".join([f"{folder} was made with another configuration:", *lines]))
@@ -77,18 +77,18 @@ def train(
     """Train in `folder` to the configured number of steps.
 
     Args:
-        folder: new and empty, or that of the run that `checkpoint` is of.
-        preflight: the report that let the run start, as JSON values; kept in the folder.
-        checkpoint: where to continue.
-        on_step: called after every step with its line of metrics.jsonl.
-        on_tokenize: called while the data is tokenized, with the records that are done and all of them.
+        folder: a new or empty folder, or the folder of the run to which `checkpoint` belongs.
+        preflight: report of the preflight as JSON values, kept in the folder.
+        checkpoint: checkpoint to resume from; None: start anew.
+        on_step: called after every step with its metrics, as in metrics.jsonl.
+        on_tokenize: called while the data is tokenized, with the number of records done, and of all.
 
     Raises:
-        D2LError: see `d2l.build` and `d2l.train.loop.run`.
+        D2LError: see `d2l.build` and `d2l.train.loop.train_steps`.
     """
     this = processes()  # before the base is loaded: gives each process a GPU of its own
     components = Components(config, on_tokenize)
-    rows = components.rows  # before the base is loaded: data that cannot be used should be said first
+    rows = components.rows  # before the base is loaded: errors in the data should come first
     trainer = Trainer(components.model, rows, config)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -104,25 +104,26 @@ def train(
 
 
 def _rewind(folder: Path, step: int) -> None:
-    """Make way in a run's folder for the steps after `step`, which are taken again.
+    """Prepare a run's folder for repeating the steps after `step`.
 
-    Later checkpoints (damaged, or passed over by choice) are kept under another name; metrics of later steps are cut off.
+    Later checkpoints (damaged, or skipped by choice) are renamed; metrics of later steps are removed.
     """
     resumed = step_folder(folder, step)
     for later in sorted(resumed.parent.glob("step-*")):
         if later.name > resumed.name:
-            later.rename(next(filter(_is_free, _numbered(later.with_name(f"superseded-{later.name}")))))
+            later.rename(next(filter(_is_free, _number_folders(later.with_name(f"superseded-{later.name}")))))
     metrics = folder / METRICS
     if metrics.exists():
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         metrics.write_text("".join(lines[:step]), encoding="utf-8")  # one line for each step
 
 
-def _numbered(place: Path) -> Iterator[Path]:
-    """`NAME`, `NAME-2`, `NAME-3`, …"""
+def _number_folders(place: Path) -> Iterator[Path]:
+    """Yield `NAME`, `NAME-2`, `NAME-3`, …"""
     yield place
     yield from (place.with_name(f"{place.name}-{number}") for number in count(2))
 
 
 def _is_free(folder: Path) -> bool:
+    """Return whether a folder is absent or empty."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -1,7 +1,7 @@
-"""A teacher for the KL loss: the frozen base itself, reading each document in the prompt of its questions.
+"""Teacher for the KL loss: the frozen base itself, with each document in the prompt of its questions.
 
-For every supervised token of an answer it says which tokens are likeliest, and how likely. A hypernetwork that learns
-from that learns to answer as the base would answer with the document at hand.
+For every supervised token of an answer it gives the top-k tokens with their log-probabilities. A hypernetwork trained on
+them is trained to answer as the base does with the document in its prompt (context distillation).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Query, Row, tokenize_record
 from d2l.errors import DataError
 
-Answer = tuple[Tensor, Tensor]  # [supervised token, k]: log-probabilities and ids
-_NO_DOCUMENT = ((0,),)  # a row has a chunk; here nobody reads it
+TopK = tuple[Tensor, Tensor]  # log-probabilities and ids, [supervised token, k]
+_NO_DOCUMENT = ((0,),)  # a row needs a chunk; the teacher does not read it
 
 
 @torch.no_grad()
@@ -34,38 +34,42 @@ def add_teacher_logprobs(
     packed_tokens: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """The records with the base's natural-log probabilities of the `top_k` likeliest tokens at every supervised one.
+    """Return the records with the base's `top_k` tokens and their natural-log probabilities at every supervised token.
 
     Args:
-        records: any teacher that they have is replaced.
-        base: frozen, with the attention implementation of the run.
-        chat: template and supervision of the run: they decide which tokens are supervised.
-        top_k: entries a token.
-        packed_tokens: questions with their documents share forward passes of at most so many tokens; a longer one has
-            a pass of its own.
-        on_progress: called with the passes done and all passes.
+        records: documents with questions; teacher logprobs that they have are replaced.
+        base: the frozen base, with the attention implementation of the run.
+        chat: chat format of the run, which decides which tokens are supervised.
+        top_k: number of tokens that are kept for each supervised one.
+        packed_tokens: upper bound on the tokens of a forward pass, which questions with their documents share; a longer
+            question has a pass of its own.
+        on_progress: called after every pass, with the number of passes done, and of all.
 
     Raises:
-        DataError: a document with its question is longer than the base was made for, an answer is read differently with
-            the document in the prompt, or `top_k` is beyond the vocabulary.
+        DataError: a document with its question exceeds `max_position_embeddings` of the base, an answer has other
+            supervised tokens with the document in the prompt, or `top_k` exceeds the vocabulary.
     """
     if top_k > base.config.vocab_size:
         raise DataError(f"top_k: {top_k:,} is more than the {base.config.vocab_size:,} tokens of the base")
     limits = Limits(max_position_embeddings=getattr(base.config, "max_position_embeddings", None) or -1)
     plain = [replace(record, logprobs_vals=None, logprobs_indices=None) for record in records]
-    rows = [row for index, record in enumerate(plain) for row in _question_rows(index, record, chat, limits)]
+    rows = [row for index, record in enumerate(plain) for row in _make_question_rows(index, record, chat, limits)]
     packing = pack([row.size for row in rows], packed_tokens, len(rows), seed=0)
     passes = [*packing.groups, *((alone.row,) for alone in packing.oversized)]
-    taught: dict[int, Answer] = {}
+    by_row: dict[int, TopK] = {}
     for number, group in enumerate(passes, start=1):
-        taught |= dict(zip(group, _likeliest(base, collate([rows[row] for row in group]), top_k), strict=True))
+        by_row |= dict(zip(group, _compute_top_k(base, collate([rows[row] for row in group]), top_k), strict=True))
         on_progress(number, len(passes))
-    in_order = iter(taught[row] for row in range(len(rows)))
-    return [_with_answers(record, list(islice(in_order, len(record.prompts)))) for record in records]
+    in_order = iter(by_row[row] for row in range(len(rows)))
+    return [_add_logprobs(record, list(islice(in_order, len(record.prompts)))) for record in records]
 
 
-def _question_rows(index: int, record: Record, chat: ChatFormat, limits: Limits) -> list[Row]:
-    """A row for every question with the document in its prompt; the supervised tokens are those without it."""
+def _make_question_rows(index: int, record: Record, chat: ChatFormat, limits: Limits) -> list[Row]:
+    """Make a row for every question with the document in its prompt.
+
+    Raises:
+        DataError: a question is too long, or its supervised tokens differ from those without the document.
+    """
     queries = []
     for version in (record, document_in_prompts(record)):
         part = tokenize_record(index, version, chat, Limits(), None)
@@ -79,21 +83,21 @@ def _question_rows(index: int, record: Record, chat: ChatFormat, limits: Limits)
             where = f"record {index}, prompt {position} ({record.source}), with its document"
             raise DataError(f"{where}: {error}; leave it out: this teacher cannot read it") from None
     for position, (alone, within) in enumerate(zip(*queries, strict=True)):
-        if _supervised(alone) != _supervised(within):
+        if _supervised_ids(alone) != _supervised_ids(within):
             raise DataError(
                 f"record {index}, prompt {position} ({record.source}): the chat template supervises "
-                f"{len(_supervised(alone))} tokens of the answer, and {len(_supervised(within))} or others with the "
+                f"{len(_supervised_ids(alone))} tokens of the answer, and {len(_supervised_ids(within))} or others with the "
                 "document in the prompt; use a template that writes an answer alike after any prompt"
             )
     return [Row(record=index, chunks=_NO_DOCUMENT, queries=(query,)) for query in queries[1]]
 
 
-def _supervised(query: Query) -> list[int]:
+def _supervised_ids(query: Query) -> list[int]:
     return [label for label in query.labels if label >= 0]
 
 
-def _likeliest(base: PreTrainedModel, batch: PackedBatch, top_k: int) -> list[Answer]:
-    """The likeliest tokens at every supervised one, for each question of a batch."""
+def _compute_top_k(base: PreTrainedModel, batch: PackedBatch, top_k: int) -> list[TopK]:
+    """Compute the top-k log-probabilities at every supervised token, for each question of a batch."""
     batch = batch.to(base.device)
     output = base(
         input_ids=batch.input_ids,
@@ -107,6 +111,7 @@ def _likeliest(base: PreTrainedModel, batch: PackedBatch, top_k: int) -> list[An
     return list(zip(values.cpu().split(counts), ids.cpu().split(counts), strict=True))
 
 
-def _with_answers(record: Record, answers: Sequence[Answer]) -> Record:
-    values, ids = (tuple(tuple(map(tuple, answer[part].tolist())) for answer in answers) for part in (0, 1))
+def _add_logprobs(record: Record, tables: Sequence[TopK]) -> Record:
+    """Return a record with the teacher logprobs of its questions."""
+    values, ids = (tuple(tuple(map(tuple, table[part].tolist())) for table in tables) for part in (0, 1))
     return replace(record, logprobs_vals=values, logprobs_indices=ids)

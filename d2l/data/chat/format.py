@@ -1,7 +1,7 @@
-"""How a conversation becomes token ids, and which of them are supervised: a tokenizer, a chat template and a date.
+"""Chat format of a run: a tokenizer, a chat template, a supervision convention and a date.
 
-What a template does is measured by rendering with it, never read out of its text: a generation tag inside a comment
-or a macro looks right and is not.
+It turns conversations into token ids and marks the supervised ones. Properties of a template are measured by rendering
+with it, never read from its text: a generation tag inside a comment or a macro looks right and has no effect.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from d2l.data.chat.harmony import TEMPLATE, Supervision, speaks_harmony
-from d2l.data.chat.templates import Messages, shipped_note, writable_templates, writes_as
+from d2l.data.chat.conversations import PROBE
+from d2l.data.chat.harmony import TEMPLATE, Supervision, has_harmony_tokens
+from d2l.data.chat.templates import Messages, find_shipped_templates, renders_alike
 from d2l.errors import ConfigError, DataError, ModelError
 from d2l.io.hub import from_cache_or_hub
 from d2l.io.resources import local_or_shipped, resource
 
-# Templates that print a date would give other ids every day. The release day of GPT-OSS: behind the knowledge cutoff
-# that its system message states, so a date that the model can have seen, and the one of the published examples.
+# A template that prints today's date would give other ids every day. This is the release day of GPT-OSS: after the
+# knowledge cutoff in its system message, and the date of the published examples.
 DEFAULT_DATE = "2025-08-05"
 
-# Goes before every template. The macro shadows transformers' clock with the frozen date, whatever format the template
-# asks for. The comment satisfies transformers' search for the tag, whose only effect is a warning: what is supervised
-# is measured here.
+# Prepended to every template. The macro replaces transformers' clock by the frozen date, in any format. The comment
+# prevents transformers' warning about a missing tag: which tokens are supervised is measured here.
 _PRELUDE = (
     "{#- {% generation %} -#}"
     "{%- macro strftime_now(format) -%}"
@@ -42,13 +42,12 @@ _PRELUDE = (
 _DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSuUwWxXyYZz"]
 _UNPADDED = [f"%-{letter}" for letter in "dHIjmMS"]
 
-_PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."})
-_SENTINELS = ("Quartz reflects light", "Velvet absorbs sound")  # they share neither their start nor their end
+_SENTINELS = ("Quartz reflects light", "Velvet absorbs sound")  # different first and last letters
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as `input_ids` [T] and, for each of them, whether it is `supervised` [T]."""
+    """Token ids `input_ids` [T] of a conversation and, for each of them, whether it is `supervised` [T]."""
 
     input_ids: list[int]
     supervised: list[bool]
@@ -56,7 +55,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer with the template, the supervision convention and the date it is used with; see `chat_format`."""
+    """Tokenizer with its chat template, supervision convention and date; see `chat_format`."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -66,7 +65,7 @@ class ChatFormat:
     def render(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The conversation as text.
+        """Render a conversation as text.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -77,10 +76,9 @@ class ChatFormat:
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> Encoded:
-        """The conversation as token ids with its supervised positions, never truncated and without tokens added.
+        """Encode a conversation as token ids with its supervised positions, never truncated and without added tokens.
 
-        A template without working generation tags supervises nothing and is no error here: `has_generation_tags` says
-        so, `require_generation_tags` objects.
+        A template without working generation tags supervises nothing, which is no error here: see `has_generation_tags`.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -92,20 +90,20 @@ class ChatFormat:
         return Encoded(list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]])
 
     def encode_text(self, text: str) -> list[int]:
-        """Text alone as token ids, without a template and without tokens added at its ends."""
+        """Encode text as token ids, without a template and without added tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Token ids as text, control tokens included and nothing tidied."""
+        """Decode token ids as text, control tokens included and white space unchanged."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def context_affixes(self) -> tuple[list[int], list[int]]:
-        """The ids before and behind a document that is one user message of its own, system preamble included.
+        """Return the ids before and after a document that is a user message of its own, system preamble included.
 
-        `prefix + encode_text(document) + suffix` is that message. Where a control token touches the document (both ends
-        in GPT-OSS) no token can reach across, so these are exactly the ids of the rendered message. Where plain text
-        does (a newline, `User: `) the document's first or last letters might merge with it into another token; the
-        text is then still the same and the cut stays at the document's edge, as it must for chunks of a document.
+        `prefix + encode_text(document) + suffix` is that message. Where control tokens enclose the document (as in
+        GPT-OSS), no token spans its edges, so these are exactly the ids of the rendered message. Where plain text does
+        (a newline, `User: `), rendering might merge it with the document's first or last letters into one token; here
+        the text is the same and the boundary stays at the document's edge, as chunks of a document require.
 
         Raises:
             ModelError: the template does not write a user message as it stands.
@@ -114,36 +112,23 @@ class ChatFormat:
 
     @cached_property
     def has_generation_tags(self) -> bool:
-        """Whether the template marks anything of a plain answer, measured by encoding one."""
+        """Whether the template marks any token of a plain answer as supervised, measured by encoding one."""
         try:
-            return any(self.encode(_PROBE).supervised)
+            return any(self.encode(PROBE).supervised)
         except DataError as error:
             raise ModelError(
                 f"the chat template cannot be used: it refuses a question with its answer\n{error}"
             ) from error
 
-    def require_generation_tags(self) -> None:
-        """Object to a template under which no token would ever be learned.
-
-        Raises:
-            ModelError: with what to change.
-        """
-        if not self.has_generation_tags:
-            raise ModelError(
-                "the chat template marks no assistant token, so the loss would be nan or a quiet 0.0\n"
-                "expected {% generation %} and {% endgeneration %} around what the assistant writes, outside macros\n"
-                f"pass a template that has them: --set chat_template=FILE{shipped_note(self.tokenizer)}"
-            )
-
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the template's bytes, the supervision convention and the date, in hexadecimal."""
+        """SHA-256 of the template's text, the supervision convention and the date, in hexadecimal."""
         return hashlib.sha256("\0".join((self.template, self.supervision, self.current_date)).encode()).hexdigest()
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over all of the tokenizer that shapes ids, and the special tokens that templates see; hexadecimal."""
-        self.encode_text("")  # a call clears the padding and truncation that a tokenizer.json may bring
+        """SHA-256 of everything in the tokenizer that shapes ids, and its special tokens, in hexadecimal."""
+        self.encode_text("")  # a call clears the padding and truncation that a tokenizer.json may set
         special = [self.tokenizer.special_tokens_map, self.tokenizer.split_special_tokens]
         parts = (self.tokenizer.backend_tokenizer.to_str(), json.dumps(special, sort_keys=True, default=str))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -162,8 +147,8 @@ class ChatFormat:
             return prefix, suffix
 
         # The document's edges merge with the text around them: tokenize that text by itself instead.
-        before, _, behind = texts[0].partition(_SENTINELS[0])
-        prefix, suffix = self.encode_text(before), self.encode_text(behind)
+        before, _, after = texts[0].partition(_SENTINELS[0])
+        prefix, suffix = self.encode_text(before), self.encode_text(after)
         if [self.decode([*prefix, *middle, *suffix]) for middle in alone] != [self.decode(ids) for ids in whole]:
             raise ModelError(
                 "the chat template does not write a user message as it stands, so documents cannot be placed in one\n"
@@ -174,20 +159,22 @@ class ChatFormat:
 
     @cached_property
     def _variables(self) -> dict[str, Any]:
-        """What the template is told besides the conversation."""
+        """Variables of the template besides the conversation."""
         day = date.fromisoformat(self.current_date)
         clock = {directive: day.strftime(directive) for directive in _DIRECTIVES}
         clock |= {directive: day.strftime(directive.replace("-", "")).lstrip("0") or "0" for directive in _UNPADDED}
         return {"supervision": self.supervision, "current_date": self.current_date, "frozen_clock": clock}
 
-    def _apply(self, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, **how: Any) -> Any:
+    def _apply(
+        self, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, **options: Any
+    ) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else list(tools),
                 chat_template=_PRELUDE + self.template,
                 add_generation_prompt=add_generation_prompt,
-                **how,
+                **options,
                 **self._variables,
             )
         except jinja2.TemplateSyntaxError as error:
@@ -203,17 +190,17 @@ def chat_format(
     supervision: Supervision = "content",
     current_date: str | None = None,
 ) -> ChatFormat:
-    """How this tokenizer's conversations are written in this run.
+    """Make the chat format of a run.
 
     Args:
-        template: the text of a Jinja chat template; default: `default_template`.
-        supervision: for templates that know both conventions, `content` (message text and end tokens) or `sampled`
-            (channel headers too); it is passed to the template as a variable.
-        current_date: "YYYY-MM-DD", what templates are told for today; default: `DEFAULT_DATE`.
+        template: text of a Jinja chat template; default: `default_template`.
+        supervision: `content` (message text and end tokens) or `sampled` (channel headers too); a variable for templates
+            that know both conventions.
+        current_date: "YYYY-MM-DD", the date that templates print for today; default: `DEFAULT_DATE`.
 
     Raises:
         ModelError: the tokenizer cannot map text to tokens, or no template is known for it.
-        ConfigError: `current_date` is no day of the calendar.
+        ConfigError: `current_date` is not a day of the calendar.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -235,34 +222,36 @@ def chat_format(
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template used where the run names none.
+    """Return the template for a run that names none.
 
-    With harmony's control tokens, the shipped one of GPT-OSS. Else the tokenizer's own where its generation tags work;
-    else the first shipped one for the tokenizer's control tokens that writes plain turns just as its own does; else its
-    own. Without one of its own, the control tokens alone decide. `None` where there is no template at all.
+    For harmony's control tokens, the shipped one of GPT-OSS. Else the tokenizer's own if its generation tags work; else
+    the first shipped one for the tokenizer's control tokens that renders plain turns as its own does; else its own. For
+    a tokenizer without a template, the first shipped one for its control tokens. None where there is none.
     """
-    if speaks_harmony(tokenizer):
+    if has_harmony_tokens(tokenizer):
         return resource(TEMPLATE).read_text(encoding="utf-8")
     named = tokenizer.chat_template
     own = named.get("default") if isinstance(named, dict) else named
     if own is None:
-        return next((shipped.text for shipped in writable_templates(tokenizer)), None)
+        return next((shipped.text for shipped in find_shipped_templates(tokenizer)), None)
     try:
         if ChatFormat(tokenizer, own, "content", DEFAULT_DATE).has_generation_tags:
             return own
     except ModelError:
-        return own  # it is refused, with its reason, where it is used
-    # `sampled` leaves to the model all that an untagged template leaves to it
+        return own  # it is refused, with the reason, where it is used
+    # `sampled`, as a template without tags leaves channel headers to the model
     theirs = ChatFormat(tokenizer, own, "sampled", DEFAULT_DATE)
-    candidates = (shipped.text for shipped in writable_templates(tokenizer))
-    return next((text for text in candidates if writes_as(replace(theirs, template=text).render, theirs.render)), own)
+    candidates = (shipped.text for shipped in find_shipped_templates(tokenizer))
+    return next(
+        (text for text in candidates if renders_alike(replace(theirs, template=text).render, theirs.render)), own
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, of a shipped one (`configs/models/tiny_gpt_oss`), or of the hub.
+    """Load the tokenizer of a local folder, of a shipped one (`configs/models/tiny_gpt_oss`), or of the hub.
 
     Raises:
-        ModelError: with the reason and what to do about it.
+        ModelError: the tokenizer cannot be loaded; the message gives the reason.
     """
     source = local_or_shipped(name_or_path)
     if source is not None and not source.is_dir():
@@ -287,4 +276,5 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _common_prefix(one: list[int], other: list[int]) -> list[int]:
+    """Return the longest common prefix of two lists."""
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

@@ -1,4 +1,4 @@
-"""GPT-OSS's harmony format outside the template: who speaks it, what an output says, what a turn should supervise.
+"""GPT-OSS's harmony format outside the template: its tokens, parsing of outputs, and the expected supervision.
 
 A message reads `<|start|>author<|channel|>channel<|message|>content<|end|>`; `<|return|>` and `<|call|>` end a message
 and the turn. The model starts every turn right after `<|start|>assistant`.
@@ -29,24 +29,24 @@ _RECIPIENT = re.compile(r"\bto=(\S+)")
 
 @dataclass(frozen=True)
 class ChannelMessage:
-    """One message of an output: `channel` is `None` where the header names none, `recipient` for tool calls only."""
+    """Message of an output: `channel` is None where the header names none, `recipient` is set for tool calls only."""
 
     channel: str | None
     content: str
     recipient: str | None = None
 
 
-def speaks_harmony(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every control token of harmony is one token of this tokenizer."""
+def has_harmony_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether every control token of harmony is one token of the tokenizer."""
     return set(tokenizer.get_added_vocab()) >= CONTROL_TOKENS
 
 
 def parse_channels(text: str, prefilled: str | None = None) -> list[ChannelMessage]:
-    """The messages in an output of the model.
+    """Parse an output of the model into messages.
 
     Args:
-        text: decoded with `skip_special_tokens=False`, from behind `<|start|>assistant`.
-        prefilled: the channel whose header the prompt already ended with, so that `text` starts with content.
+        text: output after `<|start|>assistant`, decoded with `skip_special_tokens=False`.
+        prefilled: channel whose header ends the prompt, so that `text` starts with content; None: there is none.
     """
     if prefilled is not None:
         text = f"<|start|>assistant<|channel|>{prefilled}<|message|>{text}"
@@ -62,7 +62,7 @@ def parse_channels(text: str, prefilled: str | None = None) -> list[ChannelMessa
 
 
 def final_text(text: str, prefilled: str | None = None) -> str:
-    """What the user gets to see of an output: its last `final` message, without any header; empty where there is none.
+    """Return the last `final` message of an output, without its header: the text for the user; empty if there is none.
 
     Args:
         text, prefilled: as in `parse_channels`.
@@ -72,25 +72,25 @@ def final_text(text: str, prefilled: str | None = None) -> str:
 
 
 def expected_supervision(messages: Sequence[Mapping[str, Any]], supervision: Supervision) -> list[str]:
-    """The texts that a harmony template must mark in this conversation, worked out from the messages alone.
+    """Return the texts that a harmony template must mark in a conversation, derived from the messages alone.
 
-    It restates the format's rules for assistant turns and reads no template, so it can audit one. `content`: each
-    message with its end token, headers left out. `sampled`: each turn from its first header to its stop token.
+    It restates the format's rules for assistant turns and reads no template, so it can verify one. `content`: each
+    message with its end token, without headers. `sampled`: each turn from its first header to its stop token.
 
     Args:
-        messages: a conversation without a generation prompt behind it.
+        messages: a conversation that ends without a generation prompt.
     """
     texts: list[str] = []
     for parts in _assistant_turns(messages):
         if supervision == "content":
-            texts += [said for _, said in parts]
+            texts += [content for _, content in parts]
         else:
-            texts.append("<|start|>assistant".join(header + said for header, said in parts))
+            texts.append("<|start|>assistant".join(header + content for header, content in parts))
     return texts
 
 
 def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[str, str]]]:
-    """The (header, said) pairs that each assistant message becomes."""
+    """Yield the (header, content) pairs of each assistant message."""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -103,10 +103,10 @@ def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[tup
             reasoning = None if is_answered else message.get("content") or thinking or None
             call = calls[0].get("function") or calls[0]
             header = f" to=functions.{call['name']}<|channel|>commentary {call.get('content_type', 'json')}<|message|>"
-            said = json.dumps(call["arguments"], ensure_ascii=False) + "<|call|>"
+            content = json.dumps(call["arguments"], ensure_ascii=False) + "<|call|>"
         else:
             reasoning = thinking if is_last else None
             header = "<|channel|>final<|message|>"
-            said = message["content"] + ("<|return|>" if is_last else "<|end|>")
+            content = message["content"] + ("<|return|>" if is_last else "<|end|>")
         analysis = [("<|channel|>analysis<|message|>", reasoning + "<|end|>")] if reasoning is not None else []
-        yield [*analysis, (header, said)]
+        yield [*analysis, (header, content)]

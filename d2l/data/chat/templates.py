@@ -1,4 +1,4 @@
-"""The training templates that are shipped besides harmony's, and which of them a tokenizer can write."""
+"""Shipped training templates for formats other than harmony, and the ones that fit a tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from d2l.data.chat.conversations import PLAIN_TURNS
 from d2l.errors import DataError
 from d2l.io.resources import resource
 
@@ -20,17 +21,18 @@ _MISTRAL = frozenset({"<s>", "</s>", "[INST]", "[/INST]"})
 
 @dataclass(frozen=True)
 class ShippedTemplate:
-    """A chat template with generation tags. `control_tokens`: what marks its format, each one token of the vocabulary."""
+    """Shipped chat template with generation tags. `control_tokens` mark its format, each one token of the vocabulary."""
 
     name: str
     control_tokens: frozenset[str]
 
     @property
     def text(self) -> str:
+        """Jinja text of the template."""
         return resource(self.name).read_text(encoding="utf-8")
 
 
-# Of those with the same control tokens, the first is for tokenizers without a template of their own.
+# Among templates with the same control tokens, the first is the default for tokenizers without a template.
 SHIPPED = (
     ShippedTemplate("chat_templates/meta-llama/Llama-3.1-8B-Instruct.jinja", _LLAMA_3_1),
     ShippedTemplate("chat_templates/meta-llama/Llama-3.2-3B-Instruct.jinja", _LLAMA_3_1),
@@ -42,39 +44,25 @@ SHIPPED = (
     ShippedTemplate("chat_templates/google/gemma-3-1b-it.jinja", frozenset({"<start_of_turn>", "<end_of_turn>"})),
 )
 
-_QUESTION, _ANSWER = {"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."}
-# Two templates that write all of these alike are of one format, white space at the edges included.
-_PLAIN_TURNS: tuple[Messages, ...] = (
-    (_QUESTION, _ANSWER),
-    (_QUESTION, _ANSWER, {"role": "user", "content": " And now?\n"}, {"role": "assistant", "content": "\n Red. "}),
-    ({"role": "system", "content": " Be brief. "}, _QUESTION, _ANSWER, _QUESTION),
-)
 
-
-def writable_templates(tokenizer: PreTrainedTokenizerBase) -> Iterator[ShippedTemplate]:
-    """The shipped templates whose control tokens are all tokens of this tokenizer, in order of preference."""
+def find_shipped_templates(tokenizer: PreTrainedTokenizerBase) -> Iterator[ShippedTemplate]:
+    """Yield the shipped templates whose control tokens are all in the tokenizer's vocabulary, in order of preference."""
     vocabulary = set(tokenizer.get_added_vocab())
     return (template for template in SHIPPED if vocabulary >= template.control_tokens)
 
 
-def shipped_note(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The end of a message that asks for another template: which are shipped for this tokenizer, if any."""
-    names = [template.name for template in writable_templates(tokenizer)]
-    return f"; shipped for its control tokens: {', '.join(names)}" if names else ""
-
-
-def writes_as(ours: Render, theirs: Render) -> bool:
-    """Whether a template writes plain turns, with and without a generation prompt, as another that accepts them does."""
+def renders_alike(ours: Render, theirs: Render) -> bool:
+    """Return whether `ours` renders plain turns as `theirs` does, for all turns that `theirs` accepts."""
     return all(
-        expected is None or expected == _text(ours, messages, prompt)
-        for messages in _PLAIN_TURNS
+        expected is None or expected == _try_render(ours, messages, prompt)
+        for messages in PLAIN_TURNS
         for prompt in (False, True)
-        for expected in [_text(theirs, messages, prompt)]
+        for expected in [_try_render(theirs, messages, prompt)]
     )
 
 
-def _text(render: Render, messages: Messages, prompt: bool) -> str | None:
-    """None where the template refuses these turns."""
+def _try_render(render: Render, messages: Messages, prompt: bool) -> str | None:
+    """Render a conversation; None where the template refuses it."""
     try:
         return render(messages, add_generation_prompt=prompt)
     except DataError:

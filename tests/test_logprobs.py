@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import cli
 from d2l import build
 from d2l.build import Components
-from d2l.data.logprobs import check_logprobs, require_teachers
+from d2l.data.logprobs import check_logprobs, require_teacher_logprobs
 from d2l.data.records import Record, write_records
 from d2l.errors import DataError
 
@@ -50,7 +50,7 @@ def taught(*ids: Any, source: str = "a.jsonl:1") -> Record:
 def test_records_without_a_teacher_are_named() -> None:
     records = [taught(((1,),)), Record("a", ("p",), ("r",), "a.jsonl:2")] + [Record("b", ("p",), ("r",), "b:1")] * 9
     with pytest.raises(DataError) as caught:
-        require_teachers(records, 10)
+        require_teacher_logprobs(records, 10)
     lines = str(caught.value).splitlines()
     assert lines[:2] == ["loss: kl needs teacher logprobs; 10 of 11 records have none:", "  record 1 (a.jsonl:2)"]
     assert "and 5 more" in lines[-2]
@@ -59,14 +59,14 @@ def test_records_without_a_teacher_are_named() -> None:
 
 def test_ids_beyond_the_vocabulary_are_named_with_record_and_prompt() -> None:
     records = [taught(((9,), (0,))), taught(((1,),), ((3,), (10,)), source="a.jsonl:2")]
-    require_teachers(records, 11)
+    require_teacher_logprobs(records, 11)
     with pytest.raises(DataError, match=r"beyond the 10 of .*:\n  record 1 \(a\.jsonl:2\), prompt 1: token id 10\n"):
-        require_teachers(records, 10)
+        require_teacher_logprobs(records, 10)
 
 
 @pytest.mark.parametrize("ids", [3, "x", ((1,), (2, 3)), (("x",),), (), ((),), ((None,),)])
 def test_what_is_malformed_is_left_to_the_check_of_its_question(ids: Any) -> None:
-    require_teachers([taught(ids)], 10)
+    require_teacher_logprobs([taught(ids)], 10)
 
 
 LEARNED = 6  # supervised tokens of the answer below: five digits and the end token

@@ -8,9 +8,9 @@ from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
-from commands.tables import LABELS
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
+from d2l.evaluation.scores import LABELS
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from d2l.data.chat.format import chat_format
 from d2l.data.document import decode_document
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import Row, document_chunks
+from d2l.data.tokenize import Row, chunk_document
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, bind
-from d2l.inference.generate import answer_text, ask, generate, internalize, prompt_ids, stop_ids
+from d2l.inference.generate import ask, decode_answer, encode_prompt, find_stop_ids, generate, internalize
 from d2l.inference.load import TrainedModel, load_model
 
 SHORT = "The ferry to Brennick leaves at nine."
@@ -110,11 +110,11 @@ def test_a_base_that_has_moved(run_folder: Path, trained: TrainedModel, tmp_path
 
 def test_a_document_becomes_the_lora_that_training_made_of_it(trained: TrainedModel) -> None:
     for text, chunks in ((SHORT, 1), (LONG, 4)):
-        pieces = document_chunks(text, trained.chat, Limits.of(trained.config))
+        pieces = chunk_document(text, trained.chat, Limits.of(trained.config))
         assert len(pieces) == chunks
         lora = internalize(trained, text)
         assert (lora.n_contexts, lora.rank) == (1, trained.config.lora_r * (chunks + 1))
-        packed = collate([Row(0, document_chunks("Another document.", trained.chat, Limits()), ()), Row(1, pieces, ())])
+        packed = collate([Row(0, chunk_document("Another document.", trained.chat, Limits()), ()), Row(1, pieces, ())])
         with torch.no_grad():
             beside = trained.model.lora(packed)[1]
         for name in lora.A:
@@ -165,9 +165,9 @@ def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel,
     chat = supervised(trained, supervision).chat
     encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
     begin = encoded.supervised.index(True)
-    assert prompt_ids(chat, "When?") == encoded.input_ids[:begin]
-    assert answer_text(chat, encoded.input_ids[begin:-1]) == "At nine."
-    assert encoded.input_ids[-1] in stop_ids(supervised(trained, supervision))
+    assert encode_prompt(chat, "When?") == encoded.input_ids[:begin]
+    assert decode_answer(chat, encoded.input_ids[begin:-1]) == "At nine."
+    assert encoded.input_ids[-1] in find_stop_ids(supervised(trained, supervision))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel,
 )
 def test_no_channel_leaks_into_an_answer(trained: TrainedModel, supervision: str, said: str, expected: str) -> None:
     chat = supervised(trained, supervision).chat
-    assert answer_text(chat, chat.encode_text(said)) == expected
+    assert decode_answer(chat, chat.encode_text(said)) == expected
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_random_model_answers_deterministically_and_without_control_tokens(tra
 def test_generation_is_greedy_whatever_the_model_s_files_say(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = torch.tensor([prompt_ids(trained.chat, "When?")])
+    prompt = torch.tensor([encode_prompt(trained.chat, "When?")])
     lora = internalize(trained, SHORT)
     expected = generate(trained.model, lora, prompt, stop=[], max_new_tokens=6)
     defaults = trained.model.base.generation_config
@@ -259,10 +259,10 @@ def test_cached_generation_is_the_argmax_of_whole_forwards(trained: TrainedModel
     texts = (LONG, "Snow fell on the pass, and nobody came.")
     loras = [strong(internalize(trained, text)) for text in texts]
     batch = collate(
-        [Row(i, document_chunks(text, trained.chat, Limits.of(trained.config)), ()) for i, text in enumerate(texts)]
+        [Row(i, chunk_document(text, trained.chat, Limits.of(trained.config)), ()) for i, text in enumerate(texts)]
     )
     both = strong(model.lora(batch))
-    prompt = torch.tensor([prompt_ids(trained.chat, "When does the ferry leave?")] * 2)
+    prompt = torch.tensor([encode_prompt(trained.chat, "When does the ferry leave?")] * 2)
     found = generate(model, both, prompt, stop=[], max_new_tokens=5)
     for row, lora in enumerate(loras):
         ids = prompt[row : row + 1]

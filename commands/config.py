@@ -32,8 +32,7 @@ def config(
 ) -> None:
     """List the configuration's keys, or explain one.
 
-    An editor checks and completes a YAML file whose first line is
-    `# yaml-language-server: $schema=d2l.schema.json`, after `d2l config --schema > d2l.schema.json`.
+    A file that `d2l init` writes begins with how an editor uses the schema.
     """
     if schema and key is not None:
         raise UsageError(f"--schema describes all keys: leave {key} or --schema out")

@@ -42,17 +42,17 @@ class Key:
 
     @property
     def field(self) -> str:
-        """The name alone, without that of the curriculum before it."""
+        """Return the name alone, without that of the curriculum before it."""
         return self.name.rpartition(".")[2]
 
     @property
     def is_choice(self) -> bool:
-        """Whether the range lists the words that are allowed."""
+        """Return whether the range lists the words that are allowed."""
         return self.type == CHOICE
 
     @property
     def kind(self) -> str:
-        """The type in a few words: the choices where there are some."""
+        """Return the type in a few words: the choices where there are some."""
         return self.range.replace(", ", "|") if self.is_choice else self.type
 
     def to_json(self) -> dict[str, str]:

@@ -59,6 +59,7 @@ _UPLOADS = "nothing is uploaded"
 _COMPILATION = "the model is not compiled"
 
 HAS_NO_EFFECT: dict[str, str] = {
+    "activation_checkpointing_kwargs": "see gradient_checkpointing_kwargs",
     "average_tokens_across_devices": "losses are always normalised by global token counts",
     "batch_eval_metrics": _EVALUATION,
     "bf16": "see dtype",
@@ -81,6 +82,7 @@ HAS_NO_EFFECT: dict[str, str] = {
     "do_eval": _EVALUATION,
     "do_predict": _EVALUATION,
     "do_train": "`d2l train` trains",
+    "enable_jit_checkpoint": "checkpoints are written every save_steps",
     "eval_accumulation_steps": _EVALUATION,
     "eval_delay": _EVALUATION,
     "eval_do_concat_batches": _EVALUATION,
@@ -134,6 +136,7 @@ HAS_NO_EFFECT: dict[str, str] = {
     "project": _TRACKING,
     "remove_unused_columns": "records hold only what is read",
     "report_to": _TRACKING,
+    "restore_callback_states_from_checkpoint": "there are no callbacks",
     "run_name": "the run's folder is output_dir",
     "save_on_each_node": "the main process writes checkpoints",
     "save_only_model": "every checkpoint can be resumed",
@@ -149,6 +152,7 @@ HAS_NO_EFFECT: dict[str, str] = {
     "trackio_bucket_id": _TRACKING,
     "trackio_space_id": _TRACKING,
     "trackio_static_space_id": _TRACKING,
+    "train_sampling_strategy": "the order of rows follows from seed",
     "use_cache": "the base keeps no key-value cache in training",
     "use_flash_attn": "see attn_implementation",
     "use_liger_kernel": "logits are only formed where labels are",

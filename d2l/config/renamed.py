@@ -69,7 +69,7 @@ def _stage(stage: Any, notes: dict[str, str]) -> Any:
 
 
 def why_not_read(key: str, present: Mapping[str, Any] | None, *, stage: bool = False) -> str | None:
-    """Say why a key under its old name was not translated; None where it is no old name.
+    """Return why a key under its old name was not translated; None where it is no old name.
 
     Args:
         key: the key that was refused as unknown.

@@ -197,25 +197,25 @@ class RunConfig(BaseModel):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss compares with a teacher's log-probabilities, which the data has to carry."""
+        """Return whether the loss compares with a teacher's log-probabilities, which the data has to carry."""
         return self.loss in TAUGHT_LOSSES
 
     @property
     def stages(self) -> tuple[CurriculumStage, ...]:
-        """The stages of the run's generated needles; a single one without a curriculum."""
+        """Return the stages of the run's generated needles; a single one without a curriculum."""
         single = CurriculumStage(
             pairs=self.needle_pairs, digits=self.needle_digits, filler_words=self.needle_filler_words
         )
         return self.curriculum or (single,)
 
     def documents_of(self, stage: CurriculumStage) -> int:
-        """The number of documents that are generated for a stage."""
+        """Return the number of documents that are generated for a stage."""
         return self.needle_documents if stage.documents is None else stage.documents
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, complete, in the order of the fields."""
+        """Return the configuration as plain JSON values, complete, in the order of the fields."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that `load_config` reads back to an equal value."""
+        """Return the configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.resolved(), sort_keys=False)

@@ -73,8 +73,6 @@ def nearest(key: str, *, stage: bool = False) -> tuple[str, ...]:
     asked = key.strip().lower().replace("-", "_").replace(" ", "_")
     if stage:
         return _close(asked, CurriculumStage.model_fields)[:1]
-    if asked in OTHER_WORDS:
-        return OTHER_WORDS[asked]
     names = known_names()
     if asked in names:
         return (asked,)

@@ -46,7 +46,7 @@ class Record:
 
 
 def listing(problems: Sequence[str]) -> str:
-    """The first problems, one indented line each, and how many more there are."""
+    """Return the first problems, one indented line each, and how many more there are."""
     rest = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
     return "\n".join(f"  {line}" for line in [*problems[:SHOWN], *rest])
 
@@ -104,7 +104,7 @@ def matching_paths(name: str | Path) -> list[Path]:
 
 
 def document_in_prompts(record: Record) -> Record:
-    """The record with its document before every question, as a model without a LoRA has to be asked."""
+    """Return the record with its document before every question, as a model without a LoRA has to be asked."""
     return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
 
 
@@ -139,7 +139,7 @@ def _read_records(path: Path, limit: int | None) -> list[Record]:
             records.append(_record(value, f"{path}:{number}"))
     if problems:
         count = f"{len(problems):,} of {len(problems) + len(records):,} records"
-        raise DataError(f"{path}: {count} cannot be used\n{listing(problems)}\n{EXPECTED}\nmend or remove them")
+        raise DataError(f"{path}: {count} cannot be used\n{listing(problems)}\n{EXPECTED}\nfix or remove them")
     if not records:
         raise DataError(f"{path}: holds no records\n{EXPECTED}")
     return records
@@ -233,7 +233,7 @@ def _folder(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _problem(value: Any) -> str | None:
-    """Why a value cannot be a record, or None."""
+    """Return why a value cannot be a record, or None."""
     if not isinstance(value, Mapping):
         return f"expected an object, found {_kind(value)}"
     for key in ("context", "prompts", "responses"):

@@ -38,6 +38,7 @@ fuzz: install
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md
+	$(BIN)/python -m d2l.config.docs > CONFIG.md
 
 prove: install # under 30 minutes on 2 cores
 	$(BIN)/python experiments/prove.py

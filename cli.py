@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from commands import adapter, data, evaluate, preflight, train
+from checks.result import UsageError
+from commands import adapter, config, data, evaluate, preflight, train
 from d2l.errors import D2LError, NonFiniteError
 
 USAGE, NON_FINITE, INTERRUPTED = 2, 11, 130  # exit codes
@@ -26,6 +27,28 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the chosen command, and refuse an option that its arguments give twice."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeated(command, type(ctx)(command, info_name=name, parent=ctx), rest)
+        return name, command, rest
+
+
+def _refuse_repeated(command: Any, ctx: Any, args: list[str]) -> None:
+    """Refuse an option that is given twice and takes one value, of which click would take the last without a word."""
+    if isinstance(command, TyperGroup):
+        if args and not args[0].startswith("-"):
+            name, command, args = command.resolve_command(ctx, args)
+            _refuse_repeated(command, type(ctx)(command, info_name=name, parent=ctx), args)
+        return
+    _, _, given = command.make_parser(ctx).parse_args(list(args))
+    for option in given:
+        single = option.param_type_name == "option" and not (option.multiple or option.is_flag or option.count)
+        if single and given.count(option) > 1:
+            several = "; several files: a glob, or the key train_ds_names" if "--data" in option.opts else ""
+            raise UsageError(f"{option.opts[-1]} is given {given.count(option)} times and takes one value{several}")
 
 
 app = typer.Typer(
@@ -55,7 +78,7 @@ def d2l(
     """Find out before a Doc-to-LoRA training run whether it can work; then train."""
 
 
-for commands in (preflight, train, adapter, evaluate, data):
+for commands in (preflight, train, adapter, evaluate, data, config):
     commands.add_commands(app)
 
 

@@ -135,16 +135,22 @@ def load_records(config: RunConfig) -> tuple[Record, ...]:
     """Read the run's documents from files, or generate needles.
 
     Raises:
-        DataError: no data is named, or a file or record cannot be used.
+        DataError: no data is named, or files or records cannot be used: each with its entry of train_ds_names.
     """
-    if not config.train_ds_names:
+    names = config.train_ds_names
+    if not names:
         raise DataError("no training data: pass --data FILE, or set train_ds_names")
     records: list[Record] = []
-    for name in config.train_ds_names:
-        if name == NEEDLE:
-            records += _needles(config)
-        else:
-            records += read_records([name], config.max_train_samples_per_ds)
+    failures: list[str] = []
+    for index, name in enumerate(names):
+        try:
+            records += _needles(config) if name == NEEDLE else read_records([name], config.max_train_samples_per_ds)
+        except DataError as error:
+            key = f"train_ds_names[{index}]" + (" (or --data)" if len(names) == 1 else "")
+            failures.append(f"{key}: {error}")
+    if failures:
+        advice = "To check everything else without the data, leave --data out: --set 'train_ds_names=[]'"
+        raise DataError("\n\n".join([*failures, advice]))
     return tuple(records)
 
 

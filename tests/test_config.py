@@ -1,6 +1,7 @@
 """The configuration: every mistake at once with its line, the reference's keys, and a resolved config that reads back."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -71,8 +72,12 @@ def test_command_line_values_win_and_are_named_in_errors(tmp_path: Path) -> None
 
 
 def test_harmless_keys_of_the_reference_are_remarks_and_others_problems(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "streaming: false\nlogging_steps: 10\nnotes: mine\n"))
-    assert len(config.remarks) == 3
+    text = "model_name_or_path: m\nstreaming: false\noptim: adamw_torch\nlogging_steps: 10\nnotes: mine\n"
+    assert load_config(write(tmp_path, text)).remarks == (
+        "2 keys of the reference change nothing at this value: streaming: false, optim: adamw_torch; "
+        "`d2l config KEY` says why",
+        "2 keys of the reference have no effect here: logging_steps, notes; `d2l config KEY` says why",
+    )
     for key, (neutral, _) in UNSUPPORTED.items():
         assert load_config(write(tmp_path, yaml.safe_dump({key: neutral[0]}))).remarks
         with pytest.raises(ConfigError, match=f"line 1: {key}: "):
@@ -110,3 +115,91 @@ def test_a_config_is_frozen_and_found_from_any_directory(tmp_path: Path, monkeyp
         config.lora_r = 1  # type: ignore[misc]
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist; shipped configs are configs/"):
         find_config(Path("nowhere.yaml"))
+
+
+def test_a_file_without_a_base_model_says_what_is_examined(tmp_path: Path) -> None:
+    path = write(tmp_path, "lora_r: 4\n")
+    (remark,) = load_config(path).remarks
+    assert "the embedded toy configs/models/tiny_gpt_oss is examined" in remark
+    assert not load_config(path, model="openai/gpt-oss-20b").remarks
+    assert not load_config(path, {"model_name_or_path": "openai/gpt-oss-20b"}).remarks
+
+
+NUMBERS = [
+    name
+    for name, field in RunConfig.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
+
+
+@pytest.mark.parametrize("value", ["true", "false", ".inf", "-.inf", ".nan", "nan", "1e400"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_booleans_and_what_is_not_finite_are_no_numbers(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"line 1: {key}: "):
+        load_config(write(tmp_path, f"{key}: {value}\n"))
+
+
+@pytest.mark.parametrize("text", ["1e3", "1000.0", "1.0e+3", "1000", "'1000'", "1E3"])
+def test_whole_numbers_in_any_notation(tmp_path: Path, text: str) -> None:
+    assert load_config(write(tmp_path, f"max_steps: {text}\nneedle_documents: {text}\n")).max_steps == 1000
+    assert load_config(write(tmp_path, "learning_rate: 4e-5\n")).learning_rate == 4e-5
+    for wrong in ("1.5", "1e-3", "ten", "[1]"):
+        with pytest.raises(ConfigError, match="line 1: max_steps: "):
+            load_config(write(tmp_path, f"max_steps: {wrong}\n"))
+
+
+def test_no_limit_of_steps_counts_as_not_set(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model_name_or_path: m\nmax_steps: -1\n"))
+    assert config.max_steps == 1000
+    assert config.remarks == ("max_steps: -1 counts as not set: the run has 1,000 steps, the default",)
+    with pytest.raises(ConfigError, match="max_steps: must be greater than or equal to 1, found -2"):
+        load_config(write(tmp_path, "max_steps: -2\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("warmup_ratio: 0.03\nmax_steps: 400\n", 12), ("warmup_ratio: 0.0301\n", 31), ("warmup_ratio: 0\n", 100)],
+)
+def test_a_warmup_ratio_becomes_steps_with_a_note(tmp_path: Path, text: str, steps: int) -> None:
+    config = load_config(write(tmp_path, text + "model_name_or_path: m\n"))
+    assert config.warmup_steps == steps
+    assert len(config.remarks) == 1
+    assert config.remarks[0].startswith("warmup_ratio: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("warmup_ratio: 0.1\nwarmup_steps: 5\n", "line 1: warmup_ratio: warmup_steps is set too; keep one of them"),
+        ("warmup_ratio: 3\n", "line 1: warmup_ratio: expected a number from 0 to 1, found 3"),
+        ("warmup_ratio: true\n", "expected a number from 0 to 1, found True"),
+        ("max_steps: x\nwarmup_ratio: 0.1\n", "1 problem"),
+        ("loss: ce\nuse_kl_loss: true\n", "line 2: use_kl_loss is the old name of loss, which is set too; remove"),
+        ("use_kl_loss: maybe\n", "use_kl_loss is called loss now and reads true as loss: kl, false as loss: ce only"),
+        (
+            "train_ds_names: needle\ncurriculum:\n- {pairs: 1, digits: 1, filler_words: 1, filler_tokens: 2}\n",
+            "line 2: curriculum[0].filler_tokens: filler_tokens is the old name of filler_words, which is set too",
+        ),
+        (
+            "train_ds_names: needle\ncurriculum:\n- {pars: 1, digits: 1}\n",
+            "line 2: unknown key curriculum[0].pars; did you mean pairs?",
+        ),
+        ("train_ds_names: needle\ncurriculum:\n- {digits: 1}\n", "line 2: curriculum[0].pairs: Field required"),
+        ("remarks: [x]\n", "line 1: unknown key remarks"),
+        ("zzz: 1\n", "line 1: unknown key zzz; `d2l config` lists the keys"),
+        ("per_device_train_batch_size: true\n", "is not supported"),
+        ("<<: {streaming: true}\n", "streaming: true of the reference is not supported"),
+        ("lora_r: 2021-02-30\n", "not valid YAML"),
+    ],
+)
+def test_a_mistake_of_names_is_explained(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert expected in str(caught.value)
+
+
+def test_a_folder_and_standard_input_are_no_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, not a file"):
+        find_config(tmp_path)
+    with pytest.raises(ConfigError, match="not read from standard input"):
+        find_config(Path("-"))

@@ -28,8 +28,10 @@ def test_the_yaml_is_read_with_a_note_for_each_name_that_changed() -> None:
     assert config.needle_filler_words == 16
     assert [stage.filler_words for stage in config.curriculum] == [8, 16]
     assert config.curriculum[0].min_filler_words == 0
-    assert "use_kl_loss is called loss: ce now" in config.remarks
-    assert "needle_filler_tokens is called needle_filler_words: 16 now" in config.remarks
+    (note,) = config.remarks
+    assert note.startswith("4 keys have another name now: ")
+    assert "use_kl_loss → loss: ce" in note
+    assert "needle_filler_tokens → needle_filler_words: 16" in note
     assert load_config(OLD / "run" / "config.yaml").model_dump(
         exclude={"max_steps", "output_dir"}
     ) == config.model_dump(exclude={"max_steps", "output_dir"})

@@ -1,5 +1,6 @@
 """Reading and writing records: every format alike, and every unusable record named."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from d2l.build import load_records
+from d2l.config.schema import RunConfig
 from d2l.data.records import Record, read_records, write_records
 from d2l.errors import DataError
 
@@ -47,6 +50,53 @@ def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
             }
             for value in values
         ], name
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_gzipped_files_are_read(tmp_path: Path, name: str) -> None:
+    text = json.dumps([GOOD, GOOD]) if name == "a.json.gz" else f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert [record.source for record in read_records([tmp_path / name])] == [f"{tmp_path / name}:{i}" for i in (1, 2)]
+    whole = gzip.compress(text.encode() * 1000, mtime=0)
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    assert f"{tmp_path / name}: cannot be read as gzip" in failure(tmp_path / name)
+    (tmp_path / name).write_text(text)
+    assert "cannot be read as gzip: Not a gzipped file" in failure(tmp_path / name)
+    (tmp_path / "a.jsonl").write_bytes(whole)
+    assert "is compressed by gzip; name it .jsonl.gz" in failure(tmp_path / "a.jsonl")
+
+
+def test_a_glob_is_read_in_the_order_of_names_and_its_limit_holds_for_all_files(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.jsonl"):
+        write_lines(tmp_path / name, GOOD, GOOD)
+    write_lines(tmp_path / "[x].jsonl", GOOD)  # a name that exists is no pattern
+    read = [record.source.removeprefix(f"{tmp_path}/") for record in read_records([tmp_path / "[abc].jsonl"], limit=3)]
+    assert read == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert len(read_records([tmp_path / "[x].jsonl"])) == 1
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write_lines(tmp_path / "deep" / "er" / "d.jsonl", GOOD)
+    assert len(read_records([tmp_path / "deep" / "**" / "*.jsonl"])) == 1
+
+
+def test_what_names_no_file_is_told_apart(tmp_path: Path) -> None:
+    assert f"{tmp_path / '*.jsonl'}: the pattern matches no file" in failure(tmp_path / "*.jsonl")
+    assert "a.jsonl: does not exist" in failure(tmp_path / "a.jsonl")
+    assert f"its folder {tmp_path / 'no'} does not exist" in failure(tmp_path / "no" / "where" / "a.jsonl")
+    assert "-: standard input is not read" in failure(Path("-"))
+
+
+def test_every_entry_of_train_ds_names_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    good = write_lines(tmp_path / "a.jsonl", GOOD)
+    names = [str(good), str(tmp_path / "b.jsonl"), "needle", str(tmp_path / "*.parquet")]
+    with pytest.raises(DataError) as caught:
+        load_records(RunConfig.model_validate({"train_ds_names": names}))
+    message = str(caught.value)
+    assert f"train_ds_names[1]: {tmp_path / 'b.jsonl'}: does not exist" in message
+    assert f"train_ds_names[3]: {tmp_path / '*.parquet'}: the pattern matches no file" in message
+    assert "train_ds_names[0]" not in message
+    assert "--set 'train_ds_names=[]'" in message
+    with pytest.raises(DataError, match=r"^train_ds_names\[0\] \(or --data\): "):
+        load_records(RunConfig.model_validate({"train_ds_names": str(tmp_path / "b.jsonl")}))
 
 
 def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_problem(tmp_path: Path) -> None:
@@ -127,7 +177,12 @@ def test_parquet_without_a_column_and_folders_that_are_no_dataset(tmp_path: Path
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
     assert "row 1: `context` is missing (found: text)" in failure(tmp_path / "a.parquet")
     (tmp_path / "empty").mkdir()
-    assert "cannot be read as a dataset" in failure(tmp_path / "empty")
+    assert "empty: is a folder that `save_to_disk` of datasets did not write\nexpected:" in failure(tmp_path / "empty")
+    write_lines(tmp_path / "empty" / "a.jsonl", GOOD)
+    assert f"for its files name a glob: {tmp_path / 'empty' / '*.jsonl'}" in failure(tmp_path / "empty")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{}")
+    assert "cannot be read as a dataset" in failure(tmp_path / "damaged")
     datasets.DatasetDict(train=datasets.Dataset.from_list([GOOD])).save_to_disk(tmp_path / "splits")
     assert f"name one of {tmp_path / 'splits' / 'train'}" in failure(tmp_path / "splits")
     assert len(read_records([tmp_path / "splits" / "train"])) == 1

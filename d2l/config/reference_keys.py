@@ -1,30 +1,51 @@
-"""Keys of the reference implementation's YAML that d2l does not have, and what it says about each.
+"""Keys of the reference implementation's YAML that d2l does not have, and the reason for each.
 
-`UNSUPPORTED` would change what is trained: only the neutral values are accepted. `HAS_NO_EFFECT` is plumbing of the
+The reference's configuration extends the TrainingArguments of transformers, whose keys belong to it. `UNSUPPORTED`
+would change what is trained or where: only the neutral values are accepted. `HAS_NO_EFFECT` is plumbing of the
 reference's trainer that cannot change what is trained here. The defaults are those of SakanaAI/doc-to-lora.
 """
 
 from typing import Any
 
+_ACCELERATE = "processes and devices are set up by `accelerate launch` or `torchrun`"
 _NO_OTHER_ENCODER = "the frozen base reads the document itself; one copy of the base is kept"
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accelerator_config": ((None, {}), f"{_ACCELERATE}; remove it"),
+    "activation_checkpointing": ((None, False), "use gradient_checkpointing"),
     "add_negative_prompt": ((False,), "negative prompts are not implemented; remove it"),
     "aggregator_type": (("perceiver",), "the Perceiver is the published aggregator; remove it"),
+    "auto_find_batch_size": (
+        (False,),
+        "lengths are fixed before the run; lower max_packed_inp_len and max_packed_ctx_len",
+    ),
     "avg_chunk_loras": ((False,), "chunks are concatenated along the rank, as published; remove it"),
-    "ctx_encoder_model_name_or_path": ((None,), f"{_NO_OTHER_ENCODER}; remove it"),
     "ctx_encoder_last_layer": ((None,), "the features are those of the base's own layers; remove it"),
+    "ctx_encoder_model_name_or_path": ((None,), f"{_NO_OTHER_ENCODER}; remove it"),
+    "data_seed": ((None,), "one seed serves weights and data; use seed"),
+    "deepspeed": ((None, ""), f"{_ACCELERATE}; remove it"),
     "dropout_rate": ((0, 0.0, None), "the hypernetwork has no dropout; set it to 0"),
     "exp_setup": (("hyper_lora",), "only hyper_lora exists here; remove it"),
     "extra_modules": ((None, []), "only LoRA is generated; remove it"),
+    "fp16": ((False,), "float16 overflows without loss scaling, which d2l does not have; use dtype: bfloat16"),
     "from_pretrained_checkpoint": ((None,), "start from a checkpoint with `d2l train --resume`; remove it"),
+    "fsdp": ((None, "", False, []), f"{_ACCELERATE}; remove it"),
+    "full_determinism": ((False,), "set it through torch.use_deterministic_algorithms; remove it"),
+    "label_smoothing_factor": ((0, 0.0), "labels are not smoothed; set it to 0"),
     "lora_dropout": ((0, 0.0, None), "generated adapters have no dropout; set it to 0"),
     "lr_scheduler_kwargs": ((None, {}), "write its min_lr as the key min_lr"),
     "neftune_noise_alpha": ((0, 0.0, None), "embedding noise is not implemented; set it to 0"),
+    "no_cuda": ((False,), "hide the devices with the environment variable CUDA_VISIBLE_DEVICES instead; remove it"),
     "num_train_epochs": ((None,), "a run's length is given in steps; use max_steps"),
     "optim": (("adamw_torch", "adamw_torch_fused"), "the optimizer is AdamW; remove it"),
+    "optim_args": ((None, ""), "AdamW has the keys adam_beta1, adam_beta2, adam_epsilon and weight_decay; remove it"),
+    "optim_target_modules": ((None,), "every parameter of the hypernetwork is trained; remove it"),
+    "overwrite_output_dir": ((False,), "nothing is written over; give output_dir another name"),
     "per_device_train_batch_size": ((-1, 1), "a micro-batch is one packed row; use gradient_accumulation_steps"),
+    "push_to_hub": ((False,), "nothing is uploaded; remove it"),
+    "resume_from_checkpoint": ((None, False), "continue a run with `d2l train --resume`; remove it"),
     "streaming": ((False,), "data is read whole, so that every row can be checked before the run; remove it"),
+    "use_cpu": ((False,), "hide the devices with the environment variable CUDA_VISIBLE_DEVICES instead; remove it"),
     "use_light_weight_lora": ((False,), "only full heads exist here; remove it"),
     "use_per_rank_bias": ((False,), "bias is per module, as published; remove it"),
     "use_sequence_packing": ((True,), "rows are always packed; remove it or set it to true"),
@@ -34,24 +55,70 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 _TRACKING = "metrics go to metrics.jsonl in the run's folder"
 _EVALUATION = "training does not evaluate in between"
 _LOADING = "rows are tokenized and packed before the run"
+_UPLOADS = "nothing is uploaded"
+_COMPILATION = "the model is not compiled"
 
 HAS_NO_EFFECT: dict[str, str] = {
+    "activation_checkpointing_kwargs": "see gradient_checkpointing_kwargs",
     "average_tokens_across_devices": "losses are always normalised by global token counts",
+    "batch_eval_metrics": _EVALUATION,
     "bf16": "see dtype",
+    "bf16_full_eval": _EVALUATION,
+    "dataloader_drop_last": _LOADING,
+    "dataloader_in_order": _LOADING,
+    "dataloader_multiprocessing_context": _LOADING,
     "dataloader_num_workers": _LOADING,
     "dataloader_persistent_workers": _LOADING,
+    "dataloader_pin_memory": _LOADING,
     "dataloader_prefetch_factor": _LOADING,
+    "ddp_backend": _ACCELERATE,
+    "ddp_broadcast_buffers": _ACCELERATE,
+    "ddp_bucket_cap_mb": _ACCELERATE,
     "ddp_find_unused_parameters": "every parameter takes part",
-    "ddp_timeout": "set it through accelerate",
+    "ddp_static_graph": _ACCELERATE,
+    "ddp_timeout": _ACCELERATE,
+    "debug": _TRACKING,
+    "disable_tqdm": _TRACKING,
+    "do_eval": _EVALUATION,
+    "do_predict": _EVALUATION,
+    "do_train": "`d2l train` trains",
+    "enable_jit_checkpoint": "checkpoints are written every save_steps",
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
     "eval_on_start": _EVALUATION,
     "eval_steps": _EVALUATION,
     "eval_strategy": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "fp16_full_eval": _EVALUATION,
+    "fsdp_config": _ACCELERATE,
     "gen_per_device_eval_batch_size": _EVALUATION,
+    "greater_is_better": _EVALUATION,
+    "group_by_length": _LOADING,
+    "hub_always_push": _UPLOADS,
+    "hub_model_id": _UPLOADS,
+    "hub_private_repo": _UPLOADS,
+    "hub_revision": _UPLOADS,
+    "hub_strategy": _UPLOADS,
+    "hub_token": _UPLOADS,
+    "ignore_data_skip": "a resumed run continues at its place in the data",
     "include_for_metrics": _EVALUATION,
+    "include_inputs_for_metrics": _TRACKING,
+    "include_num_input_tokens_seen": _TRACKING,
+    "include_tokens_per_second": _TRACKING,
+    "jit_mode_eval": _EVALUATION,
     "label_names": "labels are part of the packed batch",
+    "length_column_name": _LOADING,
+    "liger_kernel_config": "see use_liger_kernel",
     "light_weight_latent_size": "see use_light_weight_lora",
     "load_best_model_at_end": _EVALUATION,
+    "local_rank": _ACCELERATE,
+    "log_level": _TRACKING,
+    "log_level_replica": _TRACKING,
+    "log_on_each_node": _TRACKING,
+    "logging_dir": _TRACKING,
     "logging_first_step": _TRACKING,
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "logging_steps": _TRACKING,
     "logging_strategy": _TRACKING,
     "max_base_len": "inputs are bounded by max_qas_len and max_packed_inp_len",
@@ -61,18 +128,39 @@ HAS_NO_EFFECT: dict[str, str] = {
     "metric_for_best_model": _EVALUATION,
     "notes": "a free text for the reference's tracker",
     "num_latent_factor": "the reference's Perceiver does not read it",
+    "parallelism_config": _ACCELERATE,
     "per_device_eval_batch_size": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
     "pooling_type": "the Perceiver does not pool",
+    "predict_with_generate": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "project": _TRACKING,
     "remove_unused_columns": "records hold only what is read",
     "report_to": _TRACKING,
+    "restore_callback_states_from_checkpoint": "there are no callbacks",
     "run_name": "the run's folder is output_dir",
+    "save_on_each_node": "the main process writes checkpoints",
+    "save_only_model": "every checkpoint can be resumed",
     "save_safetensors": "checkpoints are always safetensors",
     "save_strategy": "see save_steps",
+    "skip_memory_metrics": _TRACKING,
     "test_ds_names": _EVALUATION,
     "tf32": "set it through torch",
+    "torch_compile": _COMPILATION,
+    "torch_compile_backend": _COMPILATION,
+    "torch_compile_mode": _COMPILATION,
     "torch_empty_cache_steps": "memory is left to the allocator",
+    "trackio_bucket_id": _TRACKING,
+    "trackio_space_id": _TRACKING,
+    "trackio_static_space_id": _TRACKING,
+    "train_sampling_strategy": "the order of rows follows from seed",
+    "use_cache": "the base keeps no key-value cache in training",
     "use_flash_attn": "see attn_implementation",
     "use_liger_kernel": "logits are only formed where labels are",
     "val_ds_names": _EVALUATION,
 }
+
+
+def is_neutral(key: str, value: Any) -> bool:
+    """Return whether a value of an unsupported key changes nothing; true and 1 differ, as false and 0 do."""
+    neutral, _ = UNSUPPORTED[key]
+    return any(value == it and isinstance(value, bool) == isinstance(it, bool) for it in neutral)

@@ -1,13 +1,33 @@
 """Keys under the names that they had in an earlier version, or have in the reference, as they are called now."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-# Old name → new name; the value stays.
-_RENAMED = {"needle_filler_tokens": "needle_filler_words"}
-_RENAMED_IN_STAGES = {"filler_tokens": "filler_words", "min_filler_tokens": "min_filler_words"}
-# Old name → new name, and what each value has become.
-_TRANSLATED: dict[str, tuple[str, dict[Any, Any]]] = {"use_kl_loss": ("loss", {True: "kl", False: "ce"})}
+
+@dataclass(frozen=True)
+class NewName:
+    """What an old name is called now.
+
+    Args:
+        name: the key today.
+        becomes: what each value has become; empty where values stay as they are.
+        origin: whose name it was.
+    """
+
+    name: str
+    becomes: Mapping[Any, Any] = field(default_factory=dict)
+    origin: str = "d2l 0.1.0"
+
+
+OLD_NAMES: dict[str, NewName] = {
+    "needle_filler_tokens": NewName("needle_filler_words"),
+    "use_kl_loss": NewName("loss", {True: "kl", False: "ce"}, "the reference, and d2l 0.1.0"),
+}
+OLD_STAGE_NAMES: dict[str, NewName] = {
+    "filler_tokens": NewName("filler_words"),
+    "min_filler_tokens": NewName("min_filler_words"),
+}
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -21,22 +41,49 @@ def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     current: dict[str, Any] = {}
     notes: dict[str, str] = {}
     for key, value in values.items():
-        name, becomes = _TRANSLATED.get(key, (_RENAMED.get(key, key), {}))
-        known = not becomes or (isinstance(value, bool) and value in becomes)
-        if name == key or name in values or not known:
+        new = OLD_NAMES.get(key)
+        known = new is not None and (not new.becomes or (isinstance(value, bool) and value in new.becomes))
+        if new is None or new.name in values or not known:
             current[key] = value
             continue
-        current[name] = becomes.get(value, value) if becomes else value
-        notes[key] = f"{name}: {current[name]}"
+        current[new.name] = new.becomes.get(value, value) if new.becomes else value
+        notes[key] = f"{new.name}: {current[new.name]}"
     if isinstance(stages := current.get("curriculum"), list | tuple):
         current["curriculum"] = [_stage(stage, notes) for stage in stages]
     return current, notes
 
 
 def _stage(stage: Any, notes: dict[str, str]) -> Any:
+    """Translate an entry of the curriculum; a key under both names keeps its old one, as above."""
     if not isinstance(stage, Mapping):
         return stage
-    for old, new in _RENAMED_IN_STAGES.items():
-        if old in stage:
-            notes[f"curriculum: {old}"] = new
-    return {_RENAMED_IN_STAGES.get(key, key): value for key, value in stage.items()}
+    current = {}
+    for key, value in stage.items():
+        new = OLD_STAGE_NAMES.get(key)
+        if new is None or new.name in stage:
+            current[key] = value
+            continue
+        current[new.name] = value
+        notes[f"curriculum: {key}"] = new.name
+    return current
+
+
+def why_not_read(key: str, present: Mapping[str, Any] | None, *, stage: bool = False) -> str | None:
+    """Return why a key under its old name was not translated; None where it is no old name.
+
+    Args:
+        key: the key that was refused as unknown.
+        present: the keys that stand beside it.
+        stage: whether it stands in an entry of the curriculum.
+    """
+    new = (OLD_STAGE_NAMES if stage else OLD_NAMES).get(key)
+    if new is None:
+        return None
+    if new.name in (present or {}):
+        return f"{key} is the old name of {new.name}, which is set too; remove {key}"
+    values = ", ".join(f"{_yaml(old)} as {new.name}: {value}" for old, value in new.becomes.items())
+    return f"{key} is called {new.name} now and reads {values} only; write {new.name}"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

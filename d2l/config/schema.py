@@ -3,21 +3,32 @@
 What is in it is what runs and what is saved; nothing changes it later. `d2l.config.load` reads it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-NEEDLE = "needle"
+from d2l.config.numbers import (
+    Count,
+    Digits,
+    Fraction,
+    Length,
+    MultipleOfFour,
+    NonNegative,
+    NonNegativeReal,
+    Positive,
+    PositiveShare,
+    Probability,
+    Whole,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=-1, description="tokens; -1 means no limit")]
-Digits = Annotated[int, Field(ge=1, le=4)]
+NEEDLE = "needle"
+REMARKS = "remarks"  # the one field that is no key
+
 LossName = Literal["ce", "kl"]
 TAUGHT_LOSSES: frozenset[LossName] = frozenset(
     {"kl"}
 )  # they compare with a teacher's log-probabilities, kept in the data
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CurriculumStage(BaseModel):
@@ -27,10 +38,10 @@ class CurriculumStage(BaseModel):
 
     pairs: Count
     digits: Digits
-    filler_words: Annotated[int, Field(ge=0)] = 0
-    min_filler_words: Annotated[int, Field(ge=0)] | None = None  # where each document draws its own
-    passing: Annotated[float, Field(gt=0, le=1, description="exact match that ends the stage")] = 0.9
-    documents: Count | None = None  # default: needle_documents
+    filler_words: NonNegative = 0
+    min_filler_words: NonNegative | None = None
+    passing: PositiveShare = 0.9
+    documents: Count | None = None
 
     @field_validator("min_filler_words")
     @classmethod
@@ -43,16 +54,17 @@ class CurriculumStage(BaseModel):
 class RunConfig(BaseModel):
     """Everything that shapes a run. Lengths are in tokens, the learning rate is per optimizer step.
 
-    `remarks` holds what was said about keys of the reference that have no effect here; it is not part of what is saved.
+    What a key means stands in `d2l.config.descriptions`, group by group. `remarks` holds what `load_config` noted, such
+    as keys of the reference that have no effect here; it is not part of what is saved.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Base model and tokenizer
-    model_name_or_path: str = Field("configs/models/tiny_gpt_oss", description="hub id, local folder or config file")
-    tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
-    chat_template: str | None = Field(None, description="a Jinja file; default: the shipped training template")
-    current_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="the date templates print")
+    model_name_or_path: str = "configs/models/tiny_gpt_oss"
+    tokenizer_name_or_path: str | None = None
+    chat_template: str | None = None
+    current_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     supervision: Literal["content", "sampled"] = "content"
     attn_implementation: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -60,7 +72,7 @@ class RunConfig(BaseModel):
 
     # Context encoder
     ctx_encoder_type: Literal["embed_only", "per_layer_activations", "early_exit", "concat_layers"] = "early_exit"
-    layer_idx: Annotated[int, Field(ge=0)] | None = Field(None, description="early exit; default: a quarter of layers")
+    layer_idx: NonNegative | None = None
     quantize_ctx_encoder: bool = False
 
     # Hypernetwork
@@ -68,66 +80,62 @@ class RunConfig(BaseModel):
     target_modules: tuple[str, ...] = Field(("q_proj",), min_length=1)
     latent_size: Count = 512
     n_latent_queries: Count = 208
-    perceiver_heads: Annotated[int, Field(ge=4, multiple_of=4, description="query heads; four share a key")] = 16
+    perceiver_heads: MultipleOfFour = 16
     perceiver_head_dim: Count = 128
-    perceiver_query_scale: Annotated[float, Field(gt=0, description="of the initial query weights")] = 1.0
+    perceiver_query_scale: Positive = 1.0
     num_blocks: Count = 8
-    num_self_attn_per_block: Annotated[int, Field(ge=0)] = 0
+    num_self_attn_per_block: NonNegative = 0
     shared_weights: bool = False
-    num_pre_head_layers: Annotated[int, Field(ge=0)] = 1
+    num_pre_head_layers: NonNegative = 1
     per_rank_gen: bool = True
     per_layer_processing: bool = True
     use_bias: bool = True
 
     # Data
-    train_ds_names: tuple[str, ...] = Field((), description=f"JSONL, Parquet or dataset folders; or {NEEDLE!r}")
+    train_ds_names: tuple[str, ...] = ()
     max_train_samples_per_ds: Count | None = None
     needle_documents: Count = 64
     needle_pairs: Count = 2
     needle_digits: Digits = 2
     needle_style: Literal["sentences", "pairs"] = "sentences"
-    needle_filler_words: Annotated[int, Field(ge=0, description="words of filler text")] = 16
-    curriculum: tuple[CurriculumStage, ...] = Field(
-        (), description="needles in stages; instead of needle_pairs and the like"
-    )
+    needle_filler_words: NonNegative = 16
+    curriculum: tuple[CurriculumStage, ...] = ()
     max_ctx_len: Length = -1
     max_qas_len: Length = 2048
     max_qas_per_sample: Length = -1
     max_ctx_chunk_len: Length = -1
     min_ctx_chunk_len: Length = -1
     max_ctx_chunk_num: Count | None = None
-    num_chunk_probs: dict[int, Annotated[float, Field(ge=0, le=1)]] | None = None
+    num_chunk_probs: dict[Whole, Probability] | None = None
     max_packed_inp_len: Count = 16384
     max_packed_ctx_len: Count = 32768
-    cache: bool = Field(True, description="keep the token rows of 1,000 records and more on disk, for the next run")
-    cache_dir: str | None = Field(None, description="where; default: d2l in the user's cache folder")
+    cache: bool = True
+    cache_dir: str | None = None
 
     # Loss
     loss: LossName = "ce"
     use_per_ctx_average_loss: bool = False
-    gen_lora_l1_reg_coef: Annotated[float, Field(ge=0)] = 0.0
+    gen_lora_l1_reg_coef: NonNegativeReal = 0.0
 
     # Optimization
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-5
-    muon_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of weight matrices, which then take Muon's steps; default: everything takes AdamW's"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    learning_rate: Positive = 4e-5
+    muon_learning_rate: Positive | None = None
+    weight_decay: NonNegativeReal = 0.01
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
     lr_scheduler_type: Literal["cosine_with_min_lr", "constant_with_warmup", "linear", "warmup_stable_decay"] = (
         "cosine_with_min_lr"
     )
-    min_lr: Annotated[float, Field(ge=0)] = 1e-7
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    decay_steps: Annotated[int, Field(ge=0, description="the last ones, of warmup_stable_decay")] = 0
+    min_lr: NonNegativeReal = 1e-7
+    warmup_steps: NonNegative = 100
+    decay_steps: NonNegative = 0
     max_steps: Count = 1000
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=lambda: {"use_reentrant": False})
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: NonNegative = 42
 
     # Output
     output_dir: str = "runs"
@@ -189,25 +197,25 @@ class RunConfig(BaseModel):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss compares with a teacher's log-probabilities, which the data has to carry."""
+        """Return whether the loss compares with a teacher's log-probabilities, which the data has to carry."""
         return self.loss in TAUGHT_LOSSES
 
     @property
     def stages(self) -> tuple[CurriculumStage, ...]:
-        """The stages of the run's generated needles; a single one without a curriculum."""
+        """Return the stages of the run's generated needles; a single one without a curriculum."""
         single = CurriculumStage(
             pairs=self.needle_pairs, digits=self.needle_digits, filler_words=self.needle_filler_words
         )
         return self.curriculum or (single,)
 
     def documents_of(self, stage: CurriculumStage) -> int:
-        """The number of documents that are generated for a stage."""
+        """Return the number of documents that are generated for a stage."""
         return self.needle_documents if stage.documents is None else stage.documents
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, complete, in the order of the fields."""
+        """Return the configuration as plain JSON values, complete, in the order of the fields."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that `load_config` reads back to an equal value."""
+        """Return the configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.resolved(), sort_keys=False)

@@ -1,11 +1,15 @@
-"""Documents with questions and answers: read from JSONL, JSON, Parquet or a `datasets` folder, written as JSONL.
+"""Documents with questions and answers: read from JSONL, JSON (also gzipped), Parquet or `datasets` folders.
 
 Every record that cannot be used is reported with its file and line; nothing is skipped.
 """
 
+import glob
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ EXPECTED = (
     'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '
     "(optional: logprobs_vals and logprobs_indices, nested as [prompt][supervised token][k])"
 )
+_FORMS = "a JSONL, JSON (both also .gz) or Parquet file, or a folder written by `save_to_disk` of datasets"
+_ENDINGS = {".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz"}
 SHOWN = 5  # problems that a message lists in full: it has to fit on one screen
 
 
@@ -40,7 +46,7 @@ class Record:
 
 
 def listing(problems: Sequence[str]) -> str:
-    """The first problems, one indented line each, and how many more there are."""
+    """Return the first problems, one indented line each, and how many more there are."""
     rest = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
     return "\n".join(f"  {line}" for line in [*problems[:SHOWN], *rest])
 
@@ -49,29 +55,56 @@ def read_records(paths: Sequence[str | Path], limit: int | None = None) -> list[
     """Read every record of the files and folders, in order.
 
     Args:
-        paths: `.parquet` files, `.json` files (one list of objects), folders written by `datasets`' `save_to_disk`;
-            anything else is read as JSONL in UTF-8, blank lines apart.
-        limit: at most this many records from each path.
+        paths: `.parquet` files, `.json` files (one list of objects), folders written by `save_to_disk` of datasets;
+            anything else is read as JSONL in UTF-8, blank lines apart. `.json.gz` and `.jsonl.gz` are unpacked. A name
+            that does not exist may be a glob (`*`, `?`, `[...]`, and `**` for any folders), read in the order of names.
+        limit: at most this many records from each path, or from all files of a glob together.
 
     Raises:
         DataError: for every path that cannot be read or holds an unusable record, with file and line.
     """
     records: list[Record] = []
     failures: list[str] = []
-    for path in map(Path, paths):
+    for name in paths:
+        taken = 0
         try:
-            records += _read_path(path, limit)
+            for path in matching_paths(name):
+                if limit is not None and taken >= limit:
+                    break
+                found = _read_path(path, None if limit is None else limit - taken)
+                records += found
+                taken += len(found)
         except DataError as error:
             failures.append(str(error))
         except OSError as error:
-            failures.append(f"{path}: cannot be read: {error.strerror or error}")
+            failures.append(f"{name}: cannot be read: {error.strerror or error}")
     if failures:
         raise DataError("\n\n".join(failures))
     return records
 
 
+def matching_paths(name: str | Path) -> list[Path]:
+    """Return the path of that name, or what a glob matches, sorted.
+
+    Raises:
+        DataError: nothing has that name, or matches.
+    """
+    path, text = Path(name), str(name)
+    if text == "-":
+        raise DataError("-: standard input is not read; write the data to a file and name it")
+    if path.exists():
+        return [path]
+    if glob.has_magic(text):
+        if found := sorted(glob.glob(text, recursive=True)):
+            return [Path(item) for item in found]
+        raise DataError(f"{name}: the pattern matches no file\nexpected: {_FORMS}; {_where_from()}")
+    missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
+    why = f"its folder {missing} does not exist" if missing is not None else "does not exist"
+    raise DataError(f"{name}: {why}\nexpected: {_FORMS}; {_where_from()}")
+
+
 def document_in_prompts(record: Record) -> Record:
-    """The record with its document before every question, as a model without a LoRA has to be asked."""
+    """Return the record with its document before every question, as a model without a LoRA has to be asked."""
     return replace(record, prompts=tuple(f"{record.context}\n\n{prompt}" for prompt in record.prompts))
 
 
@@ -88,6 +121,13 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def _read_path(path: Path, limit: int | None) -> list[Record]:
+    try:
+        return _read_records(path, limit)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as gzip: {error}") from None
+
+
+def _read_records(path: Path, limit: int | None) -> list[Record]:
     unit, values = _open(path)
     records: list[Record] = []
     problems: list[str] = []
@@ -99,7 +139,7 @@ def _read_path(path: Path, limit: int | None) -> list[Record]:
             records.append(_record(value, f"{path}:{number}"))
     if problems:
         count = f"{len(problems):,} of {len(problems) + len(records):,} records"
-        raise DataError(f"{path}: {count} cannot be used\n{listing(problems)}\n{EXPECTED}\nmend or remove them")
+        raise DataError(f"{path}: {count} cannot be used\n{listing(problems)}\n{EXPECTED}\nfix or remove them")
     if not records:
         raise DataError(f"{path}: holds no records\n{EXPECTED}")
     return records
@@ -112,28 +152,35 @@ class _Unreadable:
     text: str
 
 
+def _where_from() -> str:
+    return f"a relative path starts from {Path.cwd()}"
+
+
 def _open(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """What the parts of this kind of file are called, and the parts: (number from 1, value)."""
-    if not path.exists():
-        raise DataError(
-            f"{path}: does not exist\nexpected: a JSONL, JSON or Parquet file, or a folder written by `save_to_disk` "
-            f"of datasets; a relative path starts from {Path.cwd()}"
-        )
+    """Return what the parts of this kind of file are called, and the parts: (number from 1, value)."""
     if path.is_dir():
         return "row", _folder(path)
     if path.suffix == ".parquet":
         return "row", _parquet(path)
-    with path.open("rb") as file:
-        if b"\0" in file.read(4096):
-            raise DataError(
-                f"{path}: is binary (holds NUL bytes)\nexpected: JSONL in UTF-8, or Parquet under a name that ends "
-                "in .parquet; convert or rename it"
-            )
-    return ("item", _json_list(path)) if path.suffix == ".json" else ("line", _jsonl(path))
+    with _binary(path) as file:
+        start = file.read(4096)
+    if start.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: is compressed by gzip; name it .jsonl.gz or .json.gz")
+    if b"\0" in start:
+        raise DataError(
+            f"{path}: is binary (holds NUL bytes)\nexpected: JSONL in UTF-8, or Parquet under a name that ends "
+            "in .parquet; convert or rename it"
+        )
+    return ("item", _json_list(path)) if path.name.removesuffix(".gz").endswith(".json") else ("line", _jsonl(path))
+
+
+def _binary(path: Path) -> gzip.GzipFile | BufferedReader:
+    """Open a file for its bytes, unpacked where its name ends in .gz."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:  # bytes: only \n ends a line, and an undecodable line is named
+    with _binary(path) as file:  # bytes: only \n ends a line, and an undecodable line is named
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
@@ -152,7 +199,8 @@ def _parse(text: bytes) -> Any:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    value = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    with _binary(path) as file:
+        value = _parse(file.read().removeprefix(b"\xef\xbb\xbf"))
     if isinstance(value, _Unreadable) or not isinstance(value, list):
         found = value.text if isinstance(value, _Unreadable) else f"found {_kind(value)}"
         raise DataError(f"{path}: expected one JSON list of records, {found}; name one-object-per-line files .jsonl")
@@ -169,20 +217,23 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _folder(path: Path) -> Iterator[tuple[int, Any]]:
+    if not any((path / name).exists() for name in ("state.json", "dataset_info.json", "dataset_dict.json")):
+        endings = sorted({"".join(file.suffixes[-2:]) for file in path.iterdir() if file.is_file()} & _ENDINGS)
+        files = f"; for its files name a glob: {path / f'*{endings[0]}'}" if endings else ""
+        raise DataError(f"{path}: is a folder that `save_to_disk` of datasets did not write{files}\nexpected: {_FORMS}")
     import datasets  # here: it takes seconds to import, and most data is JSONL
 
-    advice = "expected: a folder written by `save_to_disk` of datasets"
     try:
         dataset = datasets.load_from_disk(str(path))
     except (FileNotFoundError, pyarrow.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a dataset: {str(error).splitlines()[0]}\n{advice}") from None
+        raise DataError(f"{path}: cannot be read as a dataset: {str(error).splitlines()[0]}") from None
     if isinstance(dataset, datasets.DatasetDict):
         raise DataError(f"{path}: holds several splits; name one of {', '.join(str(path / s) for s in dataset)}")
     return enumerate(dataset, 1)
 
 
 def _problem(value: Any) -> str | None:
-    """Why a value cannot be a record, or None."""
+    """Return why a value cannot be a record, or None."""
     if not isinstance(value, Mapping):
         return f"expected an object, found {_kind(value)}"
     for key in ("context", "prompts", "responses"):

@@ -1,0 +1,214 @@
+"""What each configuration key means: a sentence with its unit and default, when it has an effect, the reference's name.
+
+Groups and keys stand in the order of `RunConfig`; types, defaults and ranges are those of its fields.
+"""
+
+from dataclasses import dataclass
+
+ALWAYS = "always"
+SAME_NAME = "the same"
+ABSENT = "not in the reference"
+
+_NEEDLES = "with `train_ds_names: [needle]`"
+_SINGLE_STAGE = f"{_NEEDLES} and no `curriculum`"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The prose facts of one key.
+
+    Args:
+        text: one sentence that reads without the key's name, without a full stop.
+        effect: when the value changes anything.
+        reference: what the reference implementation calls it.
+    """
+
+    text: str
+    effect: str = ALWAYS
+    reference: str = SAME_NAME
+
+
+def _own(text: str, effect: str = ALWAYS) -> Description:
+    """Describe a key that the reference does not have."""
+    return Description(text, effect, ABSENT)
+
+
+GROUPS: dict[str, dict[str, Description]] = {
+    "Base model and tokenizer": {
+        "model_name_or_path": Description(
+            "Base model: a hub id, a local folder, or a config file for a random model; default: the embedded tiny GPT-OSS"
+        ),
+        "tokenizer_name_or_path": _own("Tokenizer: a hub id or a local folder; default: the base model's own"),
+        "chat_template": _own(
+            "Jinja file that writes conversations; default: the shipped training template, else the tokenizer's own"
+        ),
+        "current_date": _own("Date that templates print, as 'YYYY-MM-DD' in quotes; default: '2025-08-05'"),
+        "supervision": _own(
+            "Tokens of an answer that carry labels: its text and end token (`content`), or everything that the model "
+            "has to sample, channel headers included (`sampled`)"
+        ),
+        "attn_implementation": Description(
+            "Attention implementation of transformers, or `per_document`: the model's own on one packed document at a "
+            "time; `auto`: eager for models with sinks or without SDPA, else sdpa",
+            reference="`use_flash_attn`",
+        ),
+        "dtype": Description(
+            "Floating-point type of the base; `auto`: bfloat16 on CUDA devices that compute in it, else float32",
+            reference="`bf16`",
+        ),
+        "expert_weights": _own(
+            "Form of MXFP4 experts in memory: packed as in the checkpoint, dequantized, or the kernels of transformers "
+            "(`native`), which cannot train; `auto`: packed",
+            "with a base whose checkpoint is MXFP4",
+        ),
+    },
+    "Context encoder": {
+        "ctx_encoder_type": Description(
+            "Features of a document: its embeddings, the inputs of every layer, the input of one layer, or those of all "
+            "layers side by side (`concat_layers`, which the reference does not have)"
+        ),
+        "layer_idx": Description(
+            "Layer whose input gives the features, counted from 0; default: a quarter of the base's layers",
+            "with `ctx_encoder_type: early_exit`; refused with another type",
+        ),
+        "quantize_ctx_encoder": Description(
+            "Whether the encoder is quantized by bitsandbytes; the encoder is the base itself, so only false works",
+            "`true` is refused when the base is loaded",
+        ),
+    },
+    "Hypernetwork": {
+        "lora_r": Description("Rank of the LoRA that one chunk of a document becomes"),
+        "target_modules": Description(
+            "Linears of every layer that get a LoRA, or `mlp` for an adapter beside the whole block; sorted by name"
+        ),
+        "latent_size": Description("Width of the Perceiver's latents, in features"),
+        "n_latent_queries": Description("Number of latents that the Perceiver reads a chunk into"),
+        "perceiver_heads": _own("Query heads of the Perceiver's attention; four share a key head"),
+        "perceiver_head_dim": _own("Width of a head of the Perceiver's attention, in features"),
+        "perceiver_query_scale": _own(
+            "Factor on the Perceiver's initial query weights; 1 as published, at 10 latents read different tokens from "
+            "the first step on"
+        ),
+        "num_blocks": Description("Blocks of the Perceiver's encoder, each with one cross-attention layer"),
+        "num_self_attn_per_block": Description("Self-attention layers in each block of the Perceiver"),
+        "shared_weights": Description(
+            "Whether the Perceiver's blocks share their layers, apart from the first cross-attention"
+        ),
+        "num_pre_head_layers": Description("Residual MLP layers before the head that writes the LoRA"),
+        "per_rank_gen": Description(
+            "Whether the Perceiver makes one latent for every rank; without, no LoRA can be made",
+            "`false` is refused when the model is built",
+        ),
+        "per_layer_processing": Description(
+            "Whether the residual MLP layers before the head have weights of their own for every layer of the base"
+        ),
+        "use_bias": Description("Whether one learned LoRA that no document changes is added to every document's"),
+    },
+    "Data": {
+        "train_ds_names": Description(
+            "Data files (JSONL, JSON, also .gz, or Parquet), globs of them, dataset folders, or `needle` for generated "
+            "documents; default: no data"
+        ),
+        "max_train_samples_per_ds": Description(
+            "Documents that are read of each entry of train_ds_names; default: all",
+            "not with a `curriculum`, which refuses it",
+        ),
+        "needle_documents": _own("Documents that are generated, for each stage", _NEEDLES),
+        "needle_pairs": _own("Keys with values in a generated document", _SINGLE_STAGE),
+        "needle_digits": _own("Decimal digits of a generated value", _SINGLE_STAGE),
+        "needle_style": _own(
+            "Wording of generated documents: English sentences, or pairs of words for tiny models", _NEEDLES
+        ),
+        "needle_filler_words": _own("Words of filler text in a generated document", _SINGLE_STAGE),
+        "curriculum": _own(
+            "Stages of generated documents, each with keys of its own, in place of needle_pairs, needle_digits and "
+            "needle_filler_words; default: one stage",
+            _NEEDLES,
+        ),
+        "max_ctx_len": Description("Longest document, in tokens; longer ones are left out and reported; -1: no limit"),
+        "max_qas_len": Description(
+            "Most tokens of questions with answers in one row of a document, whose further ones go to further rows; "
+            "-1: no limit"
+        ),
+        "max_qas_per_sample": Description(
+            "Most questions in one row of a document, whose further ones go to further rows; -1: no limit"
+        ),
+        "max_ctx_chunk_len": Description(
+            "Longest chunk, in tokens with the template's around it; longer documents are cut into equal chunks; "
+            "-1: one chunk"
+        ),
+        "min_ctx_chunk_len": Description(
+            "Shortest chunk that a drawn number of chunks may give, in tokens; -1: no limit", "with `num_chunk_probs`"
+        ),
+        "max_ctx_chunk_num": Description(
+            "Most chunks of a document; documents that need more are left out and reported; default: no limit"
+        ),
+        "num_chunk_probs": Description(
+            "Probability of each number of chunks, summing to 1, such as {1: 0.5, 2: 0.5}; default: as few as fit",
+            "with `max_ctx_chunk_len`, which it needs",
+        ),
+        "max_packed_inp_len": Description("Most tokens of questions with answers in a packed row (a micro-batch)"),
+        "max_packed_ctx_len": Description("Most tokens of documents in a packed row (a micro-batch)"),
+        "cache": _own("Whether token rows of 1,000 and more records are kept on disk for the next run"),
+        "cache_dir": _own(
+            "Folder of the kept token rows; default: d2l in the user's cache folder", "with `cache: true`"
+        ),
+    },
+    "Loss": {
+        "loss": Description(
+            "Loss of a label token: cross-entropy with the answer (`ce`), or the divergence from a teacher's "
+            "probabilities (`kl`), which `d2l data teacher` adds to the data",
+            reference="`use_kl_loss`: false for ce, true for kl",
+        ),
+        "use_per_ctx_average_loss": Description(
+            "Whether the loss is averaged over tokens, then questions, then documents; otherwise over all tokens"
+        ),
+        "gen_lora_l1_reg_coef": Description("Weight of the generated LoRAs' L1 norm in the loss; 0: none"),
+    },
+    "Optimization": {
+        "learning_rate": Description("Highest learning rate of AdamW, per optimizer step"),
+        "muon_learning_rate": _own(
+            "Highest learning rate of Muon, which then steps all weight matrices; default: AdamW steps everything"
+        ),
+        "weight_decay": Description("Decoupled weight decay of weight matrices, times the learning rate per step"),
+        "adam_beta1": Description("Decay rate of AdamW's mean of gradients"),
+        "adam_beta2": Description("Decay rate of AdamW's mean of squared gradients"),
+        "adam_epsilon": Description("Term in the denominator of AdamW's step"),
+        "max_grad_norm": Description("Norm that larger gradients are clipped to"),
+        "lr_scheduler_type": Description("Schedule of the learning rate over max_steps, by its name in transformers"),
+        "min_lr": Description(
+            "Learning rate at the end of the schedule",
+            "with `lr_scheduler_type: cosine_with_min_lr`",
+            "`lr_scheduler_kwargs: {min_lr: ...}`",
+        ),
+        "warmup_steps": Description("Optimizer steps in which the learning rate rises from 0"),
+        "decay_steps": Description(
+            "Last optimizer steps, in which the learning rate falls",
+            "with `lr_scheduler_type: warmup_stable_decay`",
+            "`lr_scheduler_kwargs: {num_decay_steps: ...}`",
+        ),
+        "max_steps": Description(
+            "Length of the run, in optimizer steps; -1, Hugging Face's value for no limit, counts as not set"
+        ),
+        "gradient_accumulation_steps": Description("Packed rows (micro-batches) per optimizer step and process"),
+        "gradient_checkpointing": Description("Whether layers of the base are computed again in the backward pass"),
+        "gradient_checkpointing_kwargs": Description(
+            "Arguments of torch's checkpoint function", "with `gradient_checkpointing: true`"
+        ),
+        "seed": Description("Seed of initial weights, generated documents, drawn chunks and the order of rows"),
+    },
+    "Output": {
+        "output_dir": Description("Folder of the run; a used one gets a number behind it"),
+        "save_steps": Description("Optimizer steps between checkpoints; the last step is always saved"),
+        "save_total_limit": Description("Newest checkpoints that are kept"),
+    },
+}
+
+STAGE: dict[str, Description] = {
+    "pairs": _own("Keys with values in a document"),
+    "digits": _own("Decimal digits of a value"),
+    "filler_words": _own("Words of filler text in a document, or the most where min_filler_words is set"),
+    "min_filler_words": _own("Fewest words of filler text, of which each document draws its own; default: all alike"),
+    "passing": _own("Moving average of the share of exactly answered questions that ends the stage"),
+    "documents": _own("Documents that are generated for the stage; default: needle_documents"),
+}

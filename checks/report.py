@@ -110,6 +110,9 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
     if report.unused_ignores:
         rows = [("", f"--ignore {code} is not needed: the check passes") for code in report.unused_ignores]
         blocks.append(_Block("Unused ignores", "yellow", rows))
+    if report.twin_cannot_show:
+        short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
+        blocks.append(_Block("A twin cannot show", "bold", [("", short)]))
     code = report.exit_code(fail_level)
     return _Page(
         title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
@@ -118,7 +121,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
             for each in report.outcomes
         ],
         blocks=blocks,
-        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(code, fail_level)} (exit code {code})",
+        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})",
         good=code == 0,
     )
 
@@ -197,12 +200,14 @@ def _counts(report: Report) -> str:
     return ", ".join(f"{report.count(kind)} {word}" for kind, word in words.items() if report.count(kind))
 
 
-def _verdict(code: int, fail_level: FailLevel) -> str:
+def _verdict(report: Report, code: int, fail_level: FailLevel) -> str:
+    """Put the exit code into words; warnings that it lets pass are counted."""
+    warnings = report.count("warn")
     return {
-        0: "nothing found",
+        0: f"{warnings} warning{'s' if warnings > 1 else ''}" if warnings else "nothing found",
         1: f"findings at or above fail level {fail_level}",
         3: "a check crashed",
-        4: "a check that was asked for did not run",
+        4: "a requested check did not run",
     }[code]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
-from checks.result import Fail, Pass, Report, Skip, Warn
+from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
 from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
@@ -81,7 +81,7 @@ def rule(code, result=None, **rest):
     )
 
 
-FAIL = Fail("broken", "whole", "broken", "mend it")
+FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="mend it")
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ def test_preflight_text_on_stdout_is_plain(world):
         (None, [], 0),
         (FAIL, [], 1),
         (FAIL, ["--ignore", "toy201=wanted"], 0),
-        (Warn("odd", "even", "odd", "round"), [], 0),
-        (Warn("odd", "even", "odd", "round"), ["--fail-level", "warn"], 1),
+        (Warn(message="odd", expected="even", actual="odd", remedy="round"), [], 0),
+        (Warn(message="odd", expected="even", actual="odd", remedy="round"), ["--fail-level", "warn"], 1),
         (ValueError("boom"), [], 3),
         (Skip("no data"), [], 0),
         (Skip("no data"), ["--select", "TOY201"], 4),
@@ -234,8 +234,8 @@ def test_preflight_exit_codes(world, found, arguments, code, form):
 def test_preflight_json_is_all_of_stdout(world):
     world.rules[:] = [rule("TOY201", FAIL), rule("TOY202", requires=("TOY201",))]
     result = d2l("preflight", "--format", "json")
-    report = Report.from_json(json.loads(result.stdout))
-    assert [outcome.outcome for outcome in report.outcomes] == ["fail", "blocked"]
+    document = json.loads(result.stdout)
+    assert [outcome["outcome"] for outcome in document["outcomes"]] == ["fail", "blocked"]
 
 
 def test_output_file_is_written_and_the_terminal_still_told(world, tmp_path):

@@ -49,11 +49,11 @@ def check(subject: "Subject") -> Result:
     evidence = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
     if error > TOLERANCE:
         return Fail(
-            "gradients depend on how a step is cut into micro-batches",
-            f"entries within {TOLERANCE:g} of the largest",
-            f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in {len(rows)})",
-            "divide losses by counts of the whole optimizer step, not of one micro-batch",
-            evidence,
+            message="gradients depend on how a step is cut into micro-batches",
+            expected=f"entries within {TOLERANCE:g} of the largest",
+            actual=f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in {len(rows)})",
+            remedy="divide losses by counts of the whole optimizer step, not of one micro-batch",
+            evidence=evidence,
         )
     return Pass(f"1 × {len(rows)} and {len(rows)} × 1 agree to {error:.1g} of the largest entry", evidence)
 

@@ -49,11 +49,11 @@ def check(subject: "Subject") -> Result:
     expected = f"[chunks, layers, {len(config.target_modules)}, {config.lora_r}, latent]"
     if latents.ndim != 5 or latents.shape[2:4] != (len(config.target_modules), config.lora_r):
         return Fail(
-            "the aggregator's output has lost its ranks",
-            expected,
-            str(list(latents.shape)),
-            REMEDY,
-            {"rank": latents.ndim},
+            message="the aggregator's output has lost its ranks",
+            expected=expected,
+            actual=str(list(latents.shape)),
+            remedy=REMEDY,
+            evidence={"rank": latents.ndim},
         )
     if config.lora_r == 1:
         return Pass(f"latents have the shape {expected}; there is one rank")
@@ -62,11 +62,11 @@ def check(subject: "Subject") -> Result:
     evidence = {"smallest_distance_of_ranks": smallest, "shape": list(latents.shape)}
     if not smallest > 1e-3:
         return Fail(
-            "the ranks of a generated adapter are copies of each other",
-            "every rank further than 1e-3 from the first (relative)",
-            f"{smallest:.2g}",
-            REMEDY,
-            evidence,
+            message="the ranks of a generated adapter are copies of each other",
+            expected="every rank further than 1e-3 from the first (relative)",
+            actual=f"{smallest:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"latents have the shape {expected}; ranks differ by {smallest:.2g} or more", evidence)
 

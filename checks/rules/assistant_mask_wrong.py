@@ -62,7 +62,7 @@ def check(subject: "Subject") -> Result:
         faults = [fault for messages in CONVERSATIONS for fault in supervision_faults(chat, messages)]
         supervised = sum(sum(chat.encode(messages).supervised) for messages in CONVERSATIONS)
     except (ModelError, DataError) as error:
-        return Fail("the chat template cannot be used", expected, str(error), REMEDY)
+        return Fail(message="the chat template cannot be used", expected=expected, actual=str(error), remedy=REMEDY)
     evidence = {
         "convention": chat.supervision,
         "supervised_tokens": supervised,
@@ -71,10 +71,20 @@ def check(subject: "Subject") -> Result:
     }
     if supervised == 0:
         return Fail(
-            "no token is supervised: the loss would be nan or 0.0", expected, "0 supervised tokens", REMEDY, evidence
+            message="no token is supervised: the loss would be nan or 0.0",
+            expected=expected,
+            actual="0 supervised tokens",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if faults:
-        return Fail("the wrong tokens are supervised", expected, faults[0], REMEDY, evidence)
+        return Fail(
+            message="the wrong tokens are supervised",
+            expected=expected,
+            actual=faults[0],
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     return Pass(
         f"{supervised} tokens of {len(CONVERSATIONS)} conversations, as expected per turn ({chat.supervision})",
         evidence,

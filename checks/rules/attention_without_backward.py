@@ -58,11 +58,11 @@ def check(subject: "Subject") -> Result:
     }
     if choice.value not in able:
         return Fail(
-            f"{choice.value} cannot train {subject.base_config.model_type} on packed rows",
-            " or ".join(sorted(able)),
-            f"{choice.value} ({choice.reason})",
-            "set attn_implementation: auto",
-            evidence,
+            message=f"{choice.value} cannot train {subject.base_config.model_type} on packed rows",
+            expected=" or ".join(sorted(able)),
+            actual=f"{choice.value} ({choice.reason})",
+            remedy="set attn_implementation: auto",
+            evidence=evidence,
         )
     return Pass(f"{choice.value}: {choice.reason}", evidence)
 

@@ -66,11 +66,11 @@ def check(subject: "Subject") -> Result:
     error = difference(overriding.logits(batch, lora), plain.logits(batch, lora))
     if error > TOLERANCE:
         return Fail(
-            "the LoRA bypasses the forward of the layer that it adapts",
-            f"an overridden forward counts: a difference of at most {TOLERANCE:g} of the largest value",
-            f"{error:.2g}",
-            "add the LoRA to what the module itself returns, through a forward hook or self.base_layer(x)",
-            {"difference": error},
+            message="the LoRA bypasses the forward of the layer that it adapts",
+            expected=f"an overridden forward counts: a difference of at most {TOLERANCE:g} of the largest value",
+            actual=f"{error:.2g}",
+            remedy="add the LoRA to what the module itself returns, through a forward hook or self.base_layer(x)",
+            evidence={"difference": error},
         )
     return Pass(f"an overridden forward is honoured (difference {error:.1g})", {"difference": error})
 

@@ -55,10 +55,10 @@ def check(subject: "Subject") -> Result:
             actual = _task_gradients(subject, checkpointing=True)
     except (RuntimeError, ValueError, TypeError) as error:
         return Fail(
-            "the backward pass fails with gradient checkpointing on",
-            "the gradients of the run without it",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            REMEDY,
+            message="the backward pass fails with gradient checkpointing on",
+            expected="the gradients of the run without it",
+            actual=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            remedy=REMEDY,
         )
     error_of_largest = difference(flat(actual), flat(expected))
     evidence = {
@@ -70,11 +70,11 @@ def check(subject: "Subject") -> Result:
     if not error_of_largest <= TOLERANCE or norm(expected) == 0:
         what = "do not arrive" if norm(actual) == 0 else "are others"
         return Fail(
-            f"gradients of the task loss {what} with gradient checkpointing on",
-            f"norm {norm(expected):.4g}, entries within {TOLERANCE:g} of the largest",
-            f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
-            REMEDY,
-            evidence,
+            message=f"gradients of the task loss {what} with gradient checkpointing on",
+            expected=f"norm {norm(expected):.4g}, entries within {TOLERANCE:g} of the largest",
+            actual=f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"task gradients agree to {error_of_largest:.1g} of the largest (norm {norm(expected):.3g})", evidence)
 

@@ -63,11 +63,11 @@ def check(subject: "Subject") -> Result:
     once = [place for place in linears if runs[place] < 2]
     if once:
         return Fail(
-            "gradient checkpointing does not reach the base's layers",
-            "every target runs twice: forward and recomputation",
-            f"{len(once)} of {len(linears)} ran {runs[once[0]]} time(s), {once[0]} first",
-            "hand gradient_checkpointing_enable on to the base and call train() on it",
-            {"runs": dict(runs)},
+            message="gradient checkpointing does not reach the base's layers",
+            expected="every target runs twice: forward and recomputation",
+            actual=f"{len(once)} of {len(linears)} ran {runs[once[0]]} time(s), {once[0]} first",
+            remedy="hand gradient_checkpointing_enable on to the base and call train() on it",
+            evidence={"runs": dict(runs)},
         )
     return Pass(f"all {len(linears)} targets are recomputed in the backward pass", {"runs": dict(runs)})
 

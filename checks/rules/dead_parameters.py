@@ -44,11 +44,11 @@ def check(subject: "Subject") -> Result:
     dead = [name for name, value in found.items() if not value.any()]
     if dead:
         return Fail(
-            "part of the hypernetwork gets no gradient from the task loss",
-            f"a gradient for each of {len(found)} parameters",
-            f"none for {len(dead)}, {dead[0]} among them",
-            "look for a detached tensor or an unused module on the way from these parameters to the loss",
-            {"dead": dead},
+            message="part of the hypernetwork gets no gradient from the task loss",
+            expected=f"a gradient for each of {len(found)} parameters",
+            actual=f"none for {len(dead)}, {dead[0]} among them",
+            remedy="look for a detached tensor or an unused module on the way from these parameters to the loss",
+            evidence={"dead": dead},
         )
     return Pass(f"all {len(found)} parameters get a gradient (norm {norm(found):.3g})", {"parameters": len(found)})
 

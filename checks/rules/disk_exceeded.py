@@ -44,11 +44,11 @@ def check(subject: "Subject") -> Result:
     said = f"{kept} checkpoints of {size / 1e9:.2f} GB"
     if kept * size > free:
         return Fail(
-            "the checkpoints do not fit on the disk",
-            f"at most {free / 1e9:.2f} GB below {subject.config.output_dir}",
-            f"{said}, {kept * size / 1e9:.2f} GB",
-            "free space, set output_dir to another disk, or lower save_total_limit",
-            evidence,
+            message="the checkpoints do not fit on the disk",
+            expected=f"at most {free / 1e9:.2f} GB below {subject.config.output_dir}",
+            actual=f"{said}, {kept * size / 1e9:.2f} GB",
+            remedy="free space, set output_dir to another disk, or lower save_total_limit",
+            evidence=evidence,
         )
     return Pass(f"{said}; free {free / 1e9:.1f} GB", evidence)
 

@@ -51,11 +51,11 @@ def check(subject: "Subject") -> Result:
     }
     if not min(evidence.values()) > TOLERANCE:
         return Fail(
-            "the generated LoRA does not depend on the document",
-            f"LoRA and logits that move by more than {TOLERANCE:g} of their largest value with another document",
-            f"LoRA {evidence['lora']:.2g}, logits {evidence['logits']:.2g}",
-            "look for a constant between the document's ids and the generated LoRA",
-            evidence,
+            message="the generated LoRA does not depend on the document",
+            expected=f"LoRA and logits that move by more than {TOLERANCE:g} of their largest value with another document",
+            actual=f"LoRA {evidence['lora']:.2g}, logits {evidence['logits']:.2g}",
+            remedy="look for a constant between the document's ids and the generated LoRA",
+            evidence=evidence,
         )
     return Pass(
         f"another document moves the LoRA by {evidence['lora']:.2g}, logits by {evidence['logits']:.2g}", evidence

@@ -57,11 +57,12 @@ def check(subject: "Subject") -> Result:
     if wrong:
         layer = wrong[0]
         return Fail(
-            "gradients through the experts are missing or wrong",
-            "in every layer a cosine above 0.999 to the dequantized experts, norms within 1%",
-            f"layer {layer}: cosine {cosines[layer]:.3f}, norm ratio {ratios[layer]:.3f}; {len(wrong)} of {len(pairs)} layers",
-            "set expert_weights: packed or dequantize",
-            evidence,
+            message="gradients through the experts are missing or wrong",
+            expected="in every layer a cosine above 0.999 to the dequantized experts, norms within 1%",
+            actual=f"layer {layer}: cosine {cosines[layer]:.3f}, norm ratio {ratios[layer]:.3f}; "
+            f"{len(wrong)} of {len(pairs)} layers",
+            remedy="set expert_weights: packed or dequantize",
+            evidence=evidence,
         )
     return Pass(
         f"gradients of all {len(pairs)} layers agree with dequantized experts (cosine ≥ {min(cosines):.6f})", evidence

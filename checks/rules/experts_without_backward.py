@@ -41,11 +41,11 @@ def check(subject: "Subject") -> Result:
     evidence = {"experts": experts.value, "reason": experts.reason, "quantization": quantization.value}
     if experts.value not in ("packed", "dequantize"):
         return Fail(
-            "gradients would not pass through the experts",
-            "experts held as packed or dequantize",
-            f"{experts.value} ({experts.reason})",
-            "set expert_weights: packed, or dequantize where there is memory for it",
-            evidence,
+            message="gradients would not pass through the experts",
+            expected="experts held as packed or dequantize",
+            actual=f"{experts.value} ({experts.reason})",
+            remedy="set expert_weights: packed, or dequantize where there is memory for it",
+            evidence=evidence,
         )
     return Pass(f"experts are held as {experts.value}: {experts.reason}", evidence)
 

@@ -66,18 +66,23 @@ def check(subject: "Subject") -> Result:
         try:
             subject.implementation.export(lora, model.base, path)
         except D2LError as error:
-            return Fail("the LoRA cannot be exported", "an adapter folder of PEFT", str(error), REMEDY)
+            return Fail(
+                message="the LoRA cannot be exported",
+                expected="an adapter folder of PEFT",
+                actual=str(error),
+                remedy=REMEDY,
+            )
         served = subject.twin()
         _load_with_peft(served.base, path)
     actual = served.logits(batch, None)
     evidence = {"logits": difference(actual, expected), "effect": difference(expected, base), "rank": lora.rank}
     if evidence["logits"] > TOLERANCE:
         return Fail(
-            "the exported adapter is another model than the trained one",
-            f"PEFT's logits within {TOLERANCE:g} of those under the bound LoRA",
-            f"{evidence['logits']:.2g} off; the LoRA itself moves them by {evidence['effect']:.2g}",
-            REMEDY,
-            evidence,
+            message="the exported adapter is another model than the trained one",
+            expected=f"PEFT's logits within {TOLERANCE:g} of those under the bound LoRA",
+            actual=f"{evidence['logits']:.2g} off; the LoRA itself moves them by {evidence['effect']:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(
         f"PEFT's logits are within {evidence['logits']:.1g}; the LoRA moves them by {evidence['effect']:.2g}", evidence

@@ -49,11 +49,11 @@ def check(subject: "Subject") -> Result:
     change = difference(edited[:-1], model.logits(batch, lora)[:-1])
     if change > TOLERANCE:
         return Fail(
-            "earlier tokens see later ones",
-            f"logits before an edited token move by at most {TOLERANCE:g} of the largest value",
-            f"{change:.2g}",
-            "set attn_implementation: auto; a mask must allow j <= i only",
-            {"change": change},
+            message="earlier tokens see later ones",
+            expected=f"logits before an edited token move by at most {TOLERANCE:g} of the largest value",
+            actual=f"{change:.2g}",
+            remedy="set attn_implementation: auto; a mask must allow j <= i only",
+            evidence={"change": change},
         )
     return Pass(f"an edited token changes earlier logits by at most {change:.1g}", {"change": change})
 

@@ -65,14 +65,25 @@ def check(subject: "Subject") -> Result:
             subject.implementation.import_reference(file, imported)
             checkpoint = subject.implementation.load(imported)
         except CheckpointError as error:
-            return Fail("a checkpoint of the reference cannot be imported", "a folder", str(error), REMEDY)
+            return Fail(
+                message="a checkpoint of the reference cannot be imported",
+                expected="a folder",
+                actual=str(error),
+                remedy=REMEDY,
+            )
     found = dict(checkpoint.hypernet)
     names = sorted(tensors.keys() | found.keys())
     changed = [name for name in names if not _is_same(found.get(name), tensors.get(name))]
     evidence = {"tensors": len(tensors), "changed": changed}
     if changed:
         actual = f"{len(changed)} of {len(tensors)} tensors changed or missing; first: {changed[0]}"
-        return Fail("the import changes the weights", "every tensor equal in every bit", actual, REMEDY, evidence)
+        return Fail(
+            message="the import changes the weights",
+            expected="every tensor equal in every bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     try:
         fresh = subject.implementation.build(subject.twin_base(), RunConfig(**checkpoint.state["config"]))
         fresh.hypernet.load_state_dict(found)
@@ -80,15 +91,19 @@ def check(subject: "Subject") -> Result:
     except (RuntimeError, D2LError) as problem:
         actual = str(problem).strip().splitlines()[-1].strip()
         return Fail(
-            "the imported configuration is of another model", "one that the weights fit", actual, REMEDY, evidence
+            message="the imported configuration is of another model",
+            expected="one that the weights fit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if distance > TOLERANCE:
         return Fail(
-            "the imported model makes other LoRAs",
-            f"the LoRA of the model that was saved, within {TOLERANCE:g}",
-            f"{distance:.2g} off",
-            REMEDY,
-            {**evidence, "lora": distance},
+            message="the imported model makes other LoRAs",
+            expected=f"the LoRA of the model that was saved, within {TOLERANCE:g}",
+            actual=f"{distance:.2g} off",
+            remedy=REMEDY,
+            evidence={**evidence, "lora": distance},
         )
     return Pass(f"all {len(tensors)} tensors equal, LoRAs within {distance:.1g}", {**evidence, "lora": distance})
 

@@ -62,11 +62,11 @@ def check(subject: "Subject") -> Result:
     }
     if faults:
         return Fail(
-            f"labels are lost or wrong in {len(faults)} of {questions} packed questions",
-            "each response, whole, with its end token",
-            faults[0],
-            REMEDY,
-            evidence,
+            message=f"labels are lost or wrong in {len(faults)} of {questions} packed questions",
+            expected="each response, whole, with its end token",
+            actual=faults[0],
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(
         f"{labels:,} labels ({labels / tokens:.1%} of tokens) in {questions:,} questions of {len(batches)} batches",

@@ -60,18 +60,28 @@ def check(subject: "Subject") -> Result:
     if not evidence["unbound_equals_base"]:
         actual = f"logits that differ by {difference(after, base):.2g}"
         return Fail(
-            "the base keeps a LoRA after it was unbound", "the base's logits, bit for bit", actual, REMEDY, evidence
+            message="the base keeps a LoRA after it was unbound",
+            expected="the base's logits, bit for bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if not evidence["zeroed_equals_base"]:
         actual = f"logits that differ by {difference(zeroed, base):.2g}"
-        return Fail("a LoRA of zeros changes the base", "the base's logits, bit for bit", actual, REMEDY, evidence)
+        return Fail(
+            message="a LoRA of zeros changes the base",
+            expected="the base's logits, bit for bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     if not effect > TOLERANCE:
         return Fail(
-            "the generated LoRA does not reach the base",
-            f"logits that move by more than {TOLERANCE:g} of the largest value",
-            f"{effect:.2g}",
-            REMEDY,
-            evidence,
+            message="the generated LoRA does not reach the base",
+            expected=f"logits that move by more than {TOLERANCE:g} of the largest value",
+            actual=f"{effect:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"zeroed and unbound equal the base bit for bit; bound, logits move by {effect:.2g}", evidence)
 

@@ -53,7 +53,13 @@ def check(subject: "Subject") -> Result:
         return Skip(f"no GPU here; reckoned for {subject.plan.dtype.value}: {said}")
     evidence: dict[str, Any] = figures | {"free": free} | {part.name: part.peak for part in memory.components}
     if needed > free:
-        return Fail("the run does not fit into memory", f"at most {free / 1e9:.1f} GB", said, REMEDY, evidence)
+        return Fail(
+            message="the run does not fit into memory",
+            expected=f"at most {free / 1e9:.1f} GB",
+            actual=said,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     return Pass(f"{said}; free {free / 1e9:.1f} GB", evidence)
 
 

@@ -67,11 +67,13 @@ def check(subject: "Subject") -> Result:
     if evidence[worst] > TOLERANCE:
         leaks = "neighbour" in worst
         return Fail(
-            "packed documents see each other" if leaks else "a packed document comes out differently than alone",
-            f"differences of at most {TOLERANCE:g} of the largest value",
-            f"{worst.replace('_', ' ')}: {evidence[worst]:.2g}",
-            "build one mask for each layer type from position_ids and pass it in both passes, with use_cache=False",
-            evidence,
+            message="packed documents see each other"
+            if leaks
+            else "a packed document comes out differently than alone",
+            expected=f"differences of at most {TOLERANCE:g} of the largest value",
+            actual=f"{worst.replace('_', ' ')}: {evidence[worst]:.2g}",
+            remedy="build one mask for each layer type from position_ids and pass it in both passes, with use_cache=False",
+            evidence=evidence,
         )
     return Pass(f"editing a neighbour and packing change at most {evidence[worst]:.1g}", evidence)
 

@@ -40,11 +40,11 @@ def check(subject: "Subject") -> Result:
     evidence = {"quantization": choice.value, "reason": choice.reason}
     if choice.value == "bitsandbytes":
         return Fail(
-            "bitsandbytes is asked for on top of the base's own weights",
-            "the checkpoint's own quantization, once",
-            choice.reason,
-            "set quantize_ctx_encoder: false",
-            evidence,
+            message="bitsandbytes is asked for on top of the base's own weights",
+            expected="the checkpoint's own quantization, once",
+            actual=choice.reason,
+            remedy="set quantize_ctx_encoder: false",
+            evidence=evidence,
         )
     return Pass(f"quantization: {choice.value} ({choice.reason})", evidence)
 

@@ -44,7 +44,9 @@ def check(subject: "Subject") -> Result:
     try:
         tokenized = subject.rows
     except DataError as error:
-        return Fail("the data cannot be used", "at least one row to train on", str(error), REMEDY)
+        return Fail(
+            message="the data cannot be used", expected="at least one row to train on", actual=str(error), remedy=REMEDY
+        )
     kept = sum(len(row.queries) for row in tokenized.rows)
     lost = tokenized.n_queries - kept
     reasons = Counter(drop.kind for drop in tokenized.dropped)
@@ -60,13 +62,14 @@ def check(subject: "Subject") -> Result:
             f"all {tokenized.n_records:,} records and {kept:,} questions are in {len(tokenized.rows):,} rows", evidence
         )
     share = lost / tokenized.n_queries
+    counts = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
     kind = Fail if share > LARGEST_SHARE else Warn
     return kind(
-        f"{lost:,} of {tokenized.n_queries:,} questions are dropped",
-        "every question in a row",
-        f"{share:.1%} dropped: {', '.join(f'{count} × {reason}' for reason, count in reasons.items())}; {tokenized.dropped[0]}",
-        REMEDY,
-        evidence,
+        message=f"{lost:,} of {tokenized.n_queries:,} questions are dropped",
+        expected="every question in a row",
+        actual=f"{share:.1%} dropped: {counts}; {tokenized.dropped[0]}",
+        remedy=REMEDY,
+        evidence=evidence,
     )
 
 

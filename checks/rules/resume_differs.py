@@ -57,7 +57,12 @@ def check(subject: "Subject") -> Result:
             resumed.restore(subject.implementation.load(path))
         except CheckpointError as error:
             expectation = "a folder that is written and read back"
-            return Fail("a checkpoint cannot be saved and loaded", expectation, str(error), REMEDY)
+            return Fail(
+                message="a checkpoint cannot be saved and loaded",
+                expected=expectation,
+                actual=str(error),
+                remedy=REMEDY,
+            )
     actual = resumed.step()
     weights = dict(straight.model.hypernet.named_parameters())
     errors = {
@@ -71,11 +76,11 @@ def check(subject: "Subject") -> Result:
     worst = max(errors, key=lambda name: errors[name])
     if errors[worst] > EXACT:
         return Fail(
-            "a resumed run goes on differently",
-            f"the second step of an unbroken run: loss {expected.task_loss:.6g}, within {EXACT:g}",
-            f"loss {actual.task_loss:.6g}; largest error {errors[worst]:.2g} in {worst.replace('_', ' ')}",
-            REMEDY,
-            errors,
+            message="a resumed run goes on differently",
+            expected=f"the second step of an unbroken run: loss {expected.task_loss:.6g}, within {EXACT:g}",
+            actual=f"loss {actual.task_loss:.6g}; largest error {errors[worst]:.2g} in {worst.replace('_', ' ')}",
+            remedy=REMEDY,
+            evidence=errors,
         )
     return Pass(f"the second step equals that of an unbroken run (largest error {errors[worst]:.1g})", errors)
 

@@ -58,11 +58,11 @@ def check(subject: "Subject") -> Result:
             fresh = _outcome(implementation.rows, *inputs)
             if _outcome(implementation.cached_rows, *inputs, Path(folder)) != fresh:
                 return Fail(
-                    f"the cache gives stale rows: {what}",
-                    "the rows of tokenizing anew",
-                    "other rows, or other reports of what was dropped",
-                    REMEDY,
-                    {"changed": what, "equal": list(compared)},
+                    message=f"the cache gives stale rows: {what}",
+                    expected="the rows of tokenizing anew",
+                    actual="other rows, or other reports of what was dropped",
+                    remedy=REMEDY,
+                    evidence={"changed": what, "equal": list(compared)},
                 )
             compared[what] = fresh
     distinct = len(set(map(repr, compared.values())))

@@ -51,11 +51,23 @@ def check(subject: "Subject") -> Result:
     evidence = {"task_loss": [step.task_loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
     after = _values(model)
     if not all(math.isfinite(number) for numbers in evidence.values() for number in numbers):
-        return Fail("a step on the twin is not finite", "finite loss and gradient norm", str(evidence), GUARD, evidence)
+        return Fail(
+            message="a step on the twin is not finite",
+            expected="finite loss and gradient norm",
+            actual=str(evidence),
+            remedy=GUARD,
+            evidence=evidence,
+        )
     still = [name for name, value in after.items() if not value.isfinite().all()]
     if still or all(torch.equal(after[name], before[name]) for name in after):
         what = f"{still[0]} is not finite" if still else "no weight moved"
-        return Fail("an optimizer step does not update the weights", "finite weights that move", what, GUARD, evidence)
+        return Fail(
+            message="an optimizer step does not update the weights",
+            expected="finite weights that move",
+            actual=what,
+            remedy=GUARD,
+            evidence=evidence,
+        )
     return _refusal(trainer, evidence)
 
 
@@ -70,10 +82,22 @@ def _refusal(trainer: Any, evidence: dict[str, Any]) -> Result:
     except NonFiniteError as error:
         evidence["refused_with"] = str(error).splitlines()[0]
     else:
-        return Fail("a step that is not finite is taken", "NonFiniteError before the step", "the step", GUARD, evidence)
+        return Fail(
+            message="a step that is not finite is taken",
+            expected="NonFiniteError before the step",
+            actual="the step",
+            remedy=GUARD,
+            evidence=evidence,
+        )
     changed = [key for key, value in _values(trainer.model).items() if not value.equal(before[key]) and key != name]
     if changed:
-        return Fail("a refused step changed weights", "no change", f"{changed[0]} changed", GUARD, evidence)
+        return Fail(
+            message="a refused step changed weights",
+            expected="no change",
+            actual=f"{changed[0]} changed",
+            remedy=GUARD,
+            evidence=evidence,
+        )
     return Pass(
         f"two steps: loss {evidence['task_loss'][0]:.3g} → {evidence['task_loss'][1]:.3g}; NaN is refused", evidence
     )

@@ -54,11 +54,11 @@ def check(subject: "Subject") -> Result:
     linear = {name: value for name, value in MEASURED.items() if name != "mlp"}  # PEFT has no format for the block
     best = max(linear, key=lambda name: (linear[name], name))
     return Fail(
-        f"{', '.join(names)} learnt little more than values without their keys, where {best} learnt both",
-        f"a target with an exact match of {HALF_WAY:.2f} or more in the study",
-        told,
-        f"set target_modules: [{best}]",
-        evidence,
+        message=f"{', '.join(names)} learnt little more than values without their keys, where {best} learnt both",
+        expected=f"a target with an exact match of {HALF_WAY:.2f} or more in the study",
+        actual=told,
+        remedy=f"set target_modules: [{best}]",
+        evidence=evidence,
     )
 
 

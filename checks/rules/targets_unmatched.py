@@ -52,14 +52,22 @@ def check(subject: "Subject") -> Result:
     try:
         found = subject.implementation.targets(base, names)
     except ModelError as error:
-        return Fail("a target module does not exist in every layer", expected, str(error), REMEDY)
+        return Fail(
+            message="a target module does not exist in every layer", expected=expected, actual=str(error), remedy=REMEDY
+        )
     kinds: dict[str, type[nn.Module]] = {name: nn.Module if name == MLP_BLOCK else nn.Linear for name in names}
     modules = {name: [item for item in found.get(name, ()) if isinstance(item, kinds[name])] for name in names}
     counts = {name: len(set(map(id, items))) for name, items in modules.items()}
     short = {name: count for name, count in counts.items() if count != layers}
     if short:
         actual = ", ".join(f"{name} in {count}" for name, count in short.items())
-        return Fail("a target module is left out without a word", expected, actual, REMEDY, {"found": counts})
+        return Fail(
+            message="a target module is left out without a word",
+            expected=expected,
+            actual=actual,
+            remedy=REMEDY,
+            evidence={"found": counts},
+        )
     return Pass(f"{', '.join(names)}: {sum(counts.values())} modules in {layers} layers", {"found": counts})
 
 

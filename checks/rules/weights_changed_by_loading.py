@@ -55,7 +55,12 @@ def check(subject: "Subject") -> Result:
             subject.implementation.save_base(written, path)
             read = subject.implementation.load_base(path, subject.twin_plan)
         except ModelError as error:
-            return Fail("the twin's weights cannot be read back", "every tensor", str(error), REMEDY)
+            return Fail(
+                message="the twin's weights cannot be read back",
+                expected="every tensor",
+                actual=str(error),
+                remedy=REMEDY,
+            )
     before, after = dict(written.state_dict()), dict(read.state_dict())
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     batch = probe_batch(subject)
@@ -65,11 +70,11 @@ def check(subject: "Subject") -> Result:
     if changed or set(after) != set(before) or change > TOLERANCE:
         what = f"{len(changed)} of {len(before)} tensors differ, logits by {change:.2g}"
         return Fail(
-            "loading changes the weights",
-            f"all {len(before)} tensors equal in every bit, logits within {TOLERANCE:g}",
-            f"{what}; first: {changed[0] if changed else 'none'}",
-            REMEDY,
-            evidence,
+            message="loading changes the weights",
+            expected=f"all {len(before)} tensors equal in every bit, logits within {TOLERANCE:g}",
+            actual=f"{what}; first: {changed[0] if changed else 'none'}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"all {len(before)} tensors come back equal, logits within {change:.1g}", evidence)
 

@@ -33,22 +33,13 @@ from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
+from d2l.data.chat.conversations import SUPERVISED
 from d2l.data.chat.supervision import supervision_faults
 from d2l.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}),
-    (
-        {"role": "user", "content": "Two?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "And three?"},
-        {"role": "assistant", "content": "The number after it: 3."},
-    ),
-    ({"role": "user", "content": "Größe? 大きさ"}, {"role": "assistant", "content": "Straße 42 — 四十二 🙂"}),
-)
 REMEDY = "leave chat_template unset to use the shipped one, or put generation tags around what the assistant writes"
 
 
@@ -59,8 +50,8 @@ def check(subject: "Subject") -> Result:
     expected = "the text and end token of every assistant message, and nothing else"
     try:
         chat = subject.chat
-        faults = [fault for messages in CONVERSATIONS for fault in supervision_faults(chat, messages)]
-        supervised = sum(sum(chat.encode(messages).supervised) for messages in CONVERSATIONS)
+        faults = [fault for messages in SUPERVISED for fault in supervision_faults(chat, messages)]
+        supervised = sum(sum(chat.encode(messages).supervised) for messages in SUPERVISED)
     except (ModelError, DataError) as error:
         return Fail(message="the chat template cannot be used", expected=expected, actual=str(error), remedy=REMEDY)
     evidence = {
@@ -86,7 +77,7 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     return Pass(
-        f"{supervised} tokens of {len(CONVERSATIONS)} conversations, as expected per turn ({chat.supervision})",
+        f"{supervised} tokens of {len(SUPERVISED)} conversations, as expected per turn ({chat.supervision})",
         evidence,
     )
 

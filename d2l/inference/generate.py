@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from d2l.data.chat.conversations import PROBE
 from d2l.data.chat.format import ChatFormat
 from d2l.data.chat.harmony import CONTROL_TOKENS, final_text, speaks_harmony
 from d2l.data.limits import DoesNotFitError, Limits
@@ -20,7 +21,6 @@ from d2l.inference.load import TrainedModel
 
 _FINAL = "<|channel|>final<|message|>"  # the header of what the user sees, in harmony
 _THINK, _END_THINK = "<think>", "</think>"  # around thoughts; tokens of such models, but seldom special ones
-_PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."})
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def stop_ids(trained: TrainedModel) -> list[int]:
         vocabulary = chat.tokenizer.get_added_vocab()
         names = ["<|return|>", "<|call|>", "<|endoftext|>", *(["<|end|>"] if _is_prefilled(chat) else [])]
         return [vocabulary[name] for name in names if name in vocabulary]  # under `sampled`, <|end|> ends the analysis
-    encoded = chat.encode(_PROBE)
+    encoded = chat.encode(PROBE)
     added = set(chat.tokenizer.get_added_vocab().values())
     trained_ends = [it for it, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on and it in added][-1:]
     named: int | list[int] | None = trained.model.base.generation_config.eos_token_id

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from d2l.data.chat.conversations import PROBE
 from d2l.data.chat.harmony import TEMPLATE, Supervision, speaks_harmony
 from d2l.data.chat.templates import Messages, shipped_note, writable_templates, writes_as
 from d2l.errors import ConfigError, DataError, ModelError
@@ -42,7 +43,6 @@ _PRELUDE = (
 _DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSuUwWxXyYZz"]
 _UNPADDED = [f"%-{letter}" for letter in "dHIjmMS"]
 
-_PROBE = ({"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."})
 _SENTINELS = ("Quartz reflects light", "Velvet absorbs sound")  # they share neither their start nor their end
 
 
@@ -116,7 +116,7 @@ class ChatFormat:
     def has_generation_tags(self) -> bool:
         """Whether the template marks anything of a plain answer, measured by encoding one."""
         try:
-            return any(self.encode(_PROBE).supervised)
+            return any(self.encode(PROBE).supervised)
         except DataError as error:
             raise ModelError(
                 f"the chat template cannot be used: it refuses a question with its answer\n{error}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from d2l.data.chat.conversations import PLAIN_TURNS
 from d2l.errors import DataError
 from d2l.io.resources import resource
 
@@ -42,14 +43,6 @@ SHIPPED = (
     ShippedTemplate("chat_templates/google/gemma-3-1b-it.jinja", frozenset({"<start_of_turn>", "<end_of_turn>"})),
 )
 
-_QUESTION, _ANSWER = {"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."}
-# Two templates that write all of these alike are of one format, white space at the edges included.
-_PLAIN_TURNS: tuple[Messages, ...] = (
-    (_QUESTION, _ANSWER),
-    (_QUESTION, _ANSWER, {"role": "user", "content": " And now?\n"}, {"role": "assistant", "content": "\n Red. "}),
-    ({"role": "system", "content": " Be brief. "}, _QUESTION, _ANSWER, _QUESTION),
-)
-
 
 def writable_templates(tokenizer: PreTrainedTokenizerBase) -> Iterator[ShippedTemplate]:
     """The shipped templates whose control tokens are all tokens of this tokenizer, in order of preference."""
@@ -67,7 +60,7 @@ def writes_as(ours: Render, theirs: Render) -> bool:
     """Whether a template writes plain turns, with and without a generation prompt, as another that accepts them does."""
     return all(
         expected is None or expected == _text(ours, messages, prompt)
-        for messages in _PLAIN_TURNS
+        for messages in PLAIN_TURNS
         for prompt in (False, True)
         for expected in [_text(theirs, messages, prompt)]
     )

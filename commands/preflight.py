@@ -95,17 +95,18 @@ def explain(
 ) -> None:
     """Explain what a check does and how to fix what it finds."""
     from checks import docs
-    from checks.rules import RULES
+    from checks.catalogue import read_catalogue
 
-    typer.echo(docs.explain(RULES, check), nl=False)
+    typer.echo(docs.explain(read_catalogue(), check), nl=False)
 
 
 def checks(output_format: FormatOption = "text") -> None:
     """List every check."""
+    from checks.catalogue import read_catalogue
     from checks.docs import as_json, as_list
-    from checks.rules import RULES
 
-    typer.echo(as_json(RULES) if output_format == "json" else as_list(RULES))
+    catalogue = read_catalogue()
+    typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
 
 
 @contextmanager

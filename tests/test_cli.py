@@ -77,7 +77,9 @@ def rule(code, result=None, **rest):
     own = Fault("own", "the rule's own", lambda subject: replace(subject, defects=subject.defects | {"own"}))
     name = f"toy-{code.lower()}"
     return Rule(
-        code, name, **{"stage": "twin", "severity": "error", "source": "toy", "faults": (own,), "check": run} | rest
+        code,
+        name,
+        **{"stage": "twin", "severity": "error", "sources": ("fix 1",), "faults": (own,), "check": run} | rest,
     )
 
 
@@ -149,7 +151,7 @@ def test_version():
         (["preflight", "--stage", "twins"], "no stage 'twins'"),
         (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
         (["preflight", "-o", "no/such/folder/report.json"], "folder of"),
-        (["explain", "TOY202"], "did you mean TOY201"),
+        (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
         (["train"], "CONFIG"),
     ],
 )
@@ -275,15 +277,31 @@ def test_selftest_json(world):
 # explain and checks
 
 
-def test_explain_and_checks(world):
-    assert d2l("explain", "toy201").stdout.startswith("TOY201 toy-toy201\n")
-    assert d2l("checks").stdout.startswith("TOY201  twin    error    toy-toy201  ")
-    assert json.loads(d2l("checks", "--format", "json").stdout) == [
-        {
-            **{"code": "TOY201", "name": "toy-toy201", "stage": "twin", "severity": "error", "source": "toy"},
-            **{"requires": [], "faults": ["own"]},
-        }
-    ]
+def test_explain_and_checks():
+    text = d2l("explain", "att201").stdout
+    assert text.startswith("ATT201 packed-documents-leak\n")
+    place = next(line.strip() for line in text.splitlines() if "nine_fixes.md" in line)
+    assert Path(place.partition("#")[0]).is_file()
+    listed = d2l("checks").stdout.splitlines()
+    documents = json.loads(d2l("checks", "--format", "json").stdout)
+    assert [line.split()[0] for line in listed] == [document["code"] for document in documents]
+    keys = ["code", "name", "stage", "severity", "sources", "requires", "faults"]
+    assert all(list(document) == keys for document in documents)
+
+
+@pytest.mark.parametrize("arguments", [["checks"], ["checks", "--format", "json"], ["explain", "ATT201"]])
+def test_explain_and_checks_import_no_rule(arguments):
+    probe = f"""
+import atexit, sys
+heavy = ("torch", "transformers", "checks.rules")
+atexit.register(lambda: print("HEAVY", [name for name in heavy if name in sys.modules]))
+import cli
+sys.argv = ["d2l", *{arguments}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert len(done.stdout.splitlines()) > 20
 
 
 # train

@@ -48,7 +48,7 @@ def looks_for(code, *names, stage="twin", severity="error", requires=(), faults=
         return Pass("nothing found", {"looked_for": list(names)})
 
     faults = tuple(defect(name) for name in names) if faults is None else faults
-    return Rule(code, f"toy-{code.lower()}", stage, severity, "toy", check, requires, faults)
+    return Rule(code, f"toy-{code.lower()}", stage, severity, ("fix 1",), check, requires, faults)
 
 
 def says(code, result, **rest):
@@ -59,7 +59,7 @@ def says(code, result, **rest):
             raise result
         return result
 
-    return Rule(code, f"toy-{code.lower()}", "twin", "error", "toy", check, **rest)
+    return Rule(code, f"toy-{code.lower()}", "twin", "error", ("fix 1",), check, **rest)
 
 
 CFG = looks_for("CFG101", "typo", stage="static")

@@ -17,10 +17,6 @@ The two gradients must agree to 1e-4 of the largest entry.
 How to fix
 ----------
 Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks.
-
-Source
-------
-failure mode 11; transformers#34191.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -69,7 +65,7 @@ RULE = Rule(
     name="accumulation-changes-gradients",
     stage="twin",
     severity="error",
-    source="failure mode 11; transformers#34191",
+    sources=("failure mode 11", "huggingface/transformers#34191"),
     requires=("ATT201",),
     check=check,
     faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),

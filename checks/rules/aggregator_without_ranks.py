@@ -19,10 +19,6 @@ equal the first one.
 How to fix
 ----------
 Set `per_rank_gen: true` (and `per_layer_processing: true`, as published).
-
-Source
-------
-nine_fixes.md, Fix 5; failure mode F5.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -87,7 +83,7 @@ RULE = Rule(
     name="aggregator-without-ranks",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 5; failure mode F5",
+    sources=("fix 5", "failure mode F5"),
     requires=("QNT101", "ATT101", "TGT101"),
     check=check,
     faults=(

@@ -19,10 +19,6 @@ How to fix
 ----------
 Use the shipped template (leave `chat_template` unset), or put `{% generation %}` around what the assistant writes, end
 token included, outside of macros. Token caches made with the old template are void.
-
-Source
-------
-nine_fixes.md, Fix 8; failure modes F8, 3, 7, 9 and 37.
 """
 
 from collections.abc import Callable
@@ -131,7 +127,7 @@ RULE = Rule(
     name="assistant-mask-wrong",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 8; failure modes F8, 3, 7, 9, 37",
+    sources=("fix 8", "failure mode F8", "failure mode 3", "failure mode 7", "failure mode 9", "failure mode 37"),
     check=check,
     faults=(
         Fault(

@@ -20,10 +20,6 @@ support it.
 How to fix
 ----------
 Set `attn_implementation: auto`, or `per_document` where packed rows of many documents are long.
-
-Source
-------
-nine_fixes.md, Fix 2; failure modes F2 and 10; flash-attention#1797.
 """
 
 from typing import TYPE_CHECKING
@@ -72,7 +68,7 @@ RULE = Rule(
     name="attention-without-backward",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 2; failure modes F2, 10",
+    sources=("fix 2", "failure mode F2", "failure mode 10", "Dao-AILab/flash-attention#1797"),
     check=check,
     faults=(
         Fault(

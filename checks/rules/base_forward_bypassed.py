@@ -18,10 +18,6 @@ Logits under the LoRA must agree to 1e-4 of the largest value.
 How to fix
 ----------
 Add the LoRA's delta to what the module itself returns (a forward hook, or `self.base_layer(x)` in PEFT).
-
-Source
-------
-nine_fixes.md, Fix 4; failure mode F4.
 """
 
 from functools import partial
@@ -93,7 +89,7 @@ RULE = Rule(
     name="base-forward-bypassed",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 4; failure mode F4",
+    sources=("fix 4", "failure mode F4"),
     requires=("HYP201",),
     check=check,
     faults=(

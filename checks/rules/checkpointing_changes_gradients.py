@@ -20,10 +20,6 @@ How to fix
 ----------
 `gradient_checkpointing_kwargs: {use_reentrant: false}`, and re-enter in the recomputation the binding that was active in
 the forward pass (`context_fn=checkpoint_contexts`).
-
-Source
-------
-nine_fixes.md, Fix 7; failure modes F7, 12; peft#2826.
 """
 
 import warnings
@@ -139,7 +135,7 @@ RULE = Rule(
     name="checkpointing-changes-gradients",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 7; failure modes F7, 12; peft#2826",
+    sources=("fix 7", "failure mode F7", "failure mode 12", "huggingface/peft#2826"),
     requires=("LOR202",),
     check=check,
     faults=(

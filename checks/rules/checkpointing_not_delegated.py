@@ -18,10 +18,6 @@ Every target Linear must run at least twice: once in the forward pass, once in t
 How to fix
 ----------
 Hand `gradient_checkpointing_enable` on to the base, and call `train()` on it.
-
-Source
-------
-nine_fixes.md, Fix 7; failure mode F7.
 """
 
 from collections import Counter
@@ -92,7 +88,7 @@ RULE = Rule(
     name="checkpointing-not-delegated",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 7; failure mode F7",
+    sources=("fix 7", "failure mode F7"),
     requires=("GRD201",),
     check=check,
     faults=(

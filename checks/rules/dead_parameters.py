@@ -18,10 +18,6 @@ The norm of each parameter's gradient must be above zero.
 How to fix
 ----------
 Follow the named parameters to the forward pass; look for `.detach()`, `.data`, `no_grad` and unused modules.
-
-Source
-------
-failure modes 13 and 31; gpt_oss_in_transformers, section 5.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -65,7 +61,7 @@ RULE = Rule(
     name="dead-parameters",
     stage="twin",
     severity="error",
-    source="failure modes 13, 31",
+    sources=("sanity run", "failure mode 13", "failure mode 31"),
     requires=("LOR202", "LOR203"),
     check=check,
     faults=(Fault("detached-latents", "the aggregator's output is detached", override(build=_detached_aggregator)),),

@@ -16,10 +16,6 @@ How it is detected
 How to fix
 ----------
 Free space, name another disk (`output_dir`), or keep fewer checkpoints (`save_total_limit`).
-
-Source
-------
-failure mode 29; open_lm#154.
 """
 
 from typing import TYPE_CHECKING
@@ -58,7 +54,7 @@ RULE = Rule(
     name="disk-exceeded",
     stage="device",
     severity="error",
-    source="failure mode 29; open_lm#154",
+    sources=("failure mode 29", "mlfoundations/open_lm#154"),
     requires=("TGT101", "HYP201"),
     check=check,
     faults=(Fault("full-disk", "a thousand bytes are free", override(free_disk=lambda healthy, config: 1000)),),

@@ -17,10 +17,6 @@ How to fix
 ----------
 Trace the path from the document's ids to the features, the latents and the LoRA; look for a constant or a detached
 value, and for features of padding.
-
-Source
-------
-failure mode 35.
 """
 
 from dataclasses import replace
@@ -75,7 +71,7 @@ RULE = Rule(
     name="document-ignored",
     stage="twin",
     severity="error",
-    source="failure mode 35",
+    sources=("sanity run", "failure mode 35"),
     requires=("HYP201", "LOR202"),
     check=check,
     faults=(Fault("constant-features", "the encoder reads a constant", override(build=_constant_features)),),

@@ -17,10 +17,6 @@ For every layer the cosine of the two gradients must be above 0.999 and their no
 How to fix
 ----------
 Set `expert_weights: packed` or `dequantize`.
-
-Source
-------
-nine_fixes.md, Fix 1; failure modes F1, 16 and 18.
 """
 
 from dataclasses import replace
@@ -103,7 +99,7 @@ RULE = Rule(
     name="experts-gradient-missing",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 1; failure modes F1, 16, 18",
+    sources=("fix 1", "failure mode F1", "failure mode 16", "failure mode 18"),
     requires=("QNT101", "LOR202"),
     check=check,
     faults=(

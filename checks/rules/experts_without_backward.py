@@ -17,10 +17,6 @@ The plan's experts must be `packed` (kept in MXFP4, with a backward to their inp
 How to fix
 ----------
 Set `expert_weights: packed` (13 GB for gpt-oss-20b) or `expert_weights: dequantize` (42 GB).
-
-Source
-------
-nine_fixes.md, Fix 1; failure mode F1.
 """
 
 from typing import TYPE_CHECKING
@@ -55,7 +51,7 @@ RULE = Rule(
     name="experts-without-backward",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 1; failure mode F1",
+    sources=("fix 1", "failure mode F1"),
     check=check,
     faults=(Fault("native-kernels", "transformers' own MXFP4 kernels", configure(expert_weights="native")),),
 )

@@ -19,10 +19,6 @@ Skipped with `mlp` among the targets, for which PEFT has no adapter format.
 How to fix
 ----------
 Export with `d2l internalize`: rank R = r · (chunks + 1), bias included, and `lora_alpha = scale · R`.
-
-Source
-------
-failure modes 15 and 22; vllm#41384, vllm#52198.
 """
 
 import json
@@ -129,7 +125,7 @@ RULE = Rule(
     name="exported-adapter-differs",
     stage="twin",
     severity="error",
-    source="failure modes 15, 22",
+    sources=("failure mode 15", "failure mode 22", "vllm-project/vllm#41384", "vllm-project/vllm#52198"),
     requires=("LOR202", "ATT201"),
     check=check,
     faults=(

@@ -16,10 +16,6 @@ Logits before the changed token must not move, to 1e-4 of the largest value.
 How to fix
 ----------
 Use an attention implementation that honours masks (`attn_implementation: auto`), and pass masks in which j <= i.
-
-Source
-------
-failure mode 33; gpt_oss_in_transformers, section 2.
 """
 
 from dataclasses import replace
@@ -87,7 +83,7 @@ RULE = Rule(
     name="future-tokens-visible",
     stage="twin",
     severity="error",
-    source="failure mode 33",
+    sources=("fix 2", "failure mode 33"),
     requires=("HYP201",),
     check=check,
     faults=(

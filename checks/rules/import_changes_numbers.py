@@ -17,10 +17,6 @@ Every tensor must come back equal in every bit, none missing; the LoRA of a docu
 How to fix
 ----------
 Import with `d2l import-reference`; it reads the file without unpickling, and refuses what it does not know.
-
-Source
-------
-nine_fixes.md, Fix 6; failure modes F6 and 22.
 """
 
 import tempfile
@@ -176,7 +172,7 @@ RULE = Rule(
     name="import-changes-numbers",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 6; failure modes F6, 22",
+    sources=("fix 6", "failure mode F6", "failure mode 22"),
     requires=("LOR202",),
     check=check,
     faults=(

@@ -19,10 +19,6 @@ and end with the end token that the template wrote.
 How to fix
 ----------
 Raise `max_qas_len` and `max_packed_inp_len`, shorten the questions, and never truncate.
-
-Source
-------
-nine_fixes.md, Fix 8; failure modes F8, 4, 7 and 21.
 """
 
 from dataclasses import replace
@@ -129,7 +125,7 @@ RULE = Rule(
     name="labels-lost",
     stage="data",
     severity="error",
-    source="nine_fixes Fix 8; failure modes F8, 4, 7, 21",
+    sources=("fix 8", "failure mode F8", "failure mode 4", "failure mode 7", "failure mode 21"),
     requires=("LBL101", "DAT301"),
     check=check,
     faults=(

@@ -19,10 +19,6 @@ least 1e-4 of the largest value.
 How to fix
 ----------
 Bind the LoRA for a scope (`with bind(model, lora): ...`), add it through hooks on the target Linears, and restore always.
-
-Source
-------
-failure modes 38 and 40; DESIGN, decision 6.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -115,7 +111,7 @@ RULE = Rule(
     name="lora-without-effect",
     stage="twin",
     severity="error",
-    source="failure modes 38, 40",
+    sources=("sanity run", "failure mode 38", "failure mode 40"),
     requires=("HYP201",),
     check=check,
     faults=(

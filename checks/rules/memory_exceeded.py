@@ -19,10 +19,6 @@ How to fix
 ----------
 Keep the experts packed (`expert_weights: packed`), lower `max_packed_inp_len` and `max_packed_ctx_len`, set
 `gradient_checkpointing: true`, or take a larger GPU.
-
-Source
-------
-nine_fixes.md, hardware requirements; failure modes 17 and 18.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -68,7 +64,7 @@ RULE = Rule(
     name="memory-exceeded",
     stage="device",
     severity="error",
-    source="nine_fixes hardware requirements; failure modes 17, 18",
+    sources=("hardware", "failure mode 17", "failure mode 18"),
     requires=("ATT101", "TGT101", "HYP201"),
     check=check,
     faults=(Fault("small-gpu", "a GPU with a thousand bytes free", override(free_memory=lambda healthy: 1000)),),

@@ -21,10 +21,6 @@ How to fix
 ----------
 Pass one mask for each layer type, built with `position_ids` (`d2l.base.masks.packed_masks`), to the question pass and to
 the context encoder alike, and `use_cache=False`.
-
-Source
-------
-nine_fixes.md, Fix 2; failure modes F2, 1 and 2; transformers#39997.
 """
 
 from dataclasses import replace
@@ -129,7 +125,7 @@ RULE = Rule(
     name="packed-documents-leak",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 2; failure modes F2, 1, 2; transformers#39997",
+    sources=("fix 2", "failure mode F2", "failure mode 1", "failure mode 2", "huggingface/transformers#39997"),
     requires=("LOR202", "ATT202"),
     check=check,
     faults=(

@@ -18,10 +18,6 @@ quantize either.
 How to fix
 ----------
 Set `quantize_ctx_encoder: false`. With `expert_weights: packed` the experts stay in four bits anyway.
-
-Source
-------
-nine_fixes.md, Fix 3; failure modes F3 and 18.
 """
 
 from typing import TYPE_CHECKING
@@ -54,7 +50,7 @@ RULE = Rule(
     name="quantized-twice",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 3; failure modes F3, 18",
+    sources=("fix 3", "failure mode F3", "failure mode 18"),
     check=check,
     faults=(Fault("bitsandbytes", "quantize_ctx_encoder: true", configure(quantize_ctx_encoder=True)),),
 )

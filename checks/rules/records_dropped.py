@@ -16,10 +16,6 @@ A warning for any record or question that is dropped, an error when more than a 
 How to fix
 ----------
 Raise the limit that the message names, or set `max_ctx_chunk_len` to split long documents.
-
-Source
-------
-failure mode 6; doc_to_lora.md, traps in the reference.
 """
 
 from collections import Counter
@@ -86,7 +82,7 @@ RULE = Rule(
     name="records-dropped",
     stage="data",
     severity="error",
-    source="failure mode 6",
+    sources=("failure mode 6",),
     requires=("LBL101",),
     check=check,
     faults=(Fault("tight-budget", "at least half of the documents exceed max_packed_ctx_len", _plant_tight_budget),),

@@ -18,10 +18,6 @@ Saving and loading must succeed; the second step's loss and gradient norm must a
 How to fix
 ----------
 Write tensors to safetensors and everything else to JSON; save and restore optimizer, schedule, data position and RNG.
-
-Source
-------
-nine_fixes.md, Fix 6; failure modes F6, 27 and 28.
 """
 
 import tempfile
@@ -117,7 +113,7 @@ RULE = Rule(
     name="resume-differs",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 6; failure modes F6, 27, 28",
+    sources=("fix 6", "failure mode F6", "failure mode 27", "failure mode 28"),
     requires=("STP201",),
     check=check,
     faults=(

@@ -17,10 +17,6 @@ Each time, rows and reports of what was dropped must equal those of tokenizing a
 How to fix
 ----------
 Key the cache by everything that shapes rows: template, supervision, date, tokenizer, data and limits.
-
-Source
-------
-nine_fixes.md, `rm -rf data/processed_datasets`; failure modes 5 and 36.
 """
 
 import tempfile
@@ -122,7 +118,7 @@ RULE = Rule(
     name="stale-token-cache",
     stage="data",
     severity="error",
-    source="nine_fixes, rm -rf data/processed_datasets; failure modes 5, 36",
+    sources=("stale cache", "failure mode 5", "failure mode 36"),
     requires=("LBL101", "DAT301", "LBL301"),
     check=check,
     faults=(

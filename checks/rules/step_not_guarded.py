@@ -18,10 +18,6 @@ before the optimizer runs, and no other weight may change.
 How to fix
 ----------
 Before every `optimizer.step()`, require a finite loss, a finite gradient norm and a supervised token, over all ranks.
-
-Source
-------
-nine_fixes.md, sanity test; failure modes 4 and 10; DESIGN, decision 14.
 """
 
 import math
@@ -135,7 +131,7 @@ RULE = Rule(
     name="step-not-guarded",
     stage="twin",
     severity="error",
-    source="nine_fixes sanity test; failure modes 4, 10",
+    sources=("sanity run", "failure mode 4", "failure mode 10"),
     requires=("GRD201", "GRD204"),
     check=check,
     faults=(

@@ -22,10 +22,6 @@ not judged.
 How to fix
 ----------
 `target_modules: [v_proj]`, as in configs/gpt_oss_20b_recommended.yaml, or ignore the warning with your reason.
-
-Source
-------
-experiments/targets.md; the published run on gpt-oss-20b with q_proj kept no control.
 """
 
 from typing import TYPE_CHECKING
@@ -67,7 +63,7 @@ RULE = Rule(
     name="targets-carry-little",
     stage="static",
     severity="warning",
-    source="experiments/targets.md",
+    sources=("fix 9", "experiments/targets.md"),
     check=check,
     requires=("TGT101",),
     faults=(

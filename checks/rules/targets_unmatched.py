@@ -19,10 +19,6 @@ How to fix
 ----------
 Name Linears that every layer has. For GPT-OSS: q_proj, k_proj, v_proj, o_proj. `mlp` adapts what the experts do, by a
 parallel adapter beside the whole block; no adapter format holds it (EXP201).
-
-Source
-------
-nine_fixes.md, Fix 9; failure modes F9 and 14; unsloth#3405.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -96,7 +92,7 @@ RULE = Rule(
     name="targets-unmatched",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 9; failure modes F9, 14",
+    sources=("fix 9", "failure mode F9", "failure mode 14", "unslothai/unsloth#3405"),
     check=check,
     faults=(
         Fault("experts", "the experts' parameters as targets", configure(target_modules=("gate_up_proj",))),

@@ -18,10 +18,6 @@ Every tensor that was written must come back equal in every bit, experts after d
 How to fix
 ----------
 Load with `d2l.base.load.load_base`; save dequantized models with `save_pretrained(..., save_original_format=False)`.
-
-Source
-------
-nine_fixes.md, Fix 1; failure modes F1, 32 and 34.
 """
 
 import tempfile
@@ -115,7 +111,7 @@ RULE = Rule(
     name="weights-changed-by-loading",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 1; failure modes F1, 32, 34",
+    sources=("fix 1", "failure mode F1", "failure mode 32", "failure mode 34"),
     requires=("QNT101", "QNT102", "HYP201"),
     check=check,
     faults=(

@@ -1,8 +1,10 @@
-"""What the commands share: options, reading a configuration, progress, and where output goes."""
+"""Helpers of all commands: options, reading a configuration, loading libraries, progress, and where output goes."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from d2l.config.schema import RunConfig
+
+# This module is imported first of all. What came before it, Python's own start, was computing and not waiting.
+_PROCESS_START = time.perf_counter() - time.process_time()
 
 Format = Literal["text", "json"]
 Texts = list[str] | None
@@ -81,9 +86,32 @@ def console(*, stderr: bool = False, quiet: bool = False) -> "Console":
     return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
+def waited() -> float:
+    """Return the seconds since this process started."""
+    return time.perf_counter() - _PROCESS_START
+
+
+def load_libraries(*, quiet: bool = False) -> None:
+    """Import what takes seconds, and say so on stderr before: a status on a terminal, one line elsewhere.
+
+    Args:
+        quiet: print nothing, as one of several processes.
+    """
+    screen = console(stderr=True, quiet=quiet)
+    message = "loading torch and transformers ..."
+    with redirect_stdout(sys.stderr):
+        if screen.is_terminal and not screen.is_dumb_terminal:
+            with screen.status(message):
+                import_module("d2l.build")  # imports both
+        else:
+            screen.out(message, highlight=False)
+            import_module("d2l.build")
+
+
 @contextmanager
 def libraries_to_stderr() -> Iterator[None]:
-    """Send what libraries print meanwhile to stderr: stdout is for the command's own output."""
+    """Load the libraries, then send what they print meanwhile to stderr: stdout is for the command's own output."""
+    load_libraries()
     with redirect_stdout(sys.stderr):
         yield
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -16,10 +17,12 @@ from typer.testing import CliRunner
 import cli
 from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
+from commands.console import libraries_to_stderr, load_libraries
 from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
+LOADING = "loading torch and transformers ..."
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def world(monkeypatch):
     stand_in(
         "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
     )
+    stand_in("d2l.build")
     stand_in("d2l.config.load", load_config=world.load_config)
     stand_in(
         "d2l.train.run",
@@ -176,7 +180,66 @@ def test_every_config_problem_on_stderr(world, command):
 def test_interrupt_is_one_line_and_130(world, command):
     world.rules[:] = [rule("TOY201", KeyboardInterrupt())]
     result = d2l(command, "x.yaml")
-    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    assert (result.exit_code, result.stderr) == (130, f"{LOADING}\nInterrupted.\n")
+
+
+def test_what_is_loaded_is_shown_before_it_is_loaded(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr("commands.console.import_module", lambda name: shown.append((name, *capsys.readouterr())))
+    load_libraries()
+    assert shown == [("d2l.build", "", f"{LOADING}\n")]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_a_status_while_libraries_load(monkeypatch):
+    screen = Console(file=StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("commands.console.console", lambda **options: screen)
+    monkeypatch.setattr("commands.console.import_module", lambda name: time.sleep(0.2))
+    load_libraries()
+    text = screen.file.getvalue()
+    assert LOADING in text
+    assert text.endswith("\x1b[2K")  # the line is erased
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_one_process_of_several_shows_what_it_loads(monkeypatch, capsys, quiet):
+    monkeypatch.setattr("commands.console.import_module", lambda name: None)
+    load_libraries(quiet=quiet)
+    assert capsys.readouterr().err == ("" if quiet else f"{LOADING}\n")
+
+
+@pytest.mark.parametrize("arguments", [["preflight"], ["train", "x.yaml"]])
+def test_the_loading_is_shown_once_and_not_on_stdout(world, arguments):
+    result = d2l(*arguments)
+    assert result.stderr.count(LOADING) == 1
+    assert LOADING not in result.stdout
+
+
+def test_every_command_that_loads_libraries_shows_it(monkeypatch, capsys):
+    monkeypatch.setattr("commands.console.import_module", lambda name: None)
+    with libraries_to_stderr():
+        sys.stdout.write("a library talks\n")
+    assert capsys.readouterr() == ("", f"{LOADING}\na library talks\n")
+    for name in ("adapter", "evaluate", "data"):
+        assert "with libraries_to_stderr():" in (ROOT / "commands" / f"{name}.py").read_text()
+
+
+def test_the_seconds_of_a_report_are_what_the_user_waited(world, monkeypatch):
+    for command in ("preflight", "train"):
+        monkeypatch.setattr(f"commands.{command}.waited", lambda: 42.25)
+    assert "in 42.2 s: nothing found" in d2l("preflight").stdout
+    assert "in 42.2 s (exit code 0)" in d2l("preflight", "--selftest").stdout
+    for options in ([], ["--selftest"]):
+        assert json.loads(d2l("preflight", "--format", "json", *options).stdout)["summary"]["seconds"] == 42.25
+    assert "in 42.2 s: nothing found" in d2l("train", "x.yaml").stdout
+    assert world.trained[0][0]["summary"]["seconds"] == 42.25
+
+
+def test_the_clock_starts_before_the_commands_are_imported():
+    probe = "import time; time.perf_counter = lambda: 100.0; time.process_time = lambda: 7.0"
+    probe += "; from commands import console; time.perf_counter = lambda: 103.0; print(console.waited())"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "10.0\n"
 
 
 def test_our_own_faults_are_not_hidden(world):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # This module is imported first of all. What came before it, Python's own start, was computing and not waiting.
 _PROCESS_START = time.perf_counter() - time.process_time()
 
+LOADING = "loading torch and transformers ..."
+
 Format = Literal["text", "json"]
 Texts = list[str] | None
 OnProgress = Callable[[int, int], None]
@@ -98,13 +100,12 @@ def load_libraries(*, quiet: bool = False) -> None:
         quiet: print nothing, as one of several processes.
     """
     screen = console(stderr=True, quiet=quiet)
-    message = "loading torch and transformers ..."
     with redirect_stdout(sys.stderr):
         if screen.is_terminal and not screen.is_dumb_terminal:
-            with screen.status(message):
+            with screen.status(LOADING):
                 import_module("d2l.build")  # imports both
         else:
-            screen.out(message, highlight=False)
+            screen.out(LOADING, highlight=False)
             import_module("d2l.build")
 
 

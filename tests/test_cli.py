@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 import cli
 from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
-from commands.console import libraries_to_stderr, load_libraries
+from commands.console import LOADING, libraries_to_stderr, load_libraries
 from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
-LOADING = "loading torch and transformers ..."
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Block:
-    """What follows the table: a heading and labelled rows; a row's text may have several lines."""
+    """A part below the table: a heading and labelled rows; a row's text may have several lines."""
 
     heading: str
     style: str
@@ -77,12 +77,12 @@ def print_report(report: Report | Selftest, console: Console, fail_level: FailLe
 
 
 def plain_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
-    """The report without colour, boxes or line breaks inside a check's line, for files and logs."""
+    """Return the report without colour, boxes or line breaks inside a check's line, for files and logs."""
     return _plain(_page(report, fail_level))
 
 
 def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
-    """The report as a JSON document."""
+    """Return the report as a JSON document."""
     return json.dumps(report.to_json(fail_level), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -137,7 +137,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
         for trial in lost
     ]
     if selftest.left_out:
-        rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not asked for (--stage)")]
+        rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not requested (--stage)")]
         blocks.append(_Block("Not tested", "bold", rows))
     count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
     return _Page(
@@ -153,7 +153,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
 
 
 def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
-    """The labelled rows below a finding's heading."""
+    """Return the labelled rows below a finding's heading."""
     evidence = dict(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
     frames = str(evidence.pop("traceback", "")).rstrip().splitlines()
@@ -170,7 +170,7 @@ def _listed(evidence: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """One piece of evidence, short enough for a screen."""
+    """Shorten one piece of evidence for a screen."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -183,7 +183,7 @@ def _shown(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Evidence can quote a data set: control characters are shown, not sent to the terminal."""
+    """Escape control characters: evidence can quote a data set, which must not reach the terminal as it is."""
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -239,7 +239,7 @@ def _coloured(page: _Page, width: int) -> RenderableType:
 
 
 def _table(lines: Iterable[_Line], words: int, names: int, *, wide: bool) -> Table:
-    """One line for each check, cut at the edge: what was found stands whole below the table."""
+    """Make a table of one line for each check, cut at the edge: findings stand whole below it."""
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     table.add_column(width=words + 2, no_wrap=True)
     table.add_column(no_wrap=True)

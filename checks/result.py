@@ -21,12 +21,12 @@ class UsageError(D2LError):
 
 
 class NotApplicable(Exception):
-    """Raised by `Fault.plant`: this subject has nothing that the fault could spoil; `str(error)` says why."""
+    """Raised by `Fault.plant`: this subject has nothing that the fault could spoil; `str(error)` gives the reason."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The check looked and found nothing wrong; the message says what was compared, with numbers."""
+    """The check looked and found nothing wrong; the message names what was compared, with numbers."""
 
     message: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Report:
         return sum(outcome.outcome == kind for outcome in self.outcomes)
 
     def exit_code(self, fail_level: FailLevel = "error") -> int:
-        """Return 0 pass, 3 a check crashed, 1 a finding at or above `fail_level`, 4 a required check did not run."""
+        """Return 0 if nothing is found, 3 if a check crashed, 1 with a finding, 4 if a required check did not run."""
         if self.count("crash"):
             return 3
         if any(outcome.is_finding(fail_level) for outcome in self.outcomes):

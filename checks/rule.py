@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class HasCodeAndName(Protocol):
-    """What a rule is found by."""
+    """A rule or its facts, as `find_rule` compares them."""
 
     @property
     def code(self) -> str:

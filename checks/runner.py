@@ -121,7 +121,7 @@ def examine(
 
 
 def installed_version() -> str:
-    """Return the version of the installed distribution, or what stands in for one in a checkout that is not installed."""
+    """Return the version of the installed distribution, or `unreleased` in a checkout that is not installed."""
     try:
         return metadata.version("d2l-preflight")
     except metadata.PackageNotFoundError:
@@ -147,7 +147,7 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
             rule,
             "crash",
             message=f"crashed: {type(error).__name__}: {error}",
-            remedy=f"the check broke, which says nothing about your run: report it with the traceback (--format json); "
+            remedy=f"the check broke, which is no finding about your run: report it with the traceback (--format json); "
             f"to go on in spite of it: --ignore {rule.code}=REASON",
             evidence={"traceback": traceback.format_exc()},
         )

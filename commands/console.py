@@ -37,7 +37,12 @@ DataOption = Annotated[
 ]
 SetOption = Annotated[Texts, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key; repeatable.")]
 IgnoreOption = Annotated[
-    Texts, typer.Option("--ignore", metavar="CODE=REASON", help="Let the finding of a check pass, visibly; repeatable.")
+    Texts,
+    typer.Option(
+        "--ignore",
+        metavar="CODE=REASON",
+        help="Accept the finding of a check, for a reason; it stays visible. Repeatable.",
+    ),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
 CheckpointArgument = Annotated[
@@ -45,7 +50,11 @@ CheckpointArgument = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Base model's place now, if it moved: hub id or folder."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Read the base model from here, if it moved since the training: hub id or folder.",
+    ),
 ]
 
 
@@ -94,7 +103,7 @@ def waited() -> float:
 
 
 def load_libraries(*, quiet: bool = False) -> None:
-    """Import what takes seconds, and say so on stderr before: a status on a terminal, one line elsewhere.
+    """Import what takes seconds, after naming it on stderr: by a status on a terminal, by one line elsewhere.
 
     Args:
         quiet: print nothing, as one of several processes.

@@ -48,7 +48,8 @@ def preflight(
     data: DataOption = None,
     settings: SetOption = None,
     stages: Annotated[
-        Texts, typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device.")
+        Texts,
+        typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
     ] = None,
     select: Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")] = None,
     ignore: IgnoreOption = None,

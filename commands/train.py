@@ -50,7 +50,10 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run, or from this checkpoint.")
+        Path | None,
+        typer.Option(
+            "--resume", metavar="DIR", help="Continue the run in this folder, or from this checkpoint folder."
+        ),
     ] = None,
     ignore: IgnoreOption = None,
 ) -> None:

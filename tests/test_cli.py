@@ -85,7 +85,7 @@ def rule(code, result=None, **rest):
     )
 
 
-FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="mend it")
+FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="fix it")
 
 
 @pytest.fixture
@@ -101,6 +101,8 @@ def world(monkeypatch):
     stand_in(
         "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
     )
+    for command in ("preflight", "train"):
+        monkeypatch.setattr(f"commands.{command}.waited", lambda: 0.0)  # two runs print the same
     stand_in("d2l.build")
     stand_in("d2l.config.load", load_config=world.load_config)
     stand_in(

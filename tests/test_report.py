@@ -198,7 +198,7 @@ def test_a_quiet_console_stays_quiet():
 def test_selftest_word_for_word():
     trials = (
         Trial("CFG101", "typo", "caught", "found typo", 1.0),
-        Trial("HYP201", "rank", "missed", "HYP201 says pass: fine", 1.0),
+        Trial("HYP201", "rank", "missed", "HYP201 reports pass: fine", 1.0),
         Trial("ATT202", "leak", "not_applied", "one layer only"),
     )
     selftest = Selftest("0.1.0", "configs/tiny.yaml", "abcdef0123456789", trials, left_out=("DEV401",), seconds=2.0)
@@ -208,17 +208,17 @@ def test_selftest_word_for_word():
 d2l 0.1.0 selftest on configs/tiny.yaml, fingerprint abcdef012345
 
 CFG101 typo  caught       found typo
-HYP201 rank  MISSED       HYP201 says pass: fine
+HYP201 rank  MISSED       HYP201 reports pass: fine
 ATT202 leak  NOT APPLIED  one layer only
 
 HYP201 rank: missed
-  HYP201 says pass: fine
+  HYP201 reports pass: fine
 
 ATT202 leak: not applied
   one layer only
 
 Not tested
-  DEV401: of a stage that was not asked for (--stage)
+  DEV401: of a stage that was not requested (--stage)
 
 1 of 3 planted faults caught in 2.0 s (exit code 5)
 """

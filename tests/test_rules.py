@@ -60,7 +60,7 @@ def test_a_run_without_a_tokenizer_skips_what_needs_one(monkeypatch: pytest.Monk
     report = preflight(load_config(REAL), "LBL101", "TGT101")
     assert [outcome.outcome for outcome in report.outcomes] == ["pass", "skip"]
     assert "no tokenizer" in report.outcomes[1].message
-    assert report.exit_code() == 4  # it was asked for by name
+    assert report.exit_code() == 4  # it was selected by name
 
 
 def test_every_planted_fault_turns_its_check_and_only_it_red() -> None:

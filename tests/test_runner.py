@@ -68,7 +68,7 @@ ATT = looks_for("ATT202", "leak", requires=("HYP201",))
 LOG = looks_for("LOG203", "noise", severity="warning")
 RULES = (CFG, HYP, ATT, LOG)
 CLEAN = Subject()
-FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="mend it")
+FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="fix it")
 
 
 def kinds(report):
@@ -110,7 +110,7 @@ def test_a_finding_keeps_its_words():
         "broken",
         "whole",
         "broken",
-        "mend it",
+        "fix it",
     )
 
 
@@ -366,11 +366,11 @@ def crashes_on(name):
 @pytest.mark.parametrize(
     ("rule", "result", "words"),
     [
-        (looks_for("TOY204", faults=(defect("unseen"),)), "missed", "TOY204 says pass: nothing found"),
+        (looks_for("TOY204", faults=(defect("unseen"),)), "missed", "TOY204 reports pass: nothing found"),
         (looks_for("TOY204", "rank"), "missed", "so is HYP201 fail"),
-        (looks_for("TOY204", "own", finding=Warn), "missed", "TOY204 says warn"),
+        (looks_for("TOY204", "own", finding=Warn), "missed", "TOY204 reports warn"),
         (looks_for("TOY204", "own", requires=("HYP201",), faults=(defect("rank"),)), "missed", "blocked by HYP201"),
-        (crashes_on("own"), "missed", "TOY204 says crash"),
+        (crashes_on("own"), "missed", "TOY204 reports crash"),
         (says("TOY204", FAIL, faults=(defect("own"),)), "missed", "does not pass on the clean subject"),
         (says("TOY204", Skip("no data"), faults=(defect("own"),)), "not_applied", "no data"),
         (looks_for("TOY204", "own", severity="warning"), "caught", "found own"),
@@ -408,7 +408,7 @@ def test_selected_faults_are_still_tried_against_all_rules():
     assert trials([HYP, both], select=["TOY204"])["TOY204", "rank"].result == "missed"
 
 
-def test_the_device_stage_is_left_out_unless_asked_for():
+def test_the_device_stage_is_left_out_unless_requested():
     device = looks_for("DEV401", "memory", stage="device")
     assert run_selftest(CLEAN, [HYP, device]).left_out == ("DEV401",)
     assert trials([HYP, device], stages=["device"])["DEV401", "memory"].result == "caught"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Gradient of the whole step, packed and accumulated."""
+    """Compare the gradients of a whole step, packed and accumulated."""
     rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
     config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
     model = subject.twin()
@@ -55,7 +55,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _mean_of_means(healthy: "Implementation", model: Any, batches: Any, config: Any) -> Any:
-    """Every micro-batch divides by its own counts; the step takes their mean."""
+    """Divide every micro-batch by its own counts, and take the mean."""
     losses = [healthy.loss(model, [batch], config) for batch in batches]
     return tuple(sum(terms) / len(losses) for terms in zip(*losses, strict=True))
 

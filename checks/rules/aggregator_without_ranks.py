@@ -39,7 +39,7 @@ REMEDY = "set per_rank_gen: true"
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Shape of the latents, then the smallest distance of a rank from the first."""
+    """Look at the shape of the latents, then at the smallest distance of a rank from the first."""
     config = subject.twin_config
     latents = subject.twin().latents(probe_batch(subject))
     expected = f"[chunks, layers, {len(config.target_modules)}, {config.lora_r}, latent]"
@@ -68,7 +68,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _broadcast_rank(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The aggregator generates one rank, which is stretched to all."""
+    """Let the aggregator generate one rank, and stretch it to all."""
     model: Any = healthy.build(base, config)
 
     def stretch(module: Any, inputs: Any, latents: Any) -> Any:

@@ -3,7 +3,7 @@
 What it does
 ------------
 Renders conversations (one turn, several turns, reasoning, text beyond ASCII) with the run's tokenizer and template,
-decodes the supervised tokens, and compares them turn by turn with what the messages say.
+decodes the supervised tokens, and compares them turn by turn with the messages' text.
 
 Why it matters
 --------------
@@ -40,7 +40,7 @@ REMEDY = "leave chat_template unset to use the shipped one, or put generation ta
 
 
 def check(subject: "Subject") -> Result:
-    """Faults of the supervised text of every conversation."""
+    """Look for faults in the supervised text of every conversation."""
     if subject.tokenizer is None:
         return Skip(subject.tokenizer_absent)
     expected = "the text and end token of every assistant message, and nothing else"
@@ -79,7 +79,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _with_template(change: Callable[[str], str]) -> Override:
-    """The run's template, changed."""
+    """Make a fault of the run's template, changed."""
 
     def chat(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
         made = healthy.chat(config, tokenizer)
@@ -95,7 +95,7 @@ def _with_template(change: Callable[[str], str]) -> Override:
 
 
 def _tagless(template: str) -> str:
-    """Without generation tags, as the official template."""
+    """Remove the generation tags, as in the official template."""
     for tag in ("generation", "endgeneration"):
         for opening in ("{%-", "{%"):
             for closing in ("-%}", "%}"):
@@ -104,13 +104,13 @@ def _tagless(template: str) -> str:
 
 
 def _in_comment(template: str) -> str:
-    """The tags only stand in a comment."""
+    """Leave the tags in a comment only."""
     bare = _tagless(template)
     return template if bare == template else "{# {% generation %}{% endgeneration %} #}" + bare
 
 
 def _shifted_mask(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
-    """The mask is moved by one token, as by tags inside a macro."""
+    """Move the mask by one token, as tags inside a macro do."""
     made = healthy.chat(config, tokenizer)
     encode = type(made).encode
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """The planned implementation against those that can train this model."""
+    """Compare the planned implementation with those that can train this model."""
     from checks.subject import changed
     from d2l.base.attention import PER_DOCUMENT
     from d2l.base.load import plan_load

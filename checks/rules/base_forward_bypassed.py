@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _DoublingLinear(nn.Linear):
-    """Stands for a quantized Linear: what it computes is not what its weights say."""
+    """A stand-in for a quantized Linear: it computes something else than its weights show."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return 2 * super().forward(inputs)
@@ -46,7 +46,7 @@ class _DoublingLinear(nn.Linear):
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Overridden forwards against doubled weights."""
+    """Compare overridden forwards with doubled weights."""
     plain = subject.twin()
     if not _linears(subject.implementation, plain, subject.config):
         return Skip(f"no target is a Linear: {', '.join(subject.config.target_modules)}")
@@ -77,7 +77,7 @@ def _linears(implementation: Implementation, model: Model, config: "RunConfig") 
 
 
 def _bypass(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Every target computes torch's Linear, whatever class it has."""
+    """Let every target compute torch's Linear, whatever class it has."""
     model = healthy.build(base, config)
     for linear in _linears(healthy, model, config):
         linear.forward = partial(nn.Linear.forward, linear)  # type: ignore[method-assign]

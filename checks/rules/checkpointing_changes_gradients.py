@@ -41,7 +41,7 @@ REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass con
 
 
 def check(subject: "Subject") -> Result:
-    """Task gradients of one joint backward, checkpointing off and on."""
+    """Compare the task gradients of one joint backward, checkpointing off and on."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
     expected = _task_gradients(subject, checkpointing=False)
@@ -86,14 +86,14 @@ def _task_gradients(subject: "Subject", *, checkpointing: bool) -> dict[str, tor
 
 
 def _unbound_recompute(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Checkpointing is handed to the base as it is: recomputation runs with no LoRA bound."""
+    """Hand checkpointing to the base as it is: recomputation runs with no LoRA bound."""
     model: Any = healthy.build(base, config)
     model.gradient_checkpointing_enable = lambda kwargs: checkpoint_layers(model.base, kwargs)
     return model
 
 
 def _latest_binding(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The LoRA is kept as state of the patched layers: recomputation sees the one of the latest forward."""
+    """Keep the LoRA as state of patched layers: recomputation sees the one of the latest forward."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     current: dict[str, Any] = {"lora": None}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Runs of every target Linear in one forward and backward pass."""
+    """Count the runs of every target Linear in one forward and backward pass."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
     model: Any = subject.twin()
@@ -69,14 +69,14 @@ def check(subject: "Subject") -> Result:
 
 
 def _not_handed_on(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The wrapper takes the call and does nothing."""
+    """Let the wrapper take the call and do nothing."""
     model: Any = healthy.build(base, config)
     model.gradient_checkpointing_enable = lambda kwargs: None
     return model
 
 
 def _base_in_eval(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The frozen base stays in eval mode, where transformers does not checkpoint."""
+    """Keep the frozen base in eval mode, where transformers does not checkpoint."""
     model: Any = healthy.build(base, config)
     base.eval()
     base.train = lambda mode=True: base

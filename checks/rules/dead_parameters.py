@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """The parameters without a gradient."""
+    """List the parameters without a gradient."""
     model = subject.twin()
     task, _ = subject.implementation.loss(model, [probe_batch(subject)], subject.twin_config)
     found = gradients(model, task)
@@ -50,7 +50,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _detached_aggregator(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The aggregator's output is cut off from the graph."""
+    """Cut the aggregator's output off from the graph."""
     model: Any = healthy.build(base, config)
     model.hypernet.aggregator.register_forward_hook(lambda module, inputs, latents: latents.detach())
     return model

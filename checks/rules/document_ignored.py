@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """LoRAs and logits for two sets of documents."""
+    """Compare LoRAs and logits for two sets of documents."""
     model = subject.twin()
     batch = probe_batch(subject)
     other = replace(batch, ctx_ids=(batch.ctx_ids + 1) % subject.twin_base_config.vocab_size)
@@ -59,7 +59,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _constant_features(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The encoder reads the same token everywhere."""
+    """Let the encoder read the same token everywhere."""
     model: Any = healthy.build(base, config)
     encoder = model.encoder
     model.encoder = lambda ids, position_ids, mask: encoder(torch.zeros_like(ids), position_ids, mask)

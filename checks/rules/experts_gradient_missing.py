@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Cosine and norm ratio of each layer's gradient."""
+    """Compare each layer's gradient by cosine and norm."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
     dense_plan = replace(subject.twin_plan, experts=replace(subject.twin_plan.experts, value="dequantize"))
@@ -66,7 +66,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
-    """The gradient of the task loss by the input of each decoder layer's MLP."""
+    """Compute the gradient of the task loss by the input of each decoder layer's MLP."""
     model = subject.twin(base=base)
     inputs: list[Tensor] = []
 
@@ -86,7 +86,7 @@ def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
 
 
 def _without_backward(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
-    """The kernels compute the same values and cut the graph."""
+    """Let the experts compute the same values and cut the graph."""
     base = healthy.build_base(base_config, plan, seed)
     if plan.experts.value != "dequantize":
         for layer in base.get_decoder().layers:

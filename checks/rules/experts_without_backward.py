@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """How the plan holds the experts."""
+    """Look at how the plan holds the experts."""
     experts, quantization = subject.plan.experts, subject.plan.quantization
     if experts.value == "dense":
         return Skip(f"{experts.reason}: there are no experts to hold in MXFP4")

@@ -50,7 +50,7 @@ REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = sc
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Logits under the bound LoRA, and under PEFT."""
+    """Compare the logits under the bound LoRA with those under PEFT."""
     if MLP_BLOCK in subject.config.target_modules:
         return Skip(NO_FORMAT)
     model = subject.twin()
@@ -95,7 +95,7 @@ def _load_with_peft(base: "PreTrainedModel", adapter: Path) -> None:
 
 
 def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The scale goes into `lora_alpha` as it is, as in the reference."""
+    """Write the scale into `lora_alpha` as it is, as the reference does."""
     healthy.export(lora, base, folder)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path
 
 
 def _without_bias(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The learned bias, whose rows are the last, is left out."""
+    """Leave out the learned bias, whose rows are the last."""
     last = lora.rank // (CHUNKS + 1)
     A, B = ({name: x[:, :, :-last] for name, x in side.items()} for side in (lora.A, lora.B))
     healthy.export(replace(lora, A=A, B=B), base, folder)
@@ -116,7 +116,7 @@ def _plant_without_bias(subject: "Subject") -> "Subject":
 
 
 def _shuffled(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The rows of A no longer belong to those of B."""
+    """Shuffle the rows of A against those of B."""
     healthy.export(replace(lora, A={name: x.roll(1, dims=2) for name, x in lora.A.items()}), base, folder)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """The change of the logits before an edited last token."""
+    """Measure the change of the logits before an edited last token."""
     model = subject.twin()
     batch = alone(probe_rows(subject))[0]
     lora = model.lora(batch)
@@ -55,7 +55,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _both_ways(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Masks keep documents apart but let every token see its whole document."""
+    """Let masks keep documents apart but show every token its whole document."""
     model: Any = healthy.build(base, config)
     masks = model.attention_mask
 

@@ -46,7 +46,7 @@ REMEDY = "import with `d2l import-reference`, every tensor under its own name, a
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Tensors and LoRAs, before and after."""
+    """Compare tensors and LoRAs, before and after."""
     if own := _beyond_the_reference(subject.config):
         return Skip(f"the reference has no {own}, so no checkpoint of it could be imported into this configuration")
     model = subject.twin()
@@ -105,7 +105,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _beyond_the_reference(config: RunConfig) -> str:
-    """What the configuration has and the reference has not; empty where there is nothing."""
+    """Name what the configuration has and the reference has not; empty where there is nothing."""
     own = ("perceiver_heads", "perceiver_head_dim")
     keys = [key for key in own if getattr(config, key) != RunConfig.model_fields[key].default]
     values = {key: getattr(config, key) for key in keys}
@@ -121,7 +121,7 @@ def _is_same(actual: torch.Tensor | None, expected: torch.Tensor | None) -> bool
 
 
 def _difference(actual: "Lora", expected: "Lora") -> float:
-    """The largest relative difference of A, B and scale."""
+    """Return the largest relative difference of A, B and scale."""
     scales = [torch.tensor([lora.scale]) for lora in (actual, expected)]
     pairs = [(actual.A[name], expected.A[name]) for name in expected.A]
     pairs += [(actual.B[name], expected.B[name]) for name in expected.B]
@@ -129,7 +129,7 @@ def _difference(actual: "Lora", expected: "Lora") -> float:
 
 
 def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
-    """The import writes a changed folder."""
+    """Make a fault of an import that writes a changed folder."""
 
     def import_reference(healthy: Implementation, file: Path, folder: Path) -> None:
         whole = folder.with_name("whole")
@@ -140,14 +140,14 @@ def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
 
 
 def _skipped(checkpoint: "Checkpoint") -> "Checkpoint":
-    """The last scaler, which starts at zero, is not taken over."""
+    """Leave out the last scaler, which starts at zero."""
     last = max(name for name in checkpoint.hypernet if name.startswith("scaler_B"))
     kept = {name: value for name, value in checkpoint.hypernet.items() if name != last}
     return replace(checkpoint, hypernet=kept)
 
 
 def _halved(checkpoint: "Checkpoint") -> "Checkpoint":
-    """Weights go through bfloat16."""
+    """Round the weights through bfloat16."""
     rounded = {name: value.bfloat16().to(value.dtype) for name, value in checkpoint.hypernet.items()}
     return replace(checkpoint, hypernet=rounded)
 
@@ -161,7 +161,7 @@ def _with_config(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable
 
 
 def _another_encoder(config: dict[str, Any]) -> dict[str, Any]:
-    """Features of another place in the encoder; where there is but one set of them, shapes do not tell."""
+    """Take features of another place in the encoder; where there is but one set of them, shapes do not show it."""
     if config["ctx_encoder_type"] == "embed_only":
         return {"ctx_encoder_type": "early_exit", "layer_idx": 1}
     return {"ctx_encoder_type": "embed_only", "layer_idx": None}

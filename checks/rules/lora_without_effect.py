@@ -39,7 +39,7 @@ REMEDY = "bind the LoRA for a scope, through hooks on the target Linears that ar
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Four sets of logits."""
+    """Compare four sets of logits."""
     model = subject.twin()
     batch = probe_batch(subject)
     lora = model.lora(batch)
@@ -83,7 +83,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _sticky(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Without a LoRA of its own, a forward uses the last one's."""
+    """Let a forward without a LoRA use the last one's."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     last: list[Any] = []
@@ -99,7 +99,7 @@ def _sticky(healthy: Implementation, base: Any, config: Any) -> Model:
 
 
 def _never_bound(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The LoRA is generated and not used."""
+    """Generate the LoRA and do not use it."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     model.logits = lambda batch, lora, positions=None: logits(batch, None, positions)

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Reads from the loading plan whether bitsandbytes is asked for, and over which checkpoint.
+Reads from the loading plan whether bitsandbytes is requested, and over which checkpoint.
 
 Why it matters
 --------------
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Which quantization the plan carries out."""
+    """Look at the quantization that the plan carries out."""
     choice = subject.plan.quantization
     evidence = {"quantization": choice.value, "reason": choice.reason}
     if choice.value == "bitsandbytes":
         return Fail(
-            message="bitsandbytes is asked for on top of the base's own weights",
+            message="bitsandbytes is requested on top of the base's own weights",
             expected="the checkpoint's own quantization, once",
             actual=choice.reason,
             remedy="set quantize_ctx_encoder: false",

@@ -34,7 +34,7 @@ REMEDY = "raise the limit that is named, or set max_ctx_chunk_len to split long 
 
 
 def check(subject: "Subject") -> Result:
-    """Questions kept, and why others are not."""
+    """Count the questions kept, and the reasons why others are not."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     try:
@@ -70,7 +70,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _plant_tight_budget(subject: "Subject") -> "Subject":
-    """A budget that at least half of the documents exceed."""
+    """Set a budget that at least half of the documents exceed."""
     if subject.tokenizer is None or subject.records is None:
         raise NotApplicable(subject.tokenizer_absent or subject.records_absent)
     lengths = sorted(row.size[1] for row in subject.rows.rows)

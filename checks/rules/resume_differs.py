@@ -40,7 +40,7 @@ REMEDY = "keep tensors in safetensors, the rest in JSON, and restore optimizer, 
 
 
 def check(subject: "Subject") -> Result:
-    """Two steps against one, a save, a load and one more."""
+    """Compare two steps with one, a save, a load and one more."""
     straight = _trainer(subject, seed=0)
     _, expected = straight.step(), straight.step()
     stopped = _trainer(subject, seed=0)
@@ -82,7 +82,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
-    """A trainer whose epochs hold three packed rows, so that a lost position shows."""
+    """Make a trainer whose epochs hold three packed rows, so that a lost position shows."""
     rows = probe_rows(subject)
     longest_input, longest_context = (max(row.size[i] for row in rows) for i in (0, 1))
     config = changed(subject.twin_config, max_packed_inp_len=longest_input, max_packed_ctx_len=longest_context)
@@ -90,20 +90,20 @@ def _trainer(subject: "Subject", seed: int) -> "Stepper":
 
 
 def _with_config_object(healthy: Implementation, checkpoint: Any, folder: Path) -> None:
-    """The configuration object lies among the tensors, as in the reference."""
+    """Put the configuration object among the tensors, as in the reference."""
     tensors: Any = {**checkpoint.hypernet, "hypernet_config": checkpoint.state["config"]}
     healthy.save(replace(checkpoint, hypernet=tensors), folder)
 
 
 def _without_moments(healthy: Implementation, folder: Path) -> Any:
-    """Optimizer moments come back as zeros."""
+    """Return the optimizer's moments as zeros."""
     loaded = healthy.load(folder)
     trainer = {name: value * 0 if "exp_avg" in name else value for name, value in loaded.trainer.items()}
     return replace(loaded, trainer=trainer)
 
 
 def _from_the_start(healthy: Implementation, folder: Path) -> Any:
-    """The position in the data is lost."""
+    """Lose the position in the data."""
     loaded = healthy.load(folder)
     return replace(loaded, state={**loaded.state, "epoch": 0, "position": 0})
 

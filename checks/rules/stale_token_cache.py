@@ -7,7 +7,7 @@ template, with the other supervision, with one byte more in a document, and with
 
 Why it matters
 --------------
-A cache whose key leaves out the template serves old labels after the template was mended: the mask is fixed on paper and
+A cache whose key leaves out the template serves old labels after the template was fixed: the mask is fixed on paper and
 the loss stays what it was. People remedy that by hand (`rm -rf data/processed_datasets`), once they have thought of it.
 
 How it is detected
@@ -44,7 +44,7 @@ REMEDY = "key the cache by everything that shapes rows, or remove its folder and
 
 
 def check(subject: "Subject") -> Result:
-    """Rows through one cache against rows without, for inputs that differ in one thing each."""
+    """Compare rows through one cache with rows without, for inputs that differ in one thing each."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     implementation = subject.implementation
@@ -69,7 +69,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _variants(subject: "Subject") -> "Iterator[tuple[str, Inputs]]":
-    """The run's own inputs on a few records that have rows, then with one change at a time."""
+    """Yield the run's own inputs on a few records that have rows, then with one change at a time."""
     assert subject.records is not None
     config, chat, rows = subject.config, subject.chat, subject.rows.rows[:RECORDS]
     records = tuple(subject.records[index] for index in dict.fromkeys(row.record for row in rows))
@@ -87,7 +87,7 @@ def _variants(subject: "Subject") -> "Iterator[tuple[str, Inputs]]":
 
 
 def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
-    """Rows and what was dropped, or why there are none."""
+    """Return rows and what was dropped, or why there are none."""
     try:
         tokenized = tokenize(*inputs)
     except DataError as error:
@@ -96,7 +96,7 @@ def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _key_without(forgotten: str) -> "Callable[[Subject], Subject]":
-    """The key of the cache leaves one thing out."""
+    """Make a fault of a cache whose key leaves one thing out."""
 
     def plant(subject: "Subject") -> "Subject":
         kept: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Takes two optimizer steps with the run's own trainer on the tiny twin. Then it plants a NaN in a parameter, asks for
+Takes two optimizer steps with the run's own trainer on the tiny twin. Then it plants a NaN in a parameter, requests
 another step, and looks whether that is refused with nothing changed.
 
 Why it matters
@@ -39,7 +39,7 @@ GUARD = "require a finite loss and gradient norm before every optimizer.step()"
 
 
 def check(subject: "Subject") -> Result:
-    """Two steps, then one that has to be refused."""
+    """Take two steps, then one that has to be refused."""
     model: Any = subject.twin()
     trainer = subject.implementation.trainer(model, probe_rows(subject), subject.twin_config)
     before = _values(model)
@@ -68,7 +68,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _refusal(trainer: Any, evidence: dict[str, Any]) -> Result:
-    """What the trainer does with a NaN in its first parameter."""
+    """Look at what the trainer does with a NaN in its first parameter."""
     name, parameter = next(iter(trainer.model.hypernet.named_parameters()))
     with torch.no_grad():
         parameter.view(-1)[0] = math.nan
@@ -104,7 +104,7 @@ def _values(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _unguarded(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Trainer whose NaN is logged as zero and stepped on."""
+    """Make a trainer whose NaN is logged as zero and stepped on."""
     trainer: Any = healthy.trainer(model, rows, config)
     step = trainer.step
 
@@ -119,7 +119,7 @@ def _unguarded(healthy: Implementation, model: Any, rows: Any, config: Any) -> A
 
 
 def _frozen_optimizer(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Trainer whose optimizer holds no parameter of the hypernetwork."""
+    """Make a trainer whose optimizer holds no parameter of the hypernetwork."""
     trainer: Any = healthy.trainer(model, rows, config)
     for group in trainer.optimizer.param_groups:
         group["params"] = []

@@ -39,7 +39,7 @@ REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v
 
 
 def check(subject: "Subject") -> Result:
-    """Names × layers, requested and found."""
+    """Count modules by name and layer, requested and found."""
     from d2l.base.load import skeleton
 
     base = skeleton(subject.base_config)
@@ -68,7 +68,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _partial(healthy: Implementation, base: Any, names: Any) -> Any:
-    """Names that match nothing are dropped, as PEFT does."""
+    """Drop names that match nothing, as PEFT does."""
     found: dict[str, Any] = {}
     for name in names:
         try:
@@ -83,7 +83,7 @@ def _plant_partial(subject: "Subject") -> "Subject":
 
 
 def _first_layers(healthy: Implementation, base: Any, names: Any) -> Any:
-    """The last layer is forgotten."""
+    """Leave out the last layer."""
     return {name: list(linears)[:-1] for name, linears in healthy.targets(base, names).items()}
 
 

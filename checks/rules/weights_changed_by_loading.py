@@ -41,7 +41,7 @@ REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_o
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Every tensor and the logits, before and after the disk."""
+    """Compare every tensor and the logits, before and after the disk."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
     written = subject.twin_base()
@@ -100,7 +100,7 @@ def _random_experts(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _lost_rotary(healthy: Implementation, folder: Path, plan: Any) -> Any:
-    """Buffers that are in no file stay as they were allocated."""
+    """Leave buffers that are in no file as they were allocated."""
     base = healthy.load_base(folder, plan)
     base.get_decoder().rotary_emb.inv_freq.zero_()
     return base

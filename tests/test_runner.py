@@ -114,6 +114,11 @@ def test_a_finding_keeps_its_words():
     )
 
 
+def test_a_finding_takes_its_words_by_name_only():
+    with pytest.raises(TypeError, match="positional"):
+        Fail("broken", "whole", "broken", "fix it")
+
+
 def test_a_crash_names_the_error_and_keeps_the_traceback_and_the_others():
     report = run_checks(CLEAN, [says("TOY101", KeyError("x")), HYP])
     crash, after = report.outcomes

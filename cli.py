@@ -7,15 +7,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from checks.result import UsageError
-from commands import adapter, config, data, evaluate, preflight, train
-from d2l.errors import D2LError, NonFiniteError
+from commands.installation import require_one_installation
+
+require_one_installation()  # before the imports below: they would find the modules of another d2l
+
+from checks.result import UsageError  # noqa: E402 - see above
+from commands import adapter, config, data, evaluate, preflight, train  # noqa: E402
+from d2l.errors import D2LError, NonFiniteError  # noqa: E402
 
 USAGE, NON_FINITE, INTERRUPTED = 2, 11, 130  # exit codes
 
 
 class Commands(TyperGroup):
-    """Turns what users can mend into one message and an exit code; only our own faults show a traceback."""
+    """The group of all commands: a user's mistake becomes one message and an exit code, a fault of ours a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""

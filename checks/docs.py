@@ -1,16 +1,17 @@
-"""CHECKS.md, `d2l explain` and `d2l checks`, made from the rules themselves, and what a rule still lacks."""
+"""CHECKS.md, `d2l explain` and `d2l checks`, made from the facts of the rules, and a search for what a rule lacks."""
 
-import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from checks.catalogue import CheckFacts, read_catalogue
 from checks.result import STAGES
-from checks.rule import Rule, find_rule
+from checks.rule import find_rule
+from checks.sources import resolve
 
-SECTIONS = ("What it does", "Why it matters", "How it is detected", "How to fix", "Source")
+SECTIONS = ("What it does", "Why it matters", "How it is detected", "How to fix")
 INTRODUCTION = """\
 # Checks
 
@@ -27,95 +28,131 @@ KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 HEADING = re.compile(r"^(\S.*)\n-{3,}$", re.MULTILINE)
 
 
-def sections(rule: Rule) -> dict[str, str]:
-    """The documentation of a rule: heading -> text; in the docstring a heading is underlined with `---`."""
-    _, *parts = HEADING.split(inspect.cleandoc(rule.documentation))
+def sections(check: CheckFacts) -> dict[str, str]:
+    """Split the documentation of a check by headings, which are underlined with `---`: heading -> text."""
+    _, *parts = HEADING.split(check.documentation)
     return {heading.strip(): text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def summary(rule: Rule) -> str:
-    """The first line of a rule's documentation."""
-    return inspect.cleandoc(rule.documentation).partition("\n")[0]
+def summary(check: CheckFacts) -> str:
+    """Return the first line of a check's documentation."""
+    return check.documentation.partition("\n")[0]
 
 
-def problems(rules: Sequence[Rule]) -> list[str]:
-    """What is wrong with the rules as a set and with their documentation; an empty list is what a test demands."""
+def problems(checks: Sequence[CheckFacts]) -> list[str]:
+    """List what is wrong with the checks as a set and with each one; a test demands an empty list."""
     found: list[str] = []
     seen: set[str] = set()
-    if list(rules) != sorted(rules, key=lambda rule: STAGES.index(rule.stage)):
+    if list(checks) != sorted(checks, key=_stage):
         found.append(f"the rules must stand in the order of their stages: {', '.join(STAGES)}")
-    for rule in rules:
-        if not FORMAT.fullmatch(rule.code):
-            found.append(f"{rule.code}: a code is three capitals and three digits")
-        if not KEBAB.fullmatch(rule.name):
-            found.append(f"{rule.code}: the name {rule.name!r} is not kebab-case")
-        found += [f"{rule.code}: {key} is taken" for key in (rule.code, rule.name) if key in seen]
+    for check in checks:
+        found += [f"{check.code}: {key} is taken" for key in (check.code, check.name) if key in seen]
         found += [
-            f"{rule.code}: requires {code}, which does not stand before it"
-            for code in rule.requires
+            f"{check.code}: requires {code}, which does not stand before it"
+            for code in check.requires
             if code not in seen
         ]
-        seen |= {rule.code, rule.name}
-        faults = [fault.name for fault in rule.faults]
-        if not faults or len(set(faults)) < len(faults):
-            found.append(f"{rule.code}: needs at least one planted fault, each with its own name. Got {faults}")
-        texts = sections(rule)
-        if tuple(texts) != SECTIONS:
-            found.append(f"{rule.code}: the docstring's sections must be {', '.join(SECTIONS)}. Got {', '.join(texts)}")
-        found += [f"{rule.code}: section {heading!r} is empty" for heading, text in texts.items() if not text]
-        if summary(rule) in ("", *SECTIONS):
-            found.append(f"{rule.code}: the docstring's first line must say in one sentence what must hold")
+        seen |= {check.code, check.name}
+        found += [f"{check.code}: {problem}" for problem in _own_problems(check)]
     return found
 
 
-def explain(rules: Sequence[Rule], code_or_name: str) -> str:
-    """Everything about one check as plain text.
+def _own_problems(check: CheckFacts) -> Iterator[str]:
+    """Yield what is wrong with one check by itself."""
+    if not FORMAT.fullmatch(check.code):
+        yield "a code is three capitals and three digits"
+    if not KEBAB.fullmatch(check.name):
+        yield f"the name {check.name!r} is not kebab-case"
+    faults = [fault.name for fault in check.faults]
+    if not faults or len(set(faults)) < len(faults):
+        yield f"needs at least one planted fault, each with its own name. Got {faults}"
+    texts = sections(check)
+    if tuple(texts) != SECTIONS:
+        yield f"the docstring's sections must be {', '.join(SECTIONS)}. Got {', '.join(texts)}"
+    yield from (f"section {heading!r} is empty" for heading, text in texts.items() if not text)
+    if summary(check) in ("", *SECTIONS):
+        yield "the docstring's first line must state in one sentence what must hold"
+    if not check.sources or len(set(check.sources)) < len(check.sources):
+        yield f"needs at least one source, each of them once. Got {list(check.sources)}"
+    for key in check.sources:
+        try:
+            resolve(key)
+        except (ValueError, OSError) as error:
+            yield f"source {key!r}: {error}"
+
+
+def explain(checks: Sequence[CheckFacts], code_or_name: str) -> str:
+    """Return everything about one check as plain text.
 
     Raises:
         UsageError: there is no such check.
     """
-    rule = find_rule(rules, code_or_name)
-    lines = [f"{rule.code} {rule.name}", summary(rule), "", *(f"{label:<9} {text}" for label, text in _facts(rule)), ""]
-    for heading, text in sections(rule).items():
+    check = find_rule(checks, code_or_name)
+    facts = (f"{label:<9} {text}" for label, text in _facts(check))
+    lines = [f"{check.code} {check.name}", summary(check), "", *facts, ""]
+    for heading, text in sections(check).items():
         lines += [heading, "-" * len(heading), text, ""]
-    lines += ["Planted faults", "--------------", *(f"{fault.name}: {fault.description}" for fault in rule.faults), ""]
-    return "\n".join(lines)
+    lines += ["Sources", "-------"]
+    lines += [line for source in map(resolve, check.sources) for line in (source.title, f"  {source.place}")]
+    lines += ["", "Planted faults", "--------------"]
+    lines += [f"{fault.name}: {fault.description}" for fault in check.faults]
+    return "\n".join([*lines, ""])
 
 
-def as_list(rules: Sequence[Rule]) -> str:
-    """One line for each check."""
-    width = max((len(rule.name) for rule in rules), default=0)
-    return "\n".join(f"{r.code}  {r.stage:<6}  {r.severity:<7}  {r.name:<{width}}  {summary(r)}" for r in rules)
+def as_list(checks: Sequence[CheckFacts]) -> str:
+    """Return one line for each check."""
+    width = max((len(check.name) for check in checks), default=0)
+    return "\n".join(f"{it.code}  {it.stage:<6}  {it.severity:<7}  {it.name:<{width}}  {summary(it)}" for it in checks)
 
 
-def as_json(rules: Sequence[Rule]) -> str:
-    """The facts of every check as a JSON document."""
-    keys = ("code", "name", "stage", "severity", "source", "requires")
-    facts = [{key: getattr(r, key) for key in keys} | {"faults": [fault.name for fault in r.faults]} for r in rules]
-    return json.dumps(facts, indent=2, ensure_ascii=False)
+def as_json(checks: Sequence[CheckFacts]) -> str:
+    """Return the facts of every check as a JSON document; a link is an address, or the path of a shipped file."""
+    documents = [
+        {
+            "code": check.code,
+            "name": check.name,
+            "stage": check.stage,
+            "severity": check.severity,
+            "sources": [
+                {"source": key, "title": source.title, "link": source.place}
+                for key, source in zip(check.sources, map(resolve, check.sources), strict=True)
+            ],
+            "requires": check.requires,
+            "faults": [fault.name for fault in check.faults],
+        }
+        for check in checks
+    ]
+    return json.dumps(documents, indent=2, ensure_ascii=False)
 
 
-def render_markdown(rules: Sequence[Rule]) -> str:
-    """The text of CHECKS.md: an index for each stage, then one section for each check."""
+def render_markdown(checks: Sequence[CheckFacts]) -> str:
+    """Return the text of CHECKS.md: an index for each stage, then one section for each check."""
     lines = [INTRODUCTION]
-    for stage, members in groupby(
-        sorted(rules, key=lambda rule: STAGES.index(rule.stage)), key=lambda rule: rule.stage
-    ):
+    for stage, members in groupby(sorted(checks, key=_stage), key=lambda check: check.stage):
         lines += [f"## Stage {stage}", "", "| code | name | severity | what must hold |", "| --- | --- | --- | --- |"]
-        lines += [f"| [{r.code}](#{r.code.lower()}) | {r.name} | {r.severity} | {_cell(summary(r))} |" for r in members]
+        lines += [f"| [{c.code}](#{c.code.lower()}) | {c.name} | {c.severity} | {_cell(summary(c))} |" for c in members]
         lines.append("")
-    for rule in rules:
-        lines += [f'<a id="{rule.code.lower()}"></a>', "", f"## {rule.code} {rule.name}", "", summary(rule), ""]
-        lines += [*(f"- {label}: {text}" for label, text in _facts(rule)), ""]
-        for heading, text in sections(rule).items():
+    for check in checks:
+        lines += [f'<a id="{check.code.lower()}"></a>', "", f"## {check.code} {check.name}", "", summary(check), ""]
+        lines += [*(f"- {label}: {text}" for label, text in _facts(check)), ""]
+        for heading, text in sections(check).items():
             lines += [f"### {heading}", "", text, ""]
-        lines += ["### Planted faults", "", *(f"- `{fault.name}`: {fault.description}" for fault in rule.faults), ""]
+        sources = (f"- [{source.title}]({source.link})" for source in map(resolve, check.sources))
+        lines += ["### Sources", "", *sources, ""]
+        faults = (f"- `{fault.name}`: {fault.description}" for fault in check.faults)
+        lines += ["### Planted faults", "", *faults, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _facts(rule: Rule) -> list[tuple[str, str]]:
-    facts = [("stage", rule.stage), ("severity", rule.severity), ("source", rule.source)]
-    return [*facts, ("requires", ", ".join(rule.requires) or "nothing")]
+def _stage(check: CheckFacts) -> int:
+    """Return the place of a check's stage among the stages."""
+    return STAGES.index(check.stage)
+
+
+def _facts(check: CheckFacts) -> list[tuple[str, str]]:
+    """Return the short facts of a check with their labels."""
+    requires = ", ".join(check.requires) or "nothing"
+    return [("stage", check.stage), ("severity", check.severity), ("requires", requires)]
 
 
 def _cell(text: str) -> str:
@@ -124,11 +161,10 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Write CHECKS.md to standard output, or what the rules lack to standard error."""
-    from checks.rules import RULES
-
-    if found := problems(RULES):
+    checks = read_catalogue()
+    if found := problems(checks):
         sys.exit("\n".join(found))
-    sys.stdout.write(render_markdown(RULES))
+    sys.stdout.write(render_markdown(checks))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Planting faults: a changed configuration, or an implementation with methods replaced; and who would notice."""
+"""Planted faults: a changed configuration, or an implementation with methods replaced; and which checks use those."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from checks.subject import Implementation, Subject, changed
 
 
 def configure(**values: Any) -> Callable[[Subject], Subject]:
-    """A fault in the configuration: these values instead of the user's."""
+    """Make a fault in the configuration: these values instead of the user's."""
 
     def plant(subject: Subject) -> Subject:
         if all(getattr(subject.config, name) == value for name, value in values.items()):
-            raise NotApplicable(f"the configuration says so already: {values}")
+            raise NotApplicable(f"the configuration has these values already: {values}")
         return replace(subject, config=changed(subject.config, **values))
 
     return plant
@@ -29,11 +29,11 @@ class Override:
 
     @property
     def replaces(self) -> frozenset[str]:
-        """The names of the methods that are replaced."""
+        """Name the methods that are replaced."""
         return frozenset(self.methods)
 
     def __call__(self, subject: Subject) -> Subject:
-        """The subject with the faulty implementation."""
+        """Return the subject with the faulty implementation."""
         healthy = subject.implementation
         missing = [f"the implementation has no method {name}" for name in self.methods if not hasattr(healthy, name)]
         if reason := self.unless(subject) or "; ".join(missing):
@@ -43,7 +43,7 @@ class Override:
 
 
 def override(unless: Callable[[Subject], str] = lambda subject: "", **methods: Callable[..., Any]) -> Override:
-    """A fault in the implementation: these methods instead of its own.
+    """Make a fault in the implementation: these methods instead of its own.
 
     Args:
         unless: why the fault cannot be planted into a subject; empty where it can.
@@ -63,7 +63,7 @@ class _Overlay:
 
 
 class _Watched:
-    """An implementation that notes which of its methods are asked for."""
+    """An implementation that notes which of its methods are used."""
 
     def __init__(self, watched: Implementation) -> None:
         self._watched, self.used = watched, set[str]()
@@ -74,6 +74,6 @@ class _Watched:
 
 
 def watched(subject: Subject) -> tuple[Subject, set[str]]:
-    """The same subject without anything computed yet, and the set of the methods that its use will ask for."""
+    """Return the same subject without anything computed yet, and a set that its use fills with names of methods."""
     watch = _Watched(subject.implementation)
     return replace(subject, implementation=watch), watch.used

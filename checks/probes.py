@@ -29,7 +29,7 @@ def probe_rows(
     chunks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """Rows of random ids of a twin's vocabulary: one document and one question each, the last half supervised.
+    """Make rows of random ids of a twin's vocabulary: one document and one question each, the last half supervised.
 
     With a loss that needs a teacher, every supervised token has a teacher.
 
@@ -46,10 +46,10 @@ def probe_rows(
 
     rows = []
     for index, (document, question) in enumerate(zip(documents, questions, strict=True)):
-        asked = ids(question)
-        labels = tuple(token if place >= question // 2 else -100 for place, token in enumerate(asked))
+        tokens = ids(question)
+        labels = tuple(token if place >= question // 2 else -100 for place, token in enumerate(tokens))
         pieces = tuple(ids(document) for _ in range(chunks[index] if chunks else 1))
-        query = Query(input_ids=asked, labels=labels)
+        query = Query(input_ids=tokens, labels=labels)
         if subject.config.needs_teacher:
             query = _with_teacher(query, vocabulary)
         rows.append(Row(record=index, chunks=pieces, queries=(query,)))
@@ -57,31 +57,31 @@ def probe_rows(
 
 
 def _with_teacher(query: Query, vocabulary: int) -> Query:
-    """The query with a teacher that names two tokens for every label, as a run with the KL loss has it."""
+    """Add a teacher to a query, which names two tokens for every label, as a run with the KL loss has it."""
     labels = [label for label in query.labels if label != -100]
     likeliest = tuple((label, (label + 1) % vocabulary) for label in labels)
     return replace(query, logprobs_vals=tuple((-0.7, -1.2) for _ in labels), logprobs_indices=likeliest)
 
 
 def probe_batch(subject: "Subject", **shape: Sequence[int]) -> PackedBatch:
-    """The probe rows, packed into one row by the run's own collator."""
+    """Pack the probe rows into one row by the run's own collator."""
     return collate(probe_rows(subject, **shape))  # type: ignore[arg-type]
 
 
 def alone(rows: Sequence[Row]) -> list[PackedBatch]:
-    """Each row packed by itself."""
+    """Pack each row by itself."""
     return [collate([row]) for row in rows]
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest expected value; infinite where either is not finite."""
+    """Return the largest absolute difference over the largest expected value; infinite where either is not finite."""
     if not (actual.isfinite().all() and expected.isfinite().all()):
         return float("inf")
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def gradients(model: "Model", loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of a scalar by each hypernetwork parameter; zeros where none arrives."""
+    """Compute the gradient of a scalar by each hypernetwork parameter; zeros where none arrives."""
     named = dict(model.hypernet.named_parameters())
     if not loss.requires_grad:
         return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -93,10 +93,10 @@ def gradients(model: "Model", loss: Tensor) -> dict[str, Tensor]:
 
 
 def norm(values: dict[str, Tensor]) -> float:
-    """The norm of all tensors together."""
+    """Return the norm of all tensors together."""
     return float(torch.stack([value.norm() for value in values.values()]).norm())
 
 
 def flat(values: dict[str, Tensor]) -> Tensor:
-    """All tensors in one vector, in the order of their names."""
+    """Concatenate all tensors to one vector, in the order of their names."""
     return torch.cat([values[name].flatten() for name in sorted(values)])

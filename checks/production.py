@@ -1,4 +1,4 @@
-"""d2l's own implementation, as the checks reach it: each method calls the function that a run calls."""
+"""The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ from d2l.train.processes import OneProcess
 
 
 class Production:
-    """See `checks.subject.Implementation`.
+    """d2l behind the protocol `checks.subject.Implementation`.
 
     Args:
-        on_tokenize: told how many records are tokenized, and of how many.
+        on_tokenize: called with the records that are tokenized so far, and all of them.
     """
 
     def __init__(self, on_tokenize: OnProgress = lambda done, total: None) -> None:
@@ -117,7 +117,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = lambda done, total: None) -> Subject:
-    """The run that a configuration describes, with whatever of its inputs can be had here.
+    """Make the subject of a configuration, with whatever of the run's inputs is available here.
 
     Args:
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.

@@ -1,4 +1,4 @@
-"""Writes a file as the reference's trainer saves a checkpoint: torch's zip format with dataclasses between the tensors.
+"""A file as the reference's trainer saves a checkpoint: torch's zip format with dataclasses between the tensors.
 
 The pickle is put together opcode by opcode (protocol 2, as torch writes it), since the classes that it names do not
 exist here. `Global`, `Call` and `Instance` stand for what Python's pickler would write of a class, a call and an object.
@@ -32,7 +32,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """What is called, by its qualified name, and with what."""
+    """A call of something, by its qualified name, with its arguments."""
 
     name: str
     arguments: tuple[Any, ...] = ()
@@ -52,7 +52,7 @@ def reference_state(
     base_config: "PreTrainedConfig",
     sizes: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
-    """What the reference would save of a hypernetwork with this configuration.
+    """Return what the reference would save of a hypernetwork with this configuration.
 
     Args:
         tensors: the hypernetwork's parameters.
@@ -112,7 +112,7 @@ def reference_state(
 
 
 def write_reference_file(path: Path, state: Mapping[str, Any]) -> None:
-    """Write what `torch.save(state)` would.
+    """Write the file that `torch.save(state)` would write.
 
     Args:
         state: tensors, plain values, and the classes above; tensors in the order of their storages' numbers.
@@ -129,7 +129,7 @@ def write_reference_file(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _pickled(value: Any, storages: list[Tensor]) -> bytes:
-    """The opcodes that leave one value on the stack."""
+    """Return the opcodes that leave one value on the stack."""
     match value:
         case None | True | False:
             return {None: b"N", True: b"\x88", False: b"\x89"}[value]
@@ -165,7 +165,7 @@ def _items(mapping: Mapping[Any, Any], storages: list[Tensor]) -> bytes:
 
 
 def _pickled_tensor(tensor: Tensor, storages: list[Tensor]) -> bytes:
-    """A call of torch's rebuilder on a storage that is named by a persistent id."""
+    """Return the opcodes of a call of torch's rebuilder on a storage that is named by a persistent id."""
     storages.append(tensor)
     kind = Global(f"torch.{_STORAGES[str(tensor.dtype)]}")
     storage = _pickled(("storage", kind, str(len(storages) - 1), "cpu", tensor.numel()), storages) + b"Q"

@@ -51,7 +51,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Block:
-    """What follows the table: a heading and labelled rows; a row's text may have several lines."""
+    """A part below the table: a heading and labelled rows; a row's text may have several lines."""
 
     heading: str
     style: str
@@ -77,12 +77,12 @@ def print_report(report: Report | Selftest, console: Console, fail_level: FailLe
 
 
 def plain_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
-    """The report without colour, boxes or line breaks inside a check's line, for files and logs."""
+    """Return the report without colour, boxes or line breaks inside a check's line, for files and logs."""
     return _plain(_page(report, fail_level))
 
 
 def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
-    """The report as a JSON document."""
+    """Return the report as a JSON document."""
     return json.dumps(report.to_json(fail_level), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -110,6 +110,9 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
     if report.unused_ignores:
         rows = [("", f"--ignore {code} is not needed: the check passes") for code in report.unused_ignores]
         blocks.append(_Block("Unused ignores", "yellow", rows))
+    if report.twin_cannot_show:
+        short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
+        blocks.append(_Block("A twin cannot show", "bold", [("", short)]))
     code = report.exit_code(fail_level)
     return _Page(
         title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
@@ -118,7 +121,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
             for each in report.outcomes
         ],
         blocks=blocks,
-        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(code, fail_level)} (exit code {code})",
+        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})",
         good=code == 0,
     )
 
@@ -134,7 +137,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
         for trial in lost
     ]
     if selftest.left_out:
-        rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not asked for (--stage)")]
+        rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not requested (--stage)")]
         blocks.append(_Block("Not tested", "bold", rows))
     count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
     return _Page(
@@ -150,7 +153,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
 
 
 def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
-    """The labelled rows below a finding's heading."""
+    """Return the labelled rows below a finding's heading."""
     evidence = dict(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
     frames = str(evidence.pop("traceback", "")).rstrip().splitlines()
@@ -167,7 +170,7 @@ def _listed(evidence: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """One piece of evidence, short enough for a screen."""
+    """Shorten one piece of evidence for a screen."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -180,7 +183,7 @@ def _shown(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Evidence can quote a data set: control characters are shown, not sent to the terminal."""
+    """Escape control characters: evidence can quote a data set, which must not reach the terminal as it is."""
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -197,12 +200,14 @@ def _counts(report: Report) -> str:
     return ", ".join(f"{report.count(kind)} {word}" for kind, word in words.items() if report.count(kind))
 
 
-def _verdict(code: int, fail_level: FailLevel) -> str:
+def _verdict(report: Report, code: int, fail_level: FailLevel) -> str:
+    """Put the exit code into words; warnings that it lets pass are counted."""
+    warnings = report.count("warn")
     return {
-        0: "nothing found",
+        0: f"{warnings} warning{'s' if warnings > 1 else ''}" if warnings else "nothing found",
         1: f"findings at or above fail level {fail_level}",
         3: "a check crashed",
-        4: "a check that was asked for did not run",
+        4: "a requested check did not run",
     }[code]
 
 
@@ -234,7 +239,7 @@ def _coloured(page: _Page, width: int) -> RenderableType:
 
 
 def _table(lines: Iterable[_Line], words: int, names: int, *, wide: bool) -> Table:
-    """One line for each check, cut at the edge: what was found stands whole below the table."""
+    """Make a table of one line for each check, cut at the edge: findings stand whole below it."""
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     table.add_column(width=words + 2, no_wrap=True)
     table.add_column(no_wrap=True)

@@ -1,10 +1,10 @@
-"""One rule: what is checked, when, why, and the faults that prove that the check can see."""
+"""Rules: what is checked, when, why, and the faults that prove that the check can see."""
 
 import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from checks.result import Result, Severity, Stage, UsageError
 
@@ -12,9 +12,24 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
+class HasCodeAndName(Protocol):
+    """A rule or its facts, as `find_rule` compares them."""
+
+    @property
+    def code(self) -> str:
+        """Return the code, such as `ATT201`."""
+
+    @property
+    def name(self) -> str:
+        """Return the name, such as `packed-documents-leak`."""
+
+
+Known = TypeVar("Known", bound=HasCodeAndName)
+
+
 @dataclass(frozen=True)
 class Fault:
-    """A defect that can be planted. `plant` gives a new subject that has it, and leaves the one it was given alone.
+    """A defect that can be planted. `plant` returns a new subject that has it, and leaves the given one alone.
 
     `plant` raises `NotApplicable` where the subject has nothing that could be spoilt in this way.
     """
@@ -25,7 +40,7 @@ class Fault:
 
     @property
     def replaces(self) -> frozenset[str]:
-        """The implementation's methods that are all this fault changes; empty where it may change anything."""
+        """Name the implementation's methods that are all this fault changes; empty where it may change anything."""
         return getattr(self.plant, "replaces", frozenset())
 
 
@@ -36,7 +51,7 @@ class Rule:
     Args:
         code: stable and never used twice, such as `ATT201`.
         name: kebab-case, describes the fault and not the fix, such as `packed-documents-leak`.
-        source: the documented fix or failure mode that the rule comes from.
+        sources: keys of the documented fixes, failure modes and threads that the rule comes from; see `checks.sources`.
         requires: codes of earlier rules without which this one measures nothing; if one of them fails, this one is
             blocked instead of reporting the same cause twice.
     """
@@ -45,19 +60,22 @@ class Rule:
     name: str
     stage: Stage
     severity: Severity
-    source: str
+    sources: tuple[str, ...]
     check: "Callable[[Subject], Result]"
     requires: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
 
     @property
     def documentation(self) -> str:
-        """The docstring of the rule's file."""
+        """Return the docstring of the rule's file."""
         return sys.modules[self.check.__module__].__doc__ or ""
 
 
-def find_rule(rules: Sequence[Rule], code_or_name: str) -> Rule:
-    """The rule of that code or name, in any case.
+def find_rule(rules: Sequence[Known], code_or_name: str) -> Known:
+    """Find the rule of that code or name, in any case.
+
+    Args:
+        rules: rules, or their facts.
 
     Raises:
         UsageError: there is none; the nearest ones are named.

@@ -1,4 +1,4 @@
-"""Runs rules on a subject: all of them, in their order, and says what became of each."""
+"""The runner: runs rules on a subject, all of them, in their order, and records what became of each."""
 
 import time
 import traceback
@@ -7,13 +7,14 @@ from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from checks.result import IGNORED, STAGES, Fail, Kind, Outcome, Pass, Report, Skip, UsageError, Warn, jsonable
+from checks.json_values import jsonable
+from checks.result import STAGES, Fail, Kind, Outcome, Pass, Report, Skip, UsageError, Warn
 from checks.rule import Rule, find_rule
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-Observer = Callable[[Rule], None]  # told about every rule just before it runs
+Observer = Callable[[Rule], None]  # called with every rule just before it runs
 
 
 def run_checks(
@@ -38,6 +39,7 @@ def run_checks(
     Raises:
         UsageError: an unknown stage, code or name, an empty reason, or a selection that leaves nothing.
     """
+    start = time.perf_counter()
     reasons = resolve_ignores(rules, ignore or {})
     chosen = choose(rules, stages, select)
     outcomes = examine(subject, chosen, reasons, observe)
@@ -49,14 +51,16 @@ def run_checks(
         outcomes=outcomes,
         unused_ignores=tuple(code for code in reasons if code in passed),
         required=frozenset(rule.code for rule in chosen) if stages or select else frozenset(),
+        twin_cannot_show=_twin_cannot_show(outcomes),
+        seconds=time.perf_counter() - start,
     )
 
 
 def choose(rules: Sequence[Rule], stages: Collection[str], select: Collection[str]) -> tuple[Rule, ...]:
-    """The rules of these stages and of this selection, in the order of `rules`.
+    """Return the rules of these stages and of this selection, in the order of `rules`.
 
     Raises:
-        UsageError: see `run`.
+        UsageError: see `run_checks`.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -77,7 +81,7 @@ def choose(rules: Sequence[Rule], stages: Collection[str], select: Collection[st
 
 
 def resolve_ignores(rules: Sequence[Rule], ignore: Mapping[str, str]) -> dict[str, str]:
-    """Code -> reason.
+    """Return the user's reasons by code instead of by code or name.
 
     Raises:
         UsageError: an unknown check, one that is named twice, or an empty reason.
@@ -96,10 +100,10 @@ def resolve_ignores(rules: Sequence[Rule], ignore: Mapping[str, str]) -> dict[st
 def examine(
     subject: "Subject", rules: Sequence[Rule], reasons: Mapping[str, str], observe: Observer
 ) -> tuple[Outcome, ...]:
-    """One outcome for each rule, in order.
+    """Run the rules and return one outcome for each, in order.
 
     Only a failure or a crash blocks what requires it, and what is blocked names the first cause, not the last link.
-    A skipped requirement blocks nothing: nothing is known against it, and the dependent says best itself what it lacks.
+    A skipped requirement blocks nothing: nothing is known against it, and the dependent names best itself what it lacks.
     """
     outcomes: list[Outcome] = []
     cause: dict[str, str | None] = {}  # code of every rule so far -> what stands in the way of those that require it
@@ -117,11 +121,20 @@ def examine(
 
 
 def installed_version() -> str:
-    """The version of the installed distribution, or what stands in for one in a checkout that is not installed."""
+    """Return the version of the installed distribution, or `unreleased` in a checkout that is not installed."""
     try:
         return metadata.version("d2l-preflight")
     except metadata.PackageNotFoundError:
         return "unreleased"
+
+
+def _twin_cannot_show(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Return the limits of a twin, where any check measured on one."""
+    if not any(outcome.stage == "twin" and outcome.outcome not in ("skip", "blocked") for outcome in outcomes):
+        return ()
+    from d2l.base.twin import TWIN_CANNOT_SHOW  # here: it imports transformers, as whatever runs a twin does
+
+    return TWIN_CANNOT_SHOW
 
 
 def _measure(rule: Rule, subject: "Subject") -> Outcome:
@@ -134,7 +147,7 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
             rule,
             "crash",
             message=f"crashed: {type(error).__name__}: {error}",
-            remedy=f"the check broke, which says nothing about your run: report it with the traceback (--format json); "
+            remedy=f"the check broke, which is no finding about your run: report it with the traceback (--format json); "
             f"to go on in spite of it: --ignore {rule.code}=REASON",
             evidence={"traceback": traceback.format_exc()},
         )
@@ -142,6 +155,7 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
 
 
 def _judge(rule: Rule, result: object) -> Outcome:
+    """Turn the result of a check into the outcome of its rule."""
     match result:
         case Pass():
             return _outcome(rule, "pass", message=result.message, evidence=jsonable(result.evidence))
@@ -168,4 +182,4 @@ def _outcome(rule: Rule, outcome: Kind, **rest: Any) -> Outcome:
 def _ignored(outcome: Outcome, reason: str | None) -> Outcome:
     if reason is None or outcome.outcome not in ("fail", "warn", "crash"):
         return outcome
-    return replace(outcome, outcome="warn", message=f"{IGNORED}{reason}): {outcome.message}")
+    return replace(outcome, outcome="warn", ignored=True, message=f"ignored ({reason}): {outcome.message}")

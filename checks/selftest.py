@@ -1,4 +1,7 @@
-"""Plants every rule's faults and demands that exactly that rule turns red: a check that nobody saw fail is no check."""
+"""The selftest: plants every rule's faults and demands that exactly that rule turns red.
+
+A check that nobody saw fail is no check.
+"""
 
 import os
 import time
@@ -33,7 +36,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Selftest:
-    """Every planted fault, in the order of the rules; `left_out` are the rules of stages that were not asked for."""
+    """Every planted fault, in the order of the rules; `left_out` are the rules of stages that were not requested."""
 
     version: str
     config: str
@@ -43,15 +46,15 @@ class Selftest:
     seconds: float = field(default=0.0, compare=False)  # wall time of all, several of which may have run at once
 
     def count(self, verdict: Verdict) -> int:
-        """How many faults ended with this verdict."""
+        """Count the faults that ended with this verdict."""
         return sum(trial.result == verdict for trial in self.trials)
 
     def exit_code(self, fail_level: FailLevel = "error") -> int:
-        """0 if every fault was caught, else 5 at any fail level; a fault that could not be planted proved nothing."""
+        """Return 0 if every fault was caught, else 5 at any fail level: a fault that was not planted proves nothing."""
         return 0 if self.count("caught") == len(self.trials) else 5
 
     def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
-        """The selftest as JSON values."""
+        """Return the selftest as JSON values."""
         return {
             "schema": SCHEMA,
             "version": self.version,
@@ -113,7 +116,7 @@ def run_selftest(
 
 
 def _used_methods(subject: "Subject", rules: Sequence[Rule]) -> dict[str, set[str]]:
-    """Code -> the implementation's methods that the rule asks for. A fault in other methods cannot change its outcome."""
+    """Find the methods of the implementation that each rule uses, by code: a fault in others cannot change its outcome."""
     from checks.faults import watched  # here: it imports torch
 
     used = {}
@@ -131,7 +134,7 @@ def _trials(
     used: dict[str, set[str]],
     observe: Observer,
 ) -> Iterator[Trial]:
-    """One trial for each fault, in order; several processes share them where the system can fork."""
+    """Yield one trial for each fault, in order; several processes share them where the system can fork."""
     planted = [(rule, fault) for rule in chosen for fault in rule.faults]
 
     def trial(index: int) -> Trial:
@@ -160,7 +163,7 @@ def _observed(results: Iterable[Trial], planted: Sequence[tuple[Rule, Fault]], o
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -197,7 +200,7 @@ def _try(
     outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None)}
     target = outcomes.pop(rule.code)
     if not target.red:
-        return "missed", f"{rule.code} says {target.outcome}: {target.message}"
+        return "missed", f"{rule.code} reports {target.outcome}: {target.message}"
     others = [
         f"{outcome.code} {outcome.outcome}" for outcome in outcomes.values() if outcome.outcome in ("fail", "crash")
     ]

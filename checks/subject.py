@@ -1,4 +1,4 @@
-"""What is examined: a run's configuration and inputs, and the implementation of Doc-to-LoRA that would run them.
+"""The subject of the checks: a run's configuration and inputs, and the implementation of Doc-to-LoRA that would run them.
 
 Checks reach an implementation through the narrow protocol `Implementation` only. `checks/production.py` is d2l's own;
 a reference, a fork or a user's own can stand in its place. A planted fault is a changed configuration (`configure`) or
@@ -34,20 +34,20 @@ class Model(Protocol):
 
     @property
     def base(self) -> "PreTrainedModel":
-        """The frozen base."""
+        """Return the frozen base."""
 
     @property
     def hypernet(self) -> nn.Module:
-        """What trains."""
+        """Return the module that trains."""
 
     def latents(self, batch: "PackedBatch") -> Tensor:
-        """The aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+        """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
 
     def lora(self, batch: "PackedBatch") -> "Lora":
-        """The merged LoRA of every context of a packed row."""
+        """Return the merged LoRA of every context of a packed row."""
 
     def logits(self, batch: "PackedBatch", lora: "Lora | None", positions: Tensor | None = None) -> Tensor:
-        """Logits of the questions, `[T or positions, V]`, under `lora`, or of the base alone."""
+        """Return the logits of the questions, `[T or positions, V]`, under `lora`, or of the base alone."""
 
     def gradient_checkpointing_enable(self, kwargs: Mapping[str, Any]) -> None:
         """Recompute the base's layers in the backward pass."""
@@ -58,26 +58,26 @@ class Stepper(Protocol):
 
     @property
     def model(self) -> Model:
-        """The model in training."""
+        """Return the model in training."""
 
     def step(self) -> Any:
-        """One guarded optimizer step; returns its metrics."""
+        """Take one guarded optimizer step and return its metrics."""
 
     def checkpoint(self, **evidence: Any) -> "Checkpoint":
-        """All that is needed to continue elsewhere."""
+        """Return all that is needed to continue elsewhere."""
 
     def restore(self, checkpoint: "Checkpoint") -> None:
         """Continue from a checkpoint."""
 
 
 class Implementation(Protocol):
-    """What an implementation offers to be diagnosed. Twins are tiny, random, float32 and on the CPU."""
+    """The functions through which an implementation is diagnosed. Twins are tiny, random, float32 and on the CPU."""
 
     def plan(self, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
-        """How the base would be loaded."""
+        """Return how the base would be loaded."""
 
     def build_base(self, base_config: "PreTrainedConfig", plan: "LoadPlan", seed: int) -> "PreTrainedModel":
-        """A random frozen base."""
+        """Make a random frozen base."""
 
     def save_base(self, base: "PreTrainedModel", folder: Path) -> None:
         """Write a base in the file format of its family's checkpoints."""
@@ -86,30 +86,30 @@ class Implementation(Protocol):
         """Read a base as the run would."""
 
     def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
-        """The whole model around a base."""
+        """Make the whole model around a base."""
 
     def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
-        """The modules that would be adapted: for each name one in every layer."""
+        """Return the modules that would be adapted: for each name one in every layer."""
 
     def chat(self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormat":
-        """The chat format of the run."""
+        """Return the chat format of the run."""
 
     def rows(self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]) -> "Tokenized":
-        """Tokenized rows, and what was dropped."""
+        """Tokenize records into rows, and list what was dropped."""
 
     def cached_rows(
         self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"], folder: Path
     ) -> "Tokenized":
-        """The same, through the cache that lies in this folder."""
+        """Return the same as `rows`, through the cache that lies in this folder."""
 
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
-        """The rows of one epoch, packed."""
+        """Pack the rows of one epoch."""
 
     def loss(self, model: Any, batches: Sequence["PackedBatch"], config: RunConfig) -> tuple[Tensor, Tensor]:
-        """Task loss and weighted L1 term of one step made of these micro-batches, with gradients."""
+        """Return the task loss and the weighted L1 term of one step made of these micro-batches, with gradients."""
 
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
-        """A run at its start."""
+        """Make a run at its start."""
 
     def save(self, checkpoint: "Checkpoint", folder: Path) -> None:
         """Write a checkpoint folder."""
@@ -124,10 +124,10 @@ class Implementation(Protocol):
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 
     def free_memory(self) -> int | None:
-        """Free bytes of the GPU that the run would use; `None` without one."""
+        """Return the free bytes of the GPU that the run would use; `None` without one."""
 
     def free_disk(self, config: RunConfig) -> int:
-        """Free bytes where the run's folder would be."""
+        """Return the free bytes where the run's folder would be."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +156,30 @@ class Subject:
 
     @cached_property
     def plan(self) -> "LoadPlan":
-        """How the real base would be loaded."""
+        """Return how the real base would be loaded."""
         return self.implementation.plan(self.config, self.base_config)
 
     @cached_property
     def chat(self) -> "ChatFormat":
-        """The run's chat format; only with a tokenizer."""
+        """Return the run's chat format; only with a tokenizer."""
         assert self.tokenizer is not None
         return self.implementation.chat(self.config, self.tokenizer)
 
     @cached_property
     def rows(self) -> "Tokenized":
-        """The run's rows; only with a tokenizer and records."""
+        """Return the run's rows; only with a tokenizer and records."""
         assert self.records is not None
         return self.implementation.rows(self.config, self.chat, self.records)
 
     @cached_property
     def twin_config(self) -> RunConfig:
-        """The run's configuration with the hypernetwork and the data budgets of a twin; every switch stays."""
+        """Return the run's configuration with the hypernetwork and the data budgets of a twin; every switch stays."""
         small = {"lora_r": min(self.config.lora_r, 3), "latent_size": 8, "n_latent_queries": 4, "warmup_steps": 0}
         depth = {"num_blocks": min(self.config.num_blocks, 2), "layer_idx": self._twin_exit()}
         return changed(self.config, **small, **depth, dtype="float32")
 
     def _twin_exit(self) -> int | None:
-        """The early exit in proportion to the twin's depth, but never before an attention layer that the run has."""
+        """Return the early exit in proportion to the twin's depth, but never before an attention layer that the run has."""
         if self.config.layer_idx is None:
             return None
         layers, twin_layers = self.base_config.num_hidden_layers, self.twin_base_config.num_hidden_layers
@@ -187,13 +187,13 @@ class Subject:
 
     @cached_property
     def twin_base_config(self) -> "PreTrainedConfig":
-        """The real model's config, shrunk."""
+        """Return the real model's config, shrunk."""
         from d2l.base.twin import twin_config
 
         return twin_config(self.base_config)
 
     def twin_base(self) -> "PreTrainedModel":
-        """A random base of the real one's kind, tiny and in float32, held as the run would hold it; a fresh copy."""
+        """Return a fresh copy of a random base of the real one's kind, tiny and in float32, held as the run would hold it."""
         return deepcopy(self._twin_base)
 
     @cached_property
@@ -202,12 +202,12 @@ class Subject:
 
     @cached_property
     def twin_plan(self) -> "LoadPlan":
-        """How the twin's base is loaded: as the real one, but in float32 on the CPU."""
+        """Return how the twin's base is loaded: as the real one, but in float32 on the CPU."""
         plan = self.implementation.plan(self.twin_config, self.twin_base_config)
         return replace(plan, device=replace(plan.device, value="cpu", reason="a twin is tiny"))
 
     def twin(self, seed: int = 0, base: "PreTrainedModel | None" = None) -> Model:
-        """A fresh twin whose LoRA is not zero: parameters that start at zero (scaler_B, bias_B) are drawn at random.
+        """Make a fresh twin whose LoRA is not zero: parameters that start at zero (scaler_B, bias_B) are drawn at random.
 
         Args:
             seed: of the hypernetwork; the base is always the same.
@@ -224,7 +224,7 @@ class Subject:
 
 
 def trained_values(subject: Subject) -> tuple[int, int]:
-    """How many parameters the run would train, on the real model's skeleton, and how many values the optimizer keeps."""
+    """Count the parameters that the run would train, on the real model's skeleton, and the values that the optimizer keeps."""
     from d2l.base.load import skeleton
     from d2l.train.optimizer import optimizer_values
 
@@ -234,5 +234,5 @@ def trained_values(subject: Subject) -> tuple[int, int]:
 
 
 def changed(config: RunConfig, **values: Any) -> RunConfig:
-    """The configuration with other values, checked as if it had been read so."""
+    """Return the configuration with other values, checked as if it had been read so."""
     return RunConfig(**{**config.model_dump(), **values})

@@ -1,8 +1,10 @@
-"""What the commands share: options, reading a configuration, progress, and where output goes."""
+"""Helpers of all commands: options, reading a configuration, loading libraries, progress, and where output goes."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from d2l.config.schema import RunConfig
+
+# This module is imported first of all. What came before it, Python's own start, was computing and not waiting.
+_PROCESS_START = time.perf_counter() - time.process_time()
+
+LOADING = "loading torch and transformers ..."
 
 Format = Literal["text", "json"]
 Texts = list[str] | None
@@ -30,7 +37,12 @@ DataOption = Annotated[
 ]
 SetOption = Annotated[Texts, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key; repeatable.")]
 IgnoreOption = Annotated[
-    Texts, typer.Option("--ignore", metavar="CODE=REASON", help="Let the finding of a check pass, visibly; repeatable.")
+    Texts,
+    typer.Option(
+        "--ignore",
+        metavar="CODE=REASON",
+        help="Accept the finding of a check, for a reason; it stays visible. Repeatable.",
+    ),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
 CheckpointArgument = Annotated[
@@ -38,7 +50,11 @@ CheckpointArgument = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Base model's place now, if it moved: hub id or folder."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Read the base model from here, if it moved since the training: hub id or folder.",
+    ),
 ]
 
 
@@ -81,9 +97,31 @@ def console(*, stderr: bool = False, quiet: bool = False) -> "Console":
     return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
+def waited() -> float:
+    """Return the seconds since this process started."""
+    return time.perf_counter() - _PROCESS_START
+
+
+def load_libraries(*, quiet: bool = False) -> None:
+    """Import what takes seconds, after naming it on stderr: by a status on a terminal, by one line elsewhere.
+
+    Args:
+        quiet: print nothing, as one of several processes.
+    """
+    screen = console(stderr=True, quiet=quiet)
+    with redirect_stdout(sys.stderr):
+        if screen.is_terminal and not screen.is_dumb_terminal:
+            with screen.status(LOADING):
+                import_module("d2l.build")  # imports both
+        else:
+            screen.out(LOADING, highlight=False)
+            import_module("d2l.build")
+
+
 @contextmanager
 def libraries_to_stderr() -> Iterator[None]:
-    """Send what libraries print meanwhile to stderr: stdout is for the command's own output."""
+    """Load the libraries, then send what they print meanwhile to stderr: stdout is for the command's own output."""
+    load_libraries()
     with redirect_stdout(sys.stderr):
         yield
 

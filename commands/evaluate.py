@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from checks.result import jsonable
+from checks.json_values import jsonable
 from commands.console import BaseOption, CheckpointArgument, FormatOption, libraries_to_stderr, progress
 from d2l.errors import DataError
 

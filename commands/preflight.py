@@ -1,7 +1,9 @@
 """The commands about checks: run them, list them, explain one. Heavy imports come late."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +21,10 @@ from commands.console import (
     Texts,
     TokenizerOption,
     console,
-    libraries_to_stderr,
+    load_libraries,
     pairs,
     read_config,
+    waited,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ def preflight(
     data: DataOption = None,
     settings: SetOption = None,
     stages: Annotated[
-        Texts, typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device.")
+        Texts,
+        typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
     ] = None,
     select: Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")] = None,
     ignore: IgnoreOption = None,
@@ -62,17 +66,18 @@ def preflight(
 ) -> None:
     """Check a run before it costs money.
 
-    Exit codes: 0 pass, 1 a finding at or above the fail level, 2 bad usage or config, 3 a check crashed, 4 a check that
-    was asked for did not run, 5 the selftest missed a planted fault.
+    Exit codes: 0 pass, 1 a finding at or above the fail level, 2 bad usage or config, 3 a check crashed, 4 a requested
+    check did not run, 5 the selftest missed a planted fault.
     """
     reasons = pairs("--ignore", ignore or ())
     if selftest and reasons:
-        raise UsageError("--selftest plants faults that have to be seen: leave --ignore out")
+        raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
     if output is not None:
         _require_new_file(output)
     resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
+    load_libraries()  # takes seconds: mistakes above are reported at once
 
-    from checks.production import make_subject, one_thread  # takes seconds: mistakes above are reported at once
+    from checks.production import make_subject, one_thread
     from checks.rules import RULES
     from checks.runner import run_checks
     from checks.selftest import run_selftest
@@ -86,7 +91,7 @@ def preflight(
             report = run_checks(
                 subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe
             )
-    _deliver(report, output_format, output, fail_level)
+    _deliver(replace(report, seconds=waited()), output_format, output, fail_level)
     raise typer.Exit(report.exit_code(fail_level))
 
 
@@ -95,24 +100,25 @@ def explain(
 ) -> None:
     """Explain what a check does and how to fix what it finds."""
     from checks import docs
-    from checks.rules import RULES
+    from checks.catalogue import read_catalogue
 
-    typer.echo(docs.explain(RULES, check), nl=False)
+    typer.echo(docs.explain(read_catalogue(), check), nl=False)
 
 
 def checks(output_format: FormatOption = "text") -> None:
     """List every check."""
+    from checks.catalogue import read_catalogue
     from checks.docs import as_json, as_list
-    from checks.rules import RULES
 
-    typer.echo(as_json(RULES) if output_format == "json" else as_list(RULES))
+    catalogue = read_catalogue()
+    typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
 
 
 @contextmanager
 def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
-    """Yield what shows, on a terminal, the check that is running, and what shows how many records are tokenized."""
+    """Yield two functions that show, on a terminal, which check is running and how many records are tokenized."""
     screen = console(stderr=True)
-    with libraries_to_stderr():
+    with redirect_stdout(sys.stderr):
         if not screen.is_terminal:
             yield lambda rule: None, lambda done, records: None
             return
@@ -131,7 +137,7 @@ def _require_new_file(path: Path) -> None:
 
 
 def _deliver(report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel) -> None:
-    """Print pure JSON on stdout where it was asked for; with -o, write that format and print text."""
+    """Print pure JSON on stdout where it is requested; with -o, write that format and print text."""
     from checks.report import json_text, plain_text, print_report
 
     text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level)

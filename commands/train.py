@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,10 @@ from commands.console import (
     SetOption,
     TokenizerOption,
     console,
+    load_libraries,
     pairs,
     read_config,
+    waited,
 )
 from commands.preflight import checks_progress
 
@@ -47,7 +50,10 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run, or from this checkpoint.")
+        Path | None,
+        typer.Option(
+            "--resume", metavar="DIR", help="Continue the run in this folder, or from this checkpoint folder."
+        ),
     ] = None,
     ignore: IgnoreOption = None,
 ) -> None:
@@ -58,6 +64,8 @@ def train(
     options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
     reasons = pairs("--ignore", ignore or ())
     resolved = read_config(config, settings or (), **options)
+    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes prints, each one checks
+    load_libraries(quiet=quiet)
 
     from checks.production import make_subject, one_thread
     from checks.report import print_report
@@ -69,12 +77,15 @@ def train(
         folder, checkpoint = new_folder(resolved, numbered=output is None), None
     else:
         folder, checkpoint = checkpoint_to_resume(resolved, resume)
-    screen = console(quiet=os.environ.get("RANK", "0") != "0")  # one of several processes prints, each one checks
+    screen = console(quiet=quiet)
     with checks_progress() as (observe, on_tokenize), one_thread():
         report = run_checks(make_subject(resolved, str(config), on_tokenize), RULES, ignore=reasons, observe=observe)
+    report = replace(report, seconds=waited())
     print_report(report, screen)
     if report.exit_code() != 0:
-        typer.echo("Error: training refused by preflight, nothing was written; `d2l explain CODE` says more", err=True)
+        typer.echo(
+            "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check", err=True
+        )
         raise typer.Exit(REFUSED)
     _train(resolved, folder, checkpoint, report.to_json(), screen)
 
@@ -106,7 +117,7 @@ def _train(
 def steps_progress(
     screen: "Console", total: int
 ) -> "Iterator[tuple[Callable[[Mapping[str, float]], None], OnProgress]]":
-    """Yield what shows one line of metrics, and what shows how many records are tokenized."""
+    """Yield two functions that show the metrics of a step, and how many records are tokenized."""
     if not screen.is_terminal or screen.is_dumb_terminal:
 
         def print_tokenized(done: int, records: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -14,8 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
-from checks.result import Fail, Pass, Report, Skip, Warn
+from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
+from commands.console import LOADING, libraries_to_stderr, load_libraries
 from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
@@ -77,11 +79,13 @@ def rule(code, result=None, **rest):
     own = Fault("own", "the rule's own", lambda subject: replace(subject, defects=subject.defects | {"own"}))
     name = f"toy-{code.lower()}"
     return Rule(
-        code, name, **{"stage": "twin", "severity": "error", "source": "toy", "faults": (own,), "check": run} | rest
+        code,
+        name,
+        **{"stage": "twin", "severity": "error", "sources": ("fix 1",), "faults": (own,), "check": run} | rest,
     )
 
 
-FAIL = Fail("broken", "whole", "broken", "mend it")
+FAIL = Fail(message="broken", expected="whole", actual="broken", remedy="fix it")
 
 
 @pytest.fixture
@@ -97,6 +101,9 @@ def world(monkeypatch):
     stand_in(
         "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
     )
+    for command in ("preflight", "train"):
+        monkeypatch.setattr(f"commands.{command}.waited", lambda: 0.0)  # two runs print the same
+    stand_in("d2l.build")
     stand_in("d2l.config.load", load_config=world.load_config)
     stand_in(
         "d2l.train.run",
@@ -149,7 +156,7 @@ def test_version():
         (["preflight", "--stage", "twins"], "no stage 'twins'"),
         (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
         (["preflight", "-o", "no/such/folder/report.json"], "folder of"),
-        (["explain", "TOY202"], "did you mean TOY201"),
+        (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
         (["train"], "CONFIG"),
     ],
 )
@@ -174,7 +181,66 @@ def test_every_config_problem_on_stderr(world, command):
 def test_interrupt_is_one_line_and_130(world, command):
     world.rules[:] = [rule("TOY201", KeyboardInterrupt())]
     result = d2l(command, "x.yaml")
-    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    assert (result.exit_code, result.stderr) == (130, f"{LOADING}\nInterrupted.\n")
+
+
+def test_what_is_loaded_is_shown_before_it_is_loaded(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr("commands.console.import_module", lambda name: shown.append((name, *capsys.readouterr())))
+    load_libraries()
+    assert shown == [("d2l.build", "", f"{LOADING}\n")]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_a_status_while_libraries_load(monkeypatch):
+    screen = Console(file=StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("commands.console.console", lambda **options: screen)
+    monkeypatch.setattr("commands.console.import_module", lambda name: time.sleep(0.2))
+    load_libraries()
+    text = screen.file.getvalue()
+    assert LOADING in text
+    assert text.endswith("\x1b[2K")  # the line is erased
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_one_process_of_several_shows_what_it_loads(monkeypatch, capsys, quiet):
+    monkeypatch.setattr("commands.console.import_module", lambda name: None)
+    load_libraries(quiet=quiet)
+    assert capsys.readouterr().err == ("" if quiet else f"{LOADING}\n")
+
+
+@pytest.mark.parametrize("arguments", [["preflight"], ["train", "x.yaml"]])
+def test_the_loading_is_shown_once_and_not_on_stdout(world, arguments):
+    result = d2l(*arguments)
+    assert result.stderr.count(LOADING) == 1
+    assert LOADING not in result.stdout
+
+
+def test_every_command_that_loads_libraries_shows_it(monkeypatch, capsys):
+    monkeypatch.setattr("commands.console.import_module", lambda name: None)
+    with libraries_to_stderr():
+        sys.stdout.write("a library talks\n")
+    assert capsys.readouterr() == ("", f"{LOADING}\na library talks\n")
+    for name in ("adapter", "evaluate", "data"):
+        assert "with libraries_to_stderr():" in (ROOT / "commands" / f"{name}.py").read_text()
+
+
+def test_the_seconds_of_a_report_are_what_the_user_waited(world, monkeypatch):
+    for command in ("preflight", "train"):
+        monkeypatch.setattr(f"commands.{command}.waited", lambda: 42.25)
+    assert "in 42.2 s: nothing found" in d2l("preflight").stdout
+    assert "in 42.2 s (exit code 0)" in d2l("preflight", "--selftest").stdout
+    for options in ([], ["--selftest"]):
+        assert json.loads(d2l("preflight", "--format", "json", *options).stdout)["summary"]["seconds"] == 42.25
+    assert "in 42.2 s: nothing found" in d2l("train", "x.yaml").stdout
+    assert world.trained[0][0]["summary"]["seconds"] == 42.25
+
+
+def test_the_clock_starts_before_the_commands_are_imported():
+    probe = "import time; time.perf_counter = lambda: 100.0; time.process_time = lambda: 7.0"
+    probe += "; from commands import console; time.perf_counter = lambda: 103.0; print(console.waited())"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "10.0\n"
 
 
 def test_our_own_faults_are_not_hidden(world):
@@ -212,8 +278,8 @@ def test_preflight_text_on_stdout_is_plain(world):
         (None, [], 0),
         (FAIL, [], 1),
         (FAIL, ["--ignore", "toy201=wanted"], 0),
-        (Warn("odd", "even", "odd", "round"), [], 0),
-        (Warn("odd", "even", "odd", "round"), ["--fail-level", "warn"], 1),
+        (Warn(message="odd", expected="even", actual="odd", remedy="round"), [], 0),
+        (Warn(message="odd", expected="even", actual="odd", remedy="round"), ["--fail-level", "warn"], 1),
         (ValueError("boom"), [], 3),
         (Skip("no data"), [], 0),
         (Skip("no data"), ["--select", "TOY201"], 4),
@@ -234,8 +300,8 @@ def test_preflight_exit_codes(world, found, arguments, code, form):
 def test_preflight_json_is_all_of_stdout(world):
     world.rules[:] = [rule("TOY201", FAIL), rule("TOY202", requires=("TOY201",))]
     result = d2l("preflight", "--format", "json")
-    report = Report.from_json(json.loads(result.stdout))
-    assert [outcome.outcome for outcome in report.outcomes] == ["fail", "blocked"]
+    document = json.loads(result.stdout)
+    assert [outcome["outcome"] for outcome in document["outcomes"]] == ["fail", "blocked"]
 
 
 def test_output_file_is_written_and_the_terminal_still_told(world, tmp_path):
@@ -275,15 +341,31 @@ def test_selftest_json(world):
 # explain and checks
 
 
-def test_explain_and_checks(world):
-    assert d2l("explain", "toy201").stdout.startswith("TOY201 toy-toy201\n")
-    assert d2l("checks").stdout.startswith("TOY201  twin    error    toy-toy201  ")
-    assert json.loads(d2l("checks", "--format", "json").stdout) == [
-        {
-            **{"code": "TOY201", "name": "toy-toy201", "stage": "twin", "severity": "error", "source": "toy"},
-            **{"requires": [], "faults": ["own"]},
-        }
-    ]
+def test_explain_and_checks():
+    text = d2l("explain", "att201").stdout
+    assert text.startswith("ATT201 packed-documents-leak\n")
+    place = next(line.strip() for line in text.splitlines() if "nine_fixes.md" in line)
+    assert Path(place.partition("#")[0]).is_file()
+    listed = d2l("checks").stdout.splitlines()
+    documents = json.loads(d2l("checks", "--format", "json").stdout)
+    assert [line.split()[0] for line in listed] == [document["code"] for document in documents]
+    keys = ["code", "name", "stage", "severity", "sources", "requires", "faults"]
+    assert all(list(document) == keys for document in documents)
+
+
+@pytest.mark.parametrize("arguments", [["checks"], ["checks", "--format", "json"], ["explain", "ATT201"]])
+def test_explain_and_checks_import_no_rule(arguments):
+    probe = f"""
+import atexit, sys
+heavy = ("torch", "transformers", "checks.rules")
+atexit.register(lambda: print("HEAVY", [name for name in heavy if name in sys.modules]))
+import cli
+sys.argv = ["d2l", *{arguments}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert len(done.stdout.splitlines()) > 20
 
 
 # train

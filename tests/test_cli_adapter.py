@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 from checks.reference_file import reference_state, write_reference_file
+from commands.console import LOADING
 from d2l.checkpoint import MANIFEST, load_checkpoint, step_folder
 from d2l.config.schema import RunConfig
 from d2l.hypernet.hypernetwork import Hypernetwork
@@ -40,7 +41,7 @@ def d2l(*arguments: object, stdin: bytes | None = None) -> Result:
 
 def test_internalize_writes_an_adapter_and_says_how_to_use_it(run_folder: Path, document: Path, tmp_path: Path) -> None:
     result = d2l("internalize", run_folder, document, "-o", tmp_path / "adapter")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
     assert f"adapter  {tmp_path / 'adapter'}\nrank     8, on v_proj of every layer\n" in result.stdout
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 2 * 4**1.5 * 8)
@@ -59,7 +60,7 @@ def test_ask_prints_the_answer_and_nothing_else(run_folder: Path, document: Path
     assert [answer.exit_code for answer in answers] == [0, 0]
     assert answers[0].stdout == answers[1].stdout
     assert "<|" not in answers[0].stdout
-    assert answers[0].stderr == ""
+    assert answers[0].stderr == f"{LOADING}\n"
 
 
 def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
@@ -74,7 +75,7 @@ def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
 
     monkeypatch.setattr("d2l.inference.generate.ask", chatty)
     result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
-    assert (result.stdout, result.stderr) == ("At nine.\n", "a library has something to say\n")
+    assert (result.stdout, result.stderr) == ("At nine.\n", f"{LOADING}\na library has something to say\n")
     d2l("ask", run_folder, document, "When?")
     assert asked == [(1, "When?", 7), (1, "When?", 256)]
 

@@ -8,6 +8,7 @@ from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
+from commands.console import LOADING
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
 from d2l.evaluation.scores import LABELS
@@ -34,7 +35,7 @@ def test_tables_show_every_condition_and_size_and_the_file_every_answer(
     run_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     result = evaluate(run_folder, "--data", data, "-o", tmp_path / "scores.json", "--plot", tmp_path / "scores.svg")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
     overall, lengths, chunks = (part.splitlines() for part in result.stdout.split("\n\n"))
     assert overall[0].startswith("3 documents, 5 questions")
     assert "ROUGE-L" in overall[1]
@@ -86,7 +87,7 @@ def test_any_documents_with_questions_will_do(run_folder: Path, tmp_path: Path) 
         ],
     )
     result = evaluate(run_folder, "--data", path)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
     assert result.stdout.startswith("2 documents, 3 questions")
 
 

@@ -1,12 +1,14 @@
 """CHECKS.md and explanations, made from toy rules whose files are made here."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 
-from checks.docs import SECTIONS, explain, main, problems, render_markdown, sections, summary
+from checks.catalogue import facts_of
+from checks.docs import SECTIONS, as_json, explain, main, problems, render_markdown, sections, summary
 from checks.result import Pass, UsageError
 from checks.rule import Fault, Rule
 
@@ -17,7 +19,7 @@ DOCUMENTATION = "Packed documents do not see each other | at all.\n\n" + "\n\n".
 
 @pytest.fixture
 def rule(tmp_path, monkeypatch):
-    """Makes a rule whose `run` lives in a file of its own with the given docstring."""
+    """Return what makes the facts of a rule whose `check` lives in a file of its own with the given docstring."""
     monkeypatch.syspath_prepend(tmp_path)
     made = []
 
@@ -30,8 +32,8 @@ def rule(tmp_path, monkeypatch):
         check = importlib.import_module(module).check
         made.append(module)
         fault = Fault("mask-none", "no mask is passed", lambda subject: subject)
-        rest = {"stage": "twin", "severity": "error", "source": "F2", "faults": (fault,)} | rest
-        return Rule(code=code, name=name, check=check, **rest)
+        rest = {"stage": "twin", "severity": "error", "sources": ("failure mode F2",), "faults": (fault,)} | rest
+        return facts_of(Rule(code=code, name=name, check=check, **rest))
 
     yield make
     for module in made:
@@ -51,7 +53,8 @@ def test_a_complete_rule_has_no_problems(rule):
     ("documentation", "words"),
     [
         (DOCUMENTATION.replace("How to fix\n----------\n", ""), "sections must be"),
-        (DOCUMENTATION.replace("How to fix", "How to mend"), "sections must be"),
+        (DOCUMENTATION.replace("How to fix", "How to repair"), "sections must be"),
+        (f"{DOCUMENTATION}\n\nSource\n------\nFix 2.", "sections must be"),
         (DOCUMENTATION.replace("Text of how to fix.", ""), "section 'How to fix' is empty"),
         (DOCUMENTATION.partition("\n\n")[2], "first line"),
         ("", "sections must be"),
@@ -69,6 +72,11 @@ def test_missing_documentation_is_a_problem(rule, documentation, words):
         ({"faults": ()}, "planted fault"),
         ({"requires": ("ATT999",)}, "requires ATT999"),
         ({"requires": ("ATT201",)}, "requires ATT201"),
+        ({"sources": ()}, "at least one source"),
+        ({"sources": ("fix 2", "fix 2")}, "each of them once"),
+        ({"sources": ("fix 2", "DESIGN, decision 6")}, "there is no source 'DESIGN, decision 6'"),
+        ({"sources": ("failure mode 99",)}, "must have the anchor failure-mode-99 once. Got 0"),
+        ({"sources": ("docs/missing.md",)}, "docs/missing.md is not shipped"),
     ],
 )
 def test_a_rule_out_of_order_is_a_problem(rule, change, words):
@@ -92,7 +100,7 @@ def test_explain_takes_code_or_name(rule):
     assert text.splitlines()[:2] == ["ATT201 packed-documents-leak", "Packed documents do not see each other | at all."]
     for words in (
         "requires  nothing",
-        "source    F2",
+        "Sources\n-------\nFailure mode F2: NaN with flash kernels; ",
         "How to fix\n----------\nText of how to fix.",
         "mask-none: no mask",
     ):
@@ -113,6 +121,8 @@ def test_markdown_has_an_index_and_every_part(rule):
         '<a id="att201"></a>\n\n## ATT201 packed-documents-leak\n',
         "- requires: ATT201\n",
         "### Why it matters\n\nText of why it matters.\n",
+        "### Sources\n\n- [Failure mode F2: NaN with flash kernels; ",
+        "](docs/failure_modes.md#failure-mode-f2)\n",
         "### Planted faults\n\n- `mask-none`: no mask is passed\n",
     ):
         assert words in text
@@ -120,13 +130,21 @@ def test_markdown_has_an_index_and_every_part(rule):
 
 
 def test_main_prints_or_says_what_is_missing(rule, monkeypatch, capsys):
-    monkeypatch.setattr("checks.rules.RULES", (rule(),), raising=False)
+    monkeypatch.setattr("checks.docs.read_catalogue", lambda: (rule(),))
     main()
     assert capsys.readouterr().out == render_markdown([rule()])
-    monkeypatch.setattr("checks.rules.RULES", (rule(""),), raising=False)
+    monkeypatch.setattr("checks.docs.read_catalogue", lambda: (rule(""),))
     with pytest.raises(SystemExit, match="sections must be"):
         main()
 
 
-def test_documentation_of_a_rule_is_that_of_its_run():
-    assert Rule("A", "b", "twin", "error", "", lambda subject: Pass("")).documentation == __doc__
+def test_json_has_title_and_link_of_every_source(rule):
+    (check,) = json.loads(as_json([rule(sources=("fix 2", "huggingface/peft#2826"))]))
+    fix, thread = check["sources"]
+    assert (fix["source"], fix["title"]) == ("fix 2", "Fix 2: attention in training")
+    assert fix["link"].endswith("docs/nine_fixes.md#fix-2")
+    assert thread["link"] == "https://github.com/huggingface/peft/issues/2826"
+
+
+def test_documentation_of_a_rule_is_that_of_its_check():
+    assert Rule("A", "b", "twin", "error", (), lambda subject: Pass("")).documentation == __doc__

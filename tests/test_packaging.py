@@ -53,7 +53,10 @@ def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_pa
     assert all("environment" in place for place in places)
     listed = run(installed, tmp_path, "checks", "--format", "json")
     assert listed.returncode == 0, listed.stderr
-    assert json.loads(listed.stdout)
+    links = [source["link"] for check in json.loads(listed.stdout) for source in check["sources"]]
+    pages = {link.partition("#")[0] for link in links if not link.startswith("https://")}
+    assert {Path(page).name for page in pages} == {"nine_fixes.md", "failure_modes.md", "targets.md"}
+    assert all("environment" in page and Path(page).is_file() for page in pages)
     report = run(installed, tmp_path, "preflight", "configs/gpt_oss_20b.yaml", "--select", "TGT101", "--format", "json")
     assert report.returncode == 0, report.stderr
     assert json.loads(report.stdout)["outcomes"][0]["outcome"] == "pass"

@@ -13,6 +13,7 @@ from checks.selftest import Selftest, Trial
 PASS = Outcome("CFG101", "targets-match-nothing", "static", "error", "pass", "q_proj [4 Linears] in every layer")
 WARN = Outcome(
     *("QNT102", "experts-in-bf16", "static", "warning", "warn", "ignored (fits): kernels [missing]"),
+    ignored=True,
     expected="packed",
     actual="bf16",
     remedy="pip install kernels",
@@ -41,7 +42,12 @@ def report(*outcomes, **rest):
     return Report("0.1.0", "configs/tiny.yaml", "abcdef0123456789", outcomes, **rest)
 
 
-FULL = report(PASS, WARN, FAIL, CRASH, BLOCKED, *SKIPS, unused_ignores=("CFG101",))
+FULL = report(
+    *(PASS, WARN, FAIL, CRASH, BLOCKED, *SKIPS),
+    unused_ignores=("CFG101",),
+    twin_cannot_show=("running out of memory: a twin is small", "CUDA kernels"),
+    seconds=4.26,
+)
 
 
 def terminal(value, width, **options):
@@ -109,7 +115,10 @@ Not checked
 Unused ignores
   --ignore CFG101 is not needed: the check passes
 
-1 passed, 1 warned, 1 failed, 1 crashed, 1 blocked, 2 skipped in 1.3 s: a check crashed (exit code 3)
+A twin cannot show
+  running out of memory; CUDA kernels
+
+1 passed, 1 warned, 1 failed, 1 crashed, 1 blocked, 2 skipped in 4.3 s: a check crashed (exit code 3)
 """
     )
 
@@ -125,6 +134,8 @@ def test_evidence_can_say_where():
     ("value", "level", "verdict"),
     [
         (report(PASS), "warn", "1 passed in 0.0 s: nothing found (exit code 0)"),
+        (report(PASS, WARN), "error", "1 passed, 1 warned in 0.0 s: 1 warning (exit code 0)"),
+        (report(WARN, WARN), "warn", "2 warned in 0.0 s: 2 warnings (exit code 0)"),
         (report(PASS, FAIL), "error", "findings at or above fail level error (exit code 1)"),
         (report(SKIPS[0], required=frozenset({"DAT301"})), "error", "did not run (exit code 4)"),
     ],
@@ -187,7 +198,7 @@ def test_a_quiet_console_stays_quiet():
 def test_selftest_word_for_word():
     trials = (
         Trial("CFG101", "typo", "caught", "found typo", 1.0),
-        Trial("HYP201", "rank", "missed", "HYP201 says pass: fine", 1.0),
+        Trial("HYP201", "rank", "missed", "HYP201 reports pass: fine", 1.0),
         Trial("ATT202", "leak", "not_applied", "one layer only"),
     )
     selftest = Selftest("0.1.0", "configs/tiny.yaml", "abcdef0123456789", trials, left_out=("DEV401",), seconds=2.0)
@@ -197,17 +208,17 @@ def test_selftest_word_for_word():
 d2l 0.1.0 selftest on configs/tiny.yaml, fingerprint abcdef012345
 
 CFG101 typo  caught       found typo
-HYP201 rank  MISSED       HYP201 says pass: fine
+HYP201 rank  MISSED       HYP201 reports pass: fine
 ATT202 leak  NOT APPLIED  one layer only
 
 HYP201 rank: missed
-  HYP201 says pass: fine
+  HYP201 reports pass: fine
 
 ATT202 leak: not applied
   one layer only
 
 Not tested
-  DEV401: of a stage that was not asked for (--stage)
+  DEV401: of a stage that was not requested (--stage)
 
 1 of 3 planted faults caught in 2.0 s (exit code 5)
 """

@@ -17,10 +17,6 @@ The two gradients must agree to 1e-4 of the largest entry.
 How to fix
 ----------
 Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks.
-
-Source
-------
-failure mode 11; transformers#34191.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Gradient of the whole step, packed and accumulated."""
+    """Compare the gradients of a whole step, packed and accumulated."""
     rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
     config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
     model = subject.twin()
@@ -49,17 +45,17 @@ def check(subject: "Subject") -> Result:
     evidence = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
     if error > TOLERANCE:
         return Fail(
-            "gradients depend on how a step is cut into micro-batches",
-            f"entries within {TOLERANCE:g} of the largest",
-            f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in {len(rows)})",
-            "divide losses by counts of the whole optimizer step, not of one micro-batch",
-            evidence,
+            message="gradients depend on how a step is cut into micro-batches",
+            expected=f"entries within {TOLERANCE:g} of the largest",
+            actual=f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in {len(rows)})",
+            remedy="divide losses by counts of the whole optimizer step, not of one micro-batch",
+            evidence=evidence,
         )
     return Pass(f"1 × {len(rows)} and {len(rows)} × 1 agree to {error:.1g} of the largest entry", evidence)
 
 
 def _mean_of_means(healthy: "Implementation", model: Any, batches: Any, config: Any) -> Any:
-    """Every micro-batch divides by its own counts; the step takes their mean."""
+    """Divide every micro-batch by its own counts, and take the mean."""
     losses = [healthy.loss(model, [batch], config) for batch in batches]
     return tuple(sum(terms) / len(losses) for terms in zip(*losses, strict=True))
 
@@ -69,7 +65,7 @@ RULE = Rule(
     name="accumulation-changes-gradients",
     stage="twin",
     severity="error",
-    source="failure mode 11; transformers#34191",
+    sources=("failure mode 11", "huggingface/transformers#34191"),
     requires=("ATT201",),
     check=check,
     faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),

@@ -19,10 +19,6 @@ equal the first one.
 How to fix
 ----------
 Set `per_rank_gen: true` (and `per_layer_processing: true`, as published).
-
-Source
-------
-nine_fixes.md, Fix 5; failure mode F5.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,17 +39,17 @@ REMEDY = "set per_rank_gen: true"
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Shape of the latents, then the smallest distance of a rank from the first."""
+    """Look at the shape of the latents, then at the smallest distance of a rank from the first."""
     config = subject.twin_config
     latents = subject.twin().latents(probe_batch(subject))
     expected = f"[chunks, layers, {len(config.target_modules)}, {config.lora_r}, latent]"
     if latents.ndim != 5 or latents.shape[2:4] != (len(config.target_modules), config.lora_r):
         return Fail(
-            "the aggregator's output has lost its ranks",
-            expected,
-            str(list(latents.shape)),
-            REMEDY,
-            {"rank": latents.ndim},
+            message="the aggregator's output has lost its ranks",
+            expected=expected,
+            actual=str(list(latents.shape)),
+            remedy=REMEDY,
+            evidence={"rank": latents.ndim},
         )
     if config.lora_r == 1:
         return Pass(f"latents have the shape {expected}; there is one rank")
@@ -62,17 +58,17 @@ def check(subject: "Subject") -> Result:
     evidence = {"smallest_distance_of_ranks": smallest, "shape": list(latents.shape)}
     if not smallest > 1e-3:
         return Fail(
-            "the ranks of a generated adapter are copies of each other",
-            "every rank further than 1e-3 from the first (relative)",
-            f"{smallest:.2g}",
-            REMEDY,
-            evidence,
+            message="the ranks of a generated adapter are copies of each other",
+            expected="every rank further than 1e-3 from the first (relative)",
+            actual=f"{smallest:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"latents have the shape {expected}; ranks differ by {smallest:.2g} or more", evidence)
 
 
 def _broadcast_rank(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The aggregator generates one rank, which is stretched to all."""
+    """Let the aggregator generate one rank, and stretch it to all."""
     model: Any = healthy.build(base, config)
 
     def stretch(module: Any, inputs: Any, latents: Any) -> Any:
@@ -87,7 +83,7 @@ RULE = Rule(
     name="aggregator-without-ranks",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 5; failure mode F5",
+    sources=("fix 5", "failure mode F5"),
     requires=("QNT101", "ATT101", "TGT101"),
     check=check,
     faults=(

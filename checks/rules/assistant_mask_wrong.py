@@ -3,7 +3,7 @@
 What it does
 ------------
 Renders conversations (one turn, several turns, reasoning, text beyond ASCII) with the run's tokenizer and template,
-decodes the supervised tokens, and compares them turn by turn with what the messages say.
+decodes the supervised tokens, and compares them turn by turn with the messages' text.
 
 Why it matters
 --------------
@@ -19,10 +19,6 @@ How to fix
 ----------
 Use the shipped template (leave `chat_template` unset), or put `{% generation %}` around what the assistant writes, end
 token included, outside of macros. Token caches made with the old template are void.
-
-Source
-------
-nine_fixes.md, Fix 8; failure modes F8, 3, 7, 9 and 37.
 """
 
 from collections.abc import Callable
@@ -33,36 +29,27 @@ from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
+from d2l.data.chat.conversations import SUPERVISED
 from d2l.data.chat.supervision import supervision_faults
 from d2l.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}),
-    (
-        {"role": "user", "content": "Two?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "And three?"},
-        {"role": "assistant", "content": "The number after it: 3."},
-    ),
-    ({"role": "user", "content": "Größe? 大きさ"}, {"role": "assistant", "content": "Straße 42 — 四十二 🙂"}),
-)
 REMEDY = "leave chat_template unset to use the shipped one, or put generation tags around what the assistant writes"
 
 
 def check(subject: "Subject") -> Result:
-    """Faults of the supervised text of every conversation."""
+    """Look for faults in the supervised text of every conversation."""
     if subject.tokenizer is None:
         return Skip(subject.tokenizer_absent)
     expected = "the text and end token of every assistant message, and nothing else"
     try:
         chat = subject.chat
-        faults = [fault for messages in CONVERSATIONS for fault in supervision_faults(chat, messages)]
-        supervised = sum(sum(chat.encode(messages).supervised) for messages in CONVERSATIONS)
+        faults = [fault for messages in SUPERVISED for fault in supervision_faults(chat, messages)]
+        supervised = sum(sum(chat.encode(messages).supervised) for messages in SUPERVISED)
     except (ModelError, DataError) as error:
-        return Fail("the chat template cannot be used", expected, str(error), REMEDY)
+        return Fail(message="the chat template cannot be used", expected=expected, actual=str(error), remedy=REMEDY)
     evidence = {
         "convention": chat.supervision,
         "supervised_tokens": supervised,
@@ -71,18 +58,28 @@ def check(subject: "Subject") -> Result:
     }
     if supervised == 0:
         return Fail(
-            "no token is supervised: the loss would be nan or 0.0", expected, "0 supervised tokens", REMEDY, evidence
+            message="no token is supervised: the loss would be nan or 0.0",
+            expected=expected,
+            actual="0 supervised tokens",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if faults:
-        return Fail("the wrong tokens are supervised", expected, faults[0], REMEDY, evidence)
+        return Fail(
+            message="the wrong tokens are supervised",
+            expected=expected,
+            actual=faults[0],
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     return Pass(
-        f"{supervised} tokens of {len(CONVERSATIONS)} conversations, as expected per turn ({chat.supervision})",
+        f"{supervised} tokens of {len(SUPERVISED)} conversations, as expected per turn ({chat.supervision})",
         evidence,
     )
 
 
 def _with_template(change: Callable[[str], str]) -> Override:
-    """The run's template, changed."""
+    """Make a fault of the run's template, changed."""
 
     def chat(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
         made = healthy.chat(config, tokenizer)
@@ -98,7 +95,7 @@ def _with_template(change: Callable[[str], str]) -> Override:
 
 
 def _tagless(template: str) -> str:
-    """Without generation tags, as the official template."""
+    """Remove the generation tags, as in the official template."""
     for tag in ("generation", "endgeneration"):
         for opening in ("{%-", "{%"):
             for closing in ("-%}", "%}"):
@@ -107,13 +104,13 @@ def _tagless(template: str) -> str:
 
 
 def _in_comment(template: str) -> str:
-    """The tags only stand in a comment."""
+    """Leave the tags in a comment only."""
     bare = _tagless(template)
     return template if bare == template else "{# {% generation %}{% endgeneration %} #}" + bare
 
 
 def _shifted_mask(healthy: Implementation, config: Any, tokenizer: Any) -> Any:
-    """The mask is moved by one token, as by tags inside a macro."""
+    """Move the mask by one token, as tags inside a macro do."""
     made = healthy.chat(config, tokenizer)
     encode = type(made).encode
 
@@ -130,7 +127,7 @@ RULE = Rule(
     name="assistant-mask-wrong",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 8; failure modes F8, 3, 7, 9, 37",
+    sources=("fix 8", "failure mode F8", "failure mode 3", "failure mode 7", "failure mode 9", "failure mode 37"),
     check=check,
     faults=(
         Fault(

@@ -20,10 +20,6 @@ support it.
 How to fix
 ----------
 Set `attn_implementation: auto`, or `per_document` where packed rows of many documents are long.
-
-Source
-------
-nine_fixes.md, Fix 2; failure modes F2 and 10; flash-attention#1797.
 """
 
 from typing import TYPE_CHECKING
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """The planned implementation against those that can train this model."""
+    """Compare the planned implementation with those that can train this model."""
     from checks.subject import changed
     from d2l.base.attention import PER_DOCUMENT
     from d2l.base.load import plan_load
@@ -58,11 +54,11 @@ def check(subject: "Subject") -> Result:
     }
     if choice.value not in able:
         return Fail(
-            f"{choice.value} cannot train {subject.base_config.model_type} on packed rows",
-            " or ".join(sorted(able)),
-            f"{choice.value} ({choice.reason})",
-            "set attn_implementation: auto",
-            evidence,
+            message=f"{choice.value} cannot train {subject.base_config.model_type} on packed rows",
+            expected=" or ".join(sorted(able)),
+            actual=f"{choice.value} ({choice.reason})",
+            remedy="set attn_implementation: auto",
+            evidence=evidence,
         )
     return Pass(f"{choice.value}: {choice.reason}", evidence)
 
@@ -72,7 +68,7 @@ RULE = Rule(
     name="attention-without-backward",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 2; failure modes F2, 10",
+    sources=("fix 2", "failure mode F2", "failure mode 10", "Dao-AILab/flash-attention#1797"),
     check=check,
     faults=(
         Fault(

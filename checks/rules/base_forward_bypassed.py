@@ -18,10 +18,6 @@ Logits under the LoRA must agree to 1e-4 of the largest value.
 How to fix
 ----------
 Add the LoRA's delta to what the module itself returns (a forward hook, or `self.base_layer(x)` in PEFT).
-
-Source
-------
-nine_fixes.md, Fix 4; failure mode F4.
 """
 
 from functools import partial
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _DoublingLinear(nn.Linear):
-    """Stands for a quantized Linear: what it computes is not what its weights say."""
+    """A stand-in for a quantized Linear: it computes something else than its weights show."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return 2 * super().forward(inputs)
@@ -50,7 +46,7 @@ class _DoublingLinear(nn.Linear):
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Overridden forwards against doubled weights."""
+    """Compare overridden forwards with doubled weights."""
     plain = subject.twin()
     if not _linears(subject.implementation, plain, subject.config):
         return Skip(f"no target is a Linear: {', '.join(subject.config.target_modules)}")
@@ -66,11 +62,11 @@ def check(subject: "Subject") -> Result:
     error = difference(overriding.logits(batch, lora), plain.logits(batch, lora))
     if error > TOLERANCE:
         return Fail(
-            "the LoRA bypasses the forward of the layer that it adapts",
-            f"an overridden forward counts: a difference of at most {TOLERANCE:g} of the largest value",
-            f"{error:.2g}",
-            "add the LoRA to what the module itself returns, through a forward hook or self.base_layer(x)",
-            {"difference": error},
+            message="the LoRA bypasses the forward of the layer that it adapts",
+            expected=f"an overridden forward counts: a difference of at most {TOLERANCE:g} of the largest value",
+            actual=f"{error:.2g}",
+            remedy="add the LoRA to what the module itself returns, through a forward hook or self.base_layer(x)",
+            evidence={"difference": error},
         )
     return Pass(f"an overridden forward is honoured (difference {error:.1g})", {"difference": error})
 
@@ -81,7 +77,7 @@ def _linears(implementation: Implementation, model: Model, config: "RunConfig") 
 
 
 def _bypass(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Every target computes torch's Linear, whatever class it has."""
+    """Let every target compute torch's Linear, whatever class it has."""
     model = healthy.build(base, config)
     for linear in _linears(healthy, model, config):
         linear.forward = partial(nn.Linear.forward, linear)  # type: ignore[method-assign]
@@ -93,7 +89,7 @@ RULE = Rule(
     name="base-forward-bypassed",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 4; failure mode F4",
+    sources=("fix 4", "failure mode F4"),
     requires=("HYP201",),
     check=check,
     faults=(

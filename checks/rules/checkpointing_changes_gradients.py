@@ -20,10 +20,6 @@ How to fix
 ----------
 `gradient_checkpointing_kwargs: {use_reentrant: false}`, and re-enter in the recomputation the binding that was active in
 the forward pass (`context_fn=checkpoint_contexts`).
-
-Source
-------
-nine_fixes.md, Fix 7; failure modes F7, 12; peft#2826.
 """
 
 import warnings
@@ -45,7 +41,7 @@ REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass con
 
 
 def check(subject: "Subject") -> Result:
-    """Task gradients of one joint backward, checkpointing off and on."""
+    """Compare the task gradients of one joint backward, checkpointing off and on."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
     expected = _task_gradients(subject, checkpointing=False)
@@ -55,10 +51,10 @@ def check(subject: "Subject") -> Result:
             actual = _task_gradients(subject, checkpointing=True)
     except (RuntimeError, ValueError, TypeError) as error:
         return Fail(
-            "the backward pass fails with gradient checkpointing on",
-            "the gradients of the run without it",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            REMEDY,
+            message="the backward pass fails with gradient checkpointing on",
+            expected="the gradients of the run without it",
+            actual=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            remedy=REMEDY,
         )
     error_of_largest = difference(flat(actual), flat(expected))
     evidence = {
@@ -70,11 +66,11 @@ def check(subject: "Subject") -> Result:
     if not error_of_largest <= TOLERANCE or norm(expected) == 0:
         what = "do not arrive" if norm(actual) == 0 else "are others"
         return Fail(
-            f"gradients of the task loss {what} with gradient checkpointing on",
-            f"norm {norm(expected):.4g}, entries within {TOLERANCE:g} of the largest",
-            f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
-            REMEDY,
-            evidence,
+            message=f"gradients of the task loss {what} with gradient checkpointing on",
+            expected=f"norm {norm(expected):.4g}, entries within {TOLERANCE:g} of the largest",
+            actual=f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"task gradients agree to {error_of_largest:.1g} of the largest (norm {norm(expected):.3g})", evidence)
 
@@ -90,14 +86,14 @@ def _task_gradients(subject: "Subject", *, checkpointing: bool) -> dict[str, tor
 
 
 def _unbound_recompute(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Checkpointing is handed to the base as it is: recomputation runs with no LoRA bound."""
+    """Hand checkpointing to the base as it is: recomputation runs with no LoRA bound."""
     model: Any = healthy.build(base, config)
     model.gradient_checkpointing_enable = lambda kwargs: checkpoint_layers(model.base, kwargs)
     return model
 
 
 def _latest_binding(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The LoRA is kept as state of the patched layers: recomputation sees the one of the latest forward."""
+    """Keep the LoRA as state of patched layers: recomputation sees the one of the latest forward."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     current: dict[str, Any] = {"lora": None}
@@ -139,7 +135,7 @@ RULE = Rule(
     name="checkpointing-changes-gradients",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 7; failure modes F7, 12; peft#2826",
+    sources=("fix 7", "failure mode F7", "failure mode 12", "huggingface/peft#2826"),
     requires=("LOR202",),
     check=check,
     faults=(

@@ -18,10 +18,6 @@ Every target Linear must run at least twice: once in the forward pass, once in t
 How to fix
 ----------
 Hand `gradient_checkpointing_enable` on to the base, and call `train()` on it.
-
-Source
-------
-nine_fixes.md, Fix 7; failure mode F7.
 """
 
 from collections import Counter
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Runs of every target Linear in one forward and backward pass."""
+    """Count the runs of every target Linear in one forward and backward pass."""
     if not subject.config.gradient_checkpointing:
         return Skip("gradient_checkpointing is off in the configuration")
     model: Any = subject.twin()
@@ -63,24 +59,24 @@ def check(subject: "Subject") -> Result:
     once = [place for place in linears if runs[place] < 2]
     if once:
         return Fail(
-            "gradient checkpointing does not reach the base's layers",
-            "every target runs twice: forward and recomputation",
-            f"{len(once)} of {len(linears)} ran {runs[once[0]]} time(s), {once[0]} first",
-            "hand gradient_checkpointing_enable on to the base and call train() on it",
-            {"runs": dict(runs)},
+            message="gradient checkpointing does not reach the base's layers",
+            expected="every target runs twice: forward and recomputation",
+            actual=f"{len(once)} of {len(linears)} ran {runs[once[0]]} time(s), {once[0]} first",
+            remedy="hand gradient_checkpointing_enable on to the base and call train() on it",
+            evidence={"runs": dict(runs)},
         )
     return Pass(f"all {len(linears)} targets are recomputed in the backward pass", {"runs": dict(runs)})
 
 
 def _not_handed_on(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The wrapper takes the call and does nothing."""
+    """Let the wrapper take the call and do nothing."""
     model: Any = healthy.build(base, config)
     model.gradient_checkpointing_enable = lambda kwargs: None
     return model
 
 
 def _base_in_eval(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The frozen base stays in eval mode, where transformers does not checkpoint."""
+    """Keep the frozen base in eval mode, where transformers does not checkpoint."""
     model: Any = healthy.build(base, config)
     base.eval()
     base.train = lambda mode=True: base
@@ -92,7 +88,7 @@ RULE = Rule(
     name="checkpointing-not-delegated",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 7; failure mode F7",
+    sources=("fix 7", "failure mode F7"),
     requires=("GRD201",),
     check=check,
     faults=(

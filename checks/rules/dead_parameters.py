@@ -18,10 +18,6 @@ The norm of each parameter's gradient must be above zero.
 How to fix
 ----------
 Follow the named parameters to the forward pass; look for `.detach()`, `.data`, `no_grad` and unused modules.
-
-Source
-------
-failure modes 13 and 31; gpt_oss_in_transformers, section 5.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,24 +33,24 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """The parameters without a gradient."""
+    """List the parameters without a gradient."""
     model = subject.twin()
     task, _ = subject.implementation.loss(model, [probe_batch(subject)], subject.twin_config)
     found = gradients(model, task)
     dead = [name for name, value in found.items() if not value.any()]
     if dead:
         return Fail(
-            "part of the hypernetwork gets no gradient from the task loss",
-            f"a gradient for each of {len(found)} parameters",
-            f"none for {len(dead)}, {dead[0]} among them",
-            "look for a detached tensor or an unused module on the way from these parameters to the loss",
-            {"dead": dead},
+            message="part of the hypernetwork gets no gradient from the task loss",
+            expected=f"a gradient for each of {len(found)} parameters",
+            actual=f"none for {len(dead)}, {dead[0]} among them",
+            remedy="look for a detached tensor or an unused module on the way from these parameters to the loss",
+            evidence={"dead": dead},
         )
     return Pass(f"all {len(found)} parameters get a gradient (norm {norm(found):.3g})", {"parameters": len(found)})
 
 
 def _detached_aggregator(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The aggregator's output is cut off from the graph."""
+    """Cut the aggregator's output off from the graph."""
     model: Any = healthy.build(base, config)
     model.hypernet.aggregator.register_forward_hook(lambda module, inputs, latents: latents.detach())
     return model
@@ -65,7 +61,7 @@ RULE = Rule(
     name="dead-parameters",
     stage="twin",
     severity="error",
-    source="failure modes 13, 31",
+    sources=("sanity run", "failure mode 13", "failure mode 31"),
     requires=("LOR202", "LOR203"),
     check=check,
     faults=(Fault("detached-latents", "the aggregator's output is detached", override(build=_detached_aggregator)),),

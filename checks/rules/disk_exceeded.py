@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Reckons the size of a checkpoint (the hypernetwork and what the optimizer keeps of it, in float32) and compares what the run
-keeps at once with the free space where its folder would be.
+Computes the size of a checkpoint (the hypernetwork and what the optimizer keeps of it, in float32) and compares what the
+run keeps at once with the free space where its folder would be.
 
 Why it matters
 --------------
@@ -16,10 +16,6 @@ How it is detected
 How to fix
 ----------
 Free space, name another disk (`output_dir`), or keep fewer checkpoints (`save_total_limit`).
-
-Source
-------
-failure mode 29; open_lm#154.
 """
 
 from typing import TYPE_CHECKING
@@ -36,21 +32,21 @@ BYTES_PER_VALUE = 4  # everything is in float32
 
 
 def check(subject: "Subject") -> Result:
-    """Bytes kept against bytes free."""
+    """Compare the bytes kept with the bytes free."""
     kept = subject.config.save_total_limit + 1
     size = sum(trained_values(subject)) * BYTES_PER_VALUE
     free = subject.implementation.free_disk(subject.config)
     evidence = {"checkpoint": size, "kept": kept, "free": free}
-    said = f"{kept} checkpoints of {size / 1e9:.2f} GB"
+    total = f"{kept} checkpoints of {size / 1e9:.2f} GB"
     if kept * size > free:
         return Fail(
-            "the checkpoints do not fit on the disk",
-            f"at most {free / 1e9:.2f} GB below {subject.config.output_dir}",
-            f"{said}, {kept * size / 1e9:.2f} GB",
-            "free space, set output_dir to another disk, or lower save_total_limit",
-            evidence,
+            message="the checkpoints do not fit on the disk",
+            expected=f"at most {free / 1e9:.2f} GB below {subject.config.output_dir}",
+            actual=f"{total}, {kept * size / 1e9:.2f} GB",
+            remedy="free space, set output_dir to another disk, or lower save_total_limit",
+            evidence=evidence,
         )
-    return Pass(f"{said}; free {free / 1e9:.1f} GB", evidence)
+    return Pass(f"{total}; free {free / 1e9:.1f} GB", evidence)
 
 
 RULE = Rule(
@@ -58,7 +54,7 @@ RULE = Rule(
     name="disk-exceeded",
     stage="device",
     severity="error",
-    source="failure mode 29; open_lm#154",
+    sources=("failure mode 29", "mlfoundations/open_lm#154"),
     requires=("TGT101", "HYP201"),
     check=check,
     faults=(Fault("full-disk", "a thousand bytes are free", override(free_disk=lambda healthy, config: 1000)),),

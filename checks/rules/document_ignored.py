@@ -17,10 +17,6 @@ How to fix
 ----------
 Trace the path from the document's ids to the features, the latents and the LoRA; look for a constant or a detached
 value, and for features of padding.
-
-Source
-------
-failure mode 35.
 """
 
 from dataclasses import replace
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """LoRAs and logits for two sets of documents."""
+    """Compare LoRAs and logits for two sets of documents."""
     model = subject.twin()
     batch = probe_batch(subject)
     other = replace(batch, ctx_ids=(batch.ctx_ids + 1) % subject.twin_base_config.vocab_size)
@@ -51,11 +47,11 @@ def check(subject: "Subject") -> Result:
     }
     if not min(evidence.values()) > TOLERANCE:
         return Fail(
-            "the generated LoRA does not depend on the document",
-            f"LoRA and logits that move by more than {TOLERANCE:g} of their largest value with another document",
-            f"LoRA {evidence['lora']:.2g}, logits {evidence['logits']:.2g}",
-            "look for a constant between the document's ids and the generated LoRA",
-            evidence,
+            message="the generated LoRA does not depend on the document",
+            expected=f"LoRA and logits that move by more than {TOLERANCE:g} of their largest value with another document",
+            actual=f"LoRA {evidence['lora']:.2g}, logits {evidence['logits']:.2g}",
+            remedy="look for a constant between the document's ids and the generated LoRA",
+            evidence=evidence,
         )
     return Pass(
         f"another document moves the LoRA by {evidence['lora']:.2g}, logits by {evidence['logits']:.2g}", evidence
@@ -63,7 +59,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _constant_features(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The encoder reads the same token everywhere."""
+    """Let the encoder read the same token everywhere."""
     model: Any = healthy.build(base, config)
     encoder = model.encoder
     model.encoder = lambda ids, position_ids, mask: encoder(torch.zeros_like(ids), position_ids, mask)
@@ -75,7 +71,7 @@ RULE = Rule(
     name="document-ignored",
     stage="twin",
     severity="error",
-    source="failure mode 35",
+    sources=("sanity run", "failure mode 35"),
     requires=("HYP201", "LOR202"),
     check=check,
     faults=(Fault("constant-features", "the encoder reads a constant", override(build=_constant_features)),),

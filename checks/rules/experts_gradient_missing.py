@@ -17,10 +17,6 @@ For every layer the cosine of the two gradients must be above 0.999 and their no
 How to fix
 ----------
 Set `expert_weights: packed` or `dequantize`.
-
-Source
-------
-nine_fixes.md, Fix 1; failure modes F1, 16 and 18.
 """
 
 from dataclasses import replace
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Cosine and norm ratio of each layer's gradient."""
+    """Compare each layer's gradient by cosine and norm."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
     dense_plan = replace(subject.twin_plan, experts=replace(subject.twin_plan.experts, value="dequantize"))
@@ -57,11 +53,12 @@ def check(subject: "Subject") -> Result:
     if wrong:
         layer = wrong[0]
         return Fail(
-            "gradients through the experts are missing or wrong",
-            "in every layer a cosine above 0.999 to the dequantized experts, norms within 1%",
-            f"layer {layer}: cosine {cosines[layer]:.3f}, norm ratio {ratios[layer]:.3f}; {len(wrong)} of {len(pairs)} layers",
-            "set expert_weights: packed or dequantize",
-            evidence,
+            message="gradients through the experts are missing or wrong",
+            expected="in every layer a cosine above 0.999 to the dequantized experts, norms within 1%",
+            actual=f"layer {layer}: cosine {cosines[layer]:.3f}, norm ratio {ratios[layer]:.3f}; "
+            f"{len(wrong)} of {len(pairs)} layers",
+            remedy="set expert_weights: packed or dequantize",
+            evidence=evidence,
         )
     return Pass(
         f"gradients of all {len(pairs)} layers agree with dequantized experts (cosine ≥ {min(cosines):.6f})", evidence
@@ -69,7 +66,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
-    """The gradient of the task loss by the input of each decoder layer's MLP."""
+    """Compute the gradient of the task loss by the input of each decoder layer's MLP."""
     model = subject.twin(base=base)
     inputs: list[Tensor] = []
 
@@ -89,7 +86,7 @@ def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
 
 
 def _without_backward(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
-    """The kernels compute the same values and cut the graph."""
+    """Let the experts compute the same values and cut the graph."""
     base = healthy.build_base(base_config, plan, seed)
     if plan.experts.value != "dequantize":
         for layer in base.get_decoder().layers:
@@ -102,7 +99,7 @@ RULE = Rule(
     name="experts-gradient-missing",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 1; failure modes F1, 16, 18",
+    sources=("fix 1", "failure mode F1", "failure mode 16", "failure mode 18"),
     requires=("QNT101", "LOR202"),
     check=check,
     faults=(

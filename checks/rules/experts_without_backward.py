@@ -17,10 +17,6 @@ The plan's experts must be `packed` (kept in MXFP4, with a backward to their inp
 How to fix
 ----------
 Set `expert_weights: packed` (13 GB for gpt-oss-20b) or `expert_weights: dequantize` (42 GB).
-
-Source
-------
-nine_fixes.md, Fix 1; failure mode F1.
 """
 
 from typing import TYPE_CHECKING
@@ -34,18 +30,18 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """How the plan holds the experts."""
+    """Look at how the plan holds the experts."""
     experts, quantization = subject.plan.experts, subject.plan.quantization
     if experts.value == "dense":
         return Skip(f"{experts.reason}: there are no experts to hold in MXFP4")
     evidence = {"experts": experts.value, "reason": experts.reason, "quantization": quantization.value}
     if experts.value not in ("packed", "dequantize"):
         return Fail(
-            "gradients would not pass through the experts",
-            "experts held as packed or dequantize",
-            f"{experts.value} ({experts.reason})",
-            "set expert_weights: packed, or dequantize where there is memory for it",
-            evidence,
+            message="gradients would not pass through the experts",
+            expected="experts held as packed or dequantize",
+            actual=f"{experts.value} ({experts.reason})",
+            remedy="set expert_weights: packed, or dequantize where there is memory for it",
+            evidence=evidence,
         )
     return Pass(f"experts are held as {experts.value}: {experts.reason}", evidence)
 
@@ -55,7 +51,7 @@ RULE = Rule(
     name="experts-without-backward",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 1; failure mode F1",
+    sources=("fix 1", "failure mode F1"),
     check=check,
     faults=(Fault("native-kernels", "transformers' own MXFP4 kernels", configure(expert_weights="native")),),
 )

@@ -19,10 +19,6 @@ Skipped with `mlp` among the targets, for which PEFT has no adapter format.
 How to fix
 ----------
 Export with `d2l internalize`: rank R = r · (chunks + 1), bias included, and `lora_alpha = scale · R`.
-
-Source
-------
-failure modes 15 and 22; vllm#41384, vllm#52198.
 """
 
 import json
@@ -54,7 +50,7 @@ REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = sc
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Logits under the bound LoRA, and under PEFT."""
+    """Compare the logits under the bound LoRA with those under PEFT."""
     if MLP_BLOCK in subject.config.target_modules:
         return Skip(NO_FORMAT)
     model = subject.twin()
@@ -66,18 +62,23 @@ def check(subject: "Subject") -> Result:
         try:
             subject.implementation.export(lora, model.base, path)
         except D2LError as error:
-            return Fail("the LoRA cannot be exported", "an adapter folder of PEFT", str(error), REMEDY)
+            return Fail(
+                message="the LoRA cannot be exported",
+                expected="an adapter folder of PEFT",
+                actual=str(error),
+                remedy=REMEDY,
+            )
         served = subject.twin()
         _load_with_peft(served.base, path)
     actual = served.logits(batch, None)
     evidence = {"logits": difference(actual, expected), "effect": difference(expected, base), "rank": lora.rank}
     if evidence["logits"] > TOLERANCE:
         return Fail(
-            "the exported adapter is another model than the trained one",
-            f"PEFT's logits within {TOLERANCE:g} of those under the bound LoRA",
-            f"{evidence['logits']:.2g} off; the LoRA itself moves them by {evidence['effect']:.2g}",
-            REMEDY,
-            evidence,
+            message="the exported adapter is another model than the trained one",
+            expected=f"PEFT's logits within {TOLERANCE:g} of those under the bound LoRA",
+            actual=f"{evidence['logits']:.2g} off; the LoRA itself moves them by {evidence['effect']:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(
         f"PEFT's logits are within {evidence['logits']:.1g}; the LoRA moves them by {evidence['effect']:.2g}", evidence
@@ -94,7 +95,7 @@ def _load_with_peft(base: "PreTrainedModel", adapter: Path) -> None:
 
 
 def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The scale goes into `lora_alpha` as it is, as in the reference."""
+    """Write the scale into `lora_alpha` as it is, as the reference does."""
     healthy.export(lora, base, folder)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path
 
 
 def _without_bias(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The learned bias, whose rows are the last, is left out."""
+    """Leave out the learned bias, whose rows are the last."""
     last = lora.rank // (CHUNKS + 1)
     A, B = ({name: x[:, :, :-last] for name, x in side.items()} for side in (lora.A, lora.B))
     healthy.export(replace(lora, A=A, B=B), base, folder)
@@ -115,7 +116,7 @@ def _plant_without_bias(subject: "Subject") -> "Subject":
 
 
 def _shuffled(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """The rows of A no longer belong to those of B."""
+    """Shuffle the rows of A against those of B."""
     healthy.export(replace(lora, A={name: x.roll(1, dims=2) for name, x in lora.A.items()}), base, folder)
 
 
@@ -124,7 +125,7 @@ RULE = Rule(
     name="exported-adapter-differs",
     stage="twin",
     severity="error",
-    source="failure modes 15, 22",
+    sources=("failure mode 15", "failure mode 22", "vllm-project/vllm#41384", "vllm-project/vllm#52198"),
     requires=("LOR202", "ATT201"),
     check=check,
     faults=(

@@ -16,10 +16,6 @@ Logits before the changed token must not move, to 1e-4 of the largest value.
 How to fix
 ----------
 Use an attention implementation that honours masks (`attn_implementation: auto`), and pass masks in which j <= i.
-
-Source
-------
-failure mode 33; gpt_oss_in_transformers, section 2.
 """
 
 from dataclasses import replace
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """The change of the logits before an edited last token."""
+    """Measure the change of the logits before an edited last token."""
     model = subject.twin()
     batch = alone(probe_rows(subject))[0]
     lora = model.lora(batch)
@@ -50,17 +46,17 @@ def check(subject: "Subject") -> Result:
     change = difference(edited[:-1], model.logits(batch, lora)[:-1])
     if change > TOLERANCE:
         return Fail(
-            "earlier tokens see later ones",
-            f"logits before an edited token move by at most {TOLERANCE:g} of the largest value",
-            f"{change:.2g}",
-            "set attn_implementation: auto; a mask must allow j <= i only",
-            {"change": change},
+            message="earlier tokens see later ones",
+            expected=f"logits before an edited token move by at most {TOLERANCE:g} of the largest value",
+            actual=f"{change:.2g}",
+            remedy="set attn_implementation: auto; a mask must allow j <= i only",
+            evidence={"change": change},
         )
     return Pass(f"an edited token changes earlier logits by at most {change:.1g}", {"change": change})
 
 
 def _both_ways(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Masks keep documents apart but let every token see its whole document."""
+    """Let masks keep documents apart but show every token its whole document."""
     model: Any = healthy.build(base, config)
     masks = model.attention_mask
 
@@ -90,7 +86,7 @@ RULE = Rule(
     name="future-tokens-visible",
     stage="twin",
     severity="error",
-    source="failure mode 33",
+    sources=("fix 2", "failure mode 33"),
     requires=("HYP201",),
     check=check,
     faults=(

@@ -17,10 +17,6 @@ Every tensor must come back equal in every bit, none missing; the LoRA of a docu
 How to fix
 ----------
 Import with `d2l import-reference`; it reads the file without unpickling, and refuses what it does not know.
-
-Source
-------
-nine_fixes.md, Fix 6; failure modes F6 and 22.
 """
 
 import tempfile
@@ -50,7 +46,7 @@ REMEDY = "import with `d2l import-reference`, every tensor under its own name, a
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Tensors and LoRAs, before and after."""
+    """Compare tensors and LoRAs, before and after."""
     if own := _beyond_the_reference(subject.config):
         return Skip(f"the reference has no {own}, so no checkpoint of it could be imported into this configuration")
     model = subject.twin()
@@ -65,14 +61,25 @@ def check(subject: "Subject") -> Result:
             subject.implementation.import_reference(file, imported)
             checkpoint = subject.implementation.load(imported)
         except CheckpointError as error:
-            return Fail("a checkpoint of the reference cannot be imported", "a folder", str(error), REMEDY)
+            return Fail(
+                message="a checkpoint of the reference cannot be imported",
+                expected="a folder",
+                actual=str(error),
+                remedy=REMEDY,
+            )
     found = dict(checkpoint.hypernet)
     names = sorted(tensors.keys() | found.keys())
     changed = [name for name in names if not _is_same(found.get(name), tensors.get(name))]
     evidence = {"tensors": len(tensors), "changed": changed}
     if changed:
         actual = f"{len(changed)} of {len(tensors)} tensors changed or missing; first: {changed[0]}"
-        return Fail("the import changes the weights", "every tensor equal in every bit", actual, REMEDY, evidence)
+        return Fail(
+            message="the import changes the weights",
+            expected="every tensor equal in every bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     try:
         fresh = subject.implementation.build(subject.twin_base(), RunConfig(**checkpoint.state["config"]))
         fresh.hypernet.load_state_dict(found)
@@ -80,21 +87,25 @@ def check(subject: "Subject") -> Result:
     except (RuntimeError, D2LError) as problem:
         actual = str(problem).strip().splitlines()[-1].strip()
         return Fail(
-            "the imported configuration is of another model", "one that the weights fit", actual, REMEDY, evidence
+            message="the imported configuration is of another model",
+            expected="one that the weights fit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if distance > TOLERANCE:
         return Fail(
-            "the imported model makes other LoRAs",
-            f"the LoRA of the model that was saved, within {TOLERANCE:g}",
-            f"{distance:.2g} off",
-            REMEDY,
-            {**evidence, "lora": distance},
+            message="the imported model makes other LoRAs",
+            expected=f"the LoRA of the model that was saved, within {TOLERANCE:g}",
+            actual=f"{distance:.2g} off",
+            remedy=REMEDY,
+            evidence={**evidence, "lora": distance},
         )
     return Pass(f"all {len(tensors)} tensors equal, LoRAs within {distance:.1g}", {**evidence, "lora": distance})
 
 
 def _beyond_the_reference(config: RunConfig) -> str:
-    """What the configuration has and the reference has not; empty where there is nothing."""
+    """Name what the configuration has and the reference has not; empty where there is nothing."""
     own = ("perceiver_heads", "perceiver_head_dim")
     keys = [key for key in own if getattr(config, key) != RunConfig.model_fields[key].default]
     values = {key: getattr(config, key) for key in keys}
@@ -110,7 +121,7 @@ def _is_same(actual: torch.Tensor | None, expected: torch.Tensor | None) -> bool
 
 
 def _difference(actual: "Lora", expected: "Lora") -> float:
-    """The largest relative difference of A, B and scale."""
+    """Return the largest relative difference of A, B and scale."""
     scales = [torch.tensor([lora.scale]) for lora in (actual, expected)]
     pairs = [(actual.A[name], expected.A[name]) for name in expected.A]
     pairs += [(actual.B[name], expected.B[name]) for name in expected.B]
@@ -118,7 +129,7 @@ def _difference(actual: "Lora", expected: "Lora") -> float:
 
 
 def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
-    """The import writes a changed folder."""
+    """Make a fault of an import that writes a changed folder."""
 
     def import_reference(healthy: Implementation, file: Path, folder: Path) -> None:
         whole = folder.with_name("whole")
@@ -129,14 +140,14 @@ def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
 
 
 def _skipped(checkpoint: "Checkpoint") -> "Checkpoint":
-    """The last scaler, which starts at zero, is not taken over."""
+    """Leave out the last scaler, which starts at zero."""
     last = max(name for name in checkpoint.hypernet if name.startswith("scaler_B"))
     kept = {name: value for name, value in checkpoint.hypernet.items() if name != last}
     return replace(checkpoint, hypernet=kept)
 
 
 def _halved(checkpoint: "Checkpoint") -> "Checkpoint":
-    """Weights go through bfloat16."""
+    """Round the weights through bfloat16."""
     rounded = {name: value.bfloat16().to(value.dtype) for name, value in checkpoint.hypernet.items()}
     return replace(checkpoint, hypernet=rounded)
 
@@ -150,7 +161,7 @@ def _with_config(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable
 
 
 def _another_encoder(config: dict[str, Any]) -> dict[str, Any]:
-    """Features of another place in the encoder; where there is but one set of them, shapes do not tell."""
+    """Take features of another place in the encoder; where there is but one set of them, shapes do not show it."""
     if config["ctx_encoder_type"] == "embed_only":
         return {"ctx_encoder_type": "early_exit", "layer_idx": 1}
     return {"ctx_encoder_type": "embed_only", "layer_idx": None}
@@ -161,7 +172,7 @@ RULE = Rule(
     name="import-changes-numbers",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 6; failure modes F6, 22",
+    sources=("fix 6", "failure mode F6", "failure mode 22"),
     requires=("LOR202",),
     check=check,
     faults=(

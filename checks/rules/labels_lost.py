@@ -19,10 +19,6 @@ and end with the end token that the template wrote.
 How to fix
 ----------
 Raise `max_qas_len` and `max_packed_inp_len`, shorten the questions, and never truncate.
-
-Source
-------
-nine_fixes.md, Fix 8; failure modes F8, 4, 7 and 21.
 """
 
 from dataclasses import replace
@@ -43,7 +39,7 @@ REMEDY = "raise max_qas_len and max_packed_inp_len, or shorten the questions; an
 
 
 def check(subject: "Subject") -> Result:
-    """The labels of every packed question."""
+    """Compare the labels of every packed question with its responses."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     batches = subject.implementation.batches(subject.config, subject.rows.rows)
@@ -62,11 +58,11 @@ def check(subject: "Subject") -> Result:
     }
     if faults:
         return Fail(
-            f"labels are lost or wrong in {len(faults)} of {questions} packed questions",
-            "each response, whole, with its end token",
-            faults[0],
-            REMEDY,
-            evidence,
+            message=f"labels are lost or wrong in {len(faults)} of {questions} packed questions",
+            expected="each response, whole, with its end token",
+            actual=faults[0],
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(
         f"{labels:,} labels ({labels / tokens:.1%} of tokens) in {questions:,} questions of {len(batches)} batches",
@@ -75,7 +71,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _faults(subject: "Subject", batch: Any) -> list[str]:
-    """What is wrong with the questions of one batch, a line each."""
+    """List what is wrong with the questions of one batch, a line each."""
     assert subject.tokenizer is not None
     assert subject.records is not None
     stops = set(subject.tokenizer.get_added_vocab().values())
@@ -102,7 +98,7 @@ def _faults(subject: "Subject", batch: Any) -> list[str]:
 
 
 def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) -> Any:
-    """Questions are truncated from the right, behind the mask check: the last third of the answer is gone."""
+    """Truncate questions from the right, behind the mask check: the last third of the answer is gone."""
 
     def cut(query: Any) -> Any:
         supervised = sum(label != IGNORE_INDEX for label in query.labels)
@@ -113,7 +109,7 @@ def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) 
 
 
 def _no_labels(healthy: Implementation, config: Any, chat: Any, records: Any) -> Any:
-    """Every label is lost."""
+    """Lose every label."""
     return _changed_queries(
         healthy.rows(config, chat, records), lambda query: replace(query, labels=(IGNORE_INDEX,) * len(query.labels))
     )
@@ -129,7 +125,7 @@ RULE = Rule(
     name="labels-lost",
     stage="data",
     severity="error",
-    source="nine_fixes Fix 8; failure modes F8, 4, 7, 21",
+    sources=("fix 8", "failure mode F8", "failure mode 4", "failure mode 7", "failure mode 21"),
     requires=("LBL101", "DAT301"),
     check=check,
     faults=(

@@ -19,10 +19,6 @@ least 1e-4 of the largest value.
 How to fix
 ----------
 Bind the LoRA for a scope (`with bind(model, lora): ...`), add it through hooks on the target Linears, and restore always.
-
-Source
-------
-failure modes 38 and 40; DESIGN, decision 6.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,7 +39,7 @@ REMEDY = "bind the LoRA for a scope, through hooks on the target Linears that ar
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Four sets of logits."""
+    """Compare four sets of logits."""
     model = subject.twin()
     batch = probe_batch(subject)
     lora = model.lora(batch)
@@ -60,24 +56,34 @@ def check(subject: "Subject") -> Result:
     if not evidence["unbound_equals_base"]:
         actual = f"logits that differ by {difference(after, base):.2g}"
         return Fail(
-            "the base keeps a LoRA after it was unbound", "the base's logits, bit for bit", actual, REMEDY, evidence
+            message="the base keeps a LoRA after it was unbound",
+            expected="the base's logits, bit for bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
         )
     if not evidence["zeroed_equals_base"]:
         actual = f"logits that differ by {difference(zeroed, base):.2g}"
-        return Fail("a LoRA of zeros changes the base", "the base's logits, bit for bit", actual, REMEDY, evidence)
+        return Fail(
+            message="a LoRA of zeros changes the base",
+            expected="the base's logits, bit for bit",
+            actual=actual,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
     if not effect > TOLERANCE:
         return Fail(
-            "the generated LoRA does not reach the base",
-            f"logits that move by more than {TOLERANCE:g} of the largest value",
-            f"{effect:.2g}",
-            REMEDY,
-            evidence,
+            message="the generated LoRA does not reach the base",
+            expected=f"logits that move by more than {TOLERANCE:g} of the largest value",
+            actual=f"{effect:.2g}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"zeroed and unbound equal the base bit for bit; bound, logits move by {effect:.2g}", evidence)
 
 
 def _sticky(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Without a LoRA of its own, a forward uses the last one's."""
+    """Let a forward without a LoRA use the last one's."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     last: list[Any] = []
@@ -93,7 +99,7 @@ def _sticky(healthy: Implementation, base: Any, config: Any) -> Model:
 
 
 def _never_bound(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The LoRA is generated and not used."""
+    """Generate the LoRA and do not use it."""
     model: Any = healthy.build(base, config)
     logits = model.logits
     model.logits = lambda batch, lora, positions=None: logits(batch, None, positions)
@@ -105,7 +111,7 @@ RULE = Rule(
     name="lora-without-effect",
     stage="twin",
     severity="error",
-    source="failure modes 38, 40",
+    sources=("sanity run", "failure mode 38", "failure mode 40"),
     requires=("HYP201",),
     check=check,
     faults=(

@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Reckons the run's bytes from the real model's shapes (base by its loading plan, hypernetwork with gradients and optimizer,
-activations, logits at labels) and compares them with the free memory of the GPU.
+Computes the run's bytes from the real model's shapes (base by its loading plan, hypernetwork with gradients and
+optimizer, activations, logits at labels) and compares them with the free memory of the GPU.
 
 Why it matters
 --------------
@@ -19,10 +19,6 @@ How to fix
 ----------
 Keep the experts packed (`expert_weights: packed`), lower `max_packed_inp_len` and `max_packed_ctx_len`, set
 `gradient_checkpointing: true`, or take a larger GPU.
-
-Source
-------
-nine_fixes.md, hardware requirements; failure modes 17 and 18.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -40,21 +36,27 @@ REMEDY = "keep expert_weights: packed, lower the packed lengths, set gradient_ch
 
 
 def check(subject: "Subject") -> Result:
-    """Bytes needed against bytes free."""
+    """Compare the bytes needed with the bytes free."""
     trained, kept = trained_values(subject)
     memory = memory_plan(
         subject.config, subject.base_config, subject.plan, hypernet_parameters=trained, optimizer_values=kept
     )
     needed = max(memory.loading, memory.peak)
     figures = {"loading": memory.loading, "peak": memory.peak, "steady": memory.steady}
-    said = ", ".join(f"{name} {amount / 1e9:.1f} GB" for name, amount in figures.items())
+    sums = ", ".join(f"{name} {amount / 1e9:.1f} GB" for name, amount in figures.items())
     free = subject.implementation.free_memory()
     if free is None:
-        return Skip(f"no GPU here; reckoned for {subject.plan.dtype.value}: {said}")
+        return Skip(f"no GPU here; computed for {subject.plan.dtype.value}: {sums}")
     evidence: dict[str, Any] = figures | {"free": free} | {part.name: part.peak for part in memory.components}
     if needed > free:
-        return Fail("the run does not fit into memory", f"at most {free / 1e9:.1f} GB", said, REMEDY, evidence)
-    return Pass(f"{said}; free {free / 1e9:.1f} GB", evidence)
+        return Fail(
+            message="the run does not fit into memory",
+            expected=f"at most {free / 1e9:.1f} GB",
+            actual=sums,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
+    return Pass(f"{sums}; free {free / 1e9:.1f} GB", evidence)
 
 
 RULE = Rule(
@@ -62,7 +64,7 @@ RULE = Rule(
     name="memory-exceeded",
     stage="device",
     severity="error",
-    source="nine_fixes hardware requirements; failure modes 17, 18",
+    sources=("hardware", "failure mode 17", "failure mode 18"),
     requires=("ATT101", "TGT101", "HYP201"),
     check=check,
     faults=(Fault("small-gpu", "a GPU with a thousand bytes free", override(free_memory=lambda healthy: 1000)),),

@@ -21,10 +21,6 @@ How to fix
 ----------
 Pass one mask for each layer type, built with `position_ids` (`d2l.base.masks.packed_masks`), to the question pass and to
 the context encoder alike, and `use_cache=False`.
-
-Source
-------
-nine_fixes.md, Fix 2; failure modes F2, 1 and 2; transformers#39997.
 """
 
 from dataclasses import replace
@@ -45,7 +41,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Differences to an edited neighbour's and to alone, for the LoRAs, the logits under them, and the base's own logits."""
+    """Compare packed with an edited neighbour and with alone: LoRAs, logits under them, and the base's own logits."""
     model = subject.twin()
     rows = probe_rows(subject)
     batch, singles = collate(rows), alone(rows)
@@ -67,22 +63,24 @@ def check(subject: "Subject") -> Result:
     if evidence[worst] > TOLERANCE:
         leaks = "neighbour" in worst
         return Fail(
-            "packed documents see each other" if leaks else "a packed document comes out differently than alone",
-            f"differences of at most {TOLERANCE:g} of the largest value",
-            f"{worst.replace('_', ' ')}: {evidence[worst]:.2g}",
-            "build one mask for each layer type from position_ids and pass it in both passes, with use_cache=False",
-            evidence,
+            message="packed documents see each other"
+            if leaks
+            else "a packed document comes out differently than alone",
+            expected=f"differences of at most {TOLERANCE:g} of the largest value",
+            actual=f"{worst.replace('_', ' ')}: {evidence[worst]:.2g}",
+            remedy="build one mask for each layer type from position_ids and pass it in both passes, with use_cache=False",
+            evidence=evidence,
         )
     return Pass(f"editing a neighbour and packing change at most {evidence[worst]:.1g}", evidence)
 
 
 def _own_forward(model: Model, singles: list[PackedBatch]) -> torch.Tensor:
-    """The base's logits of every question alone, as transformers computes them without masks of ours, `[T, V]`."""
+    """Return the base's logits of every question alone, as transformers computes them without masks of ours, `[T, V]`."""
     return torch.cat([model.base(input_ids=single.input_ids, use_cache=False).logits[0] for single in singles])
 
 
 def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:
-    """The same row with every token of the first document and of its question replaced."""
+    """Replace every token of the first document and of its question."""
     ctx_ids, input_ids = batch.ctx_ids.clone(), batch.input_ids.clone()
     for ids, length in ((ctx_ids, batch.chunks.lengths[0]), (input_ids, batch.contexts.lengths[0])):
         ids[:, :length] = (ids[:, :length] + 1) % vocabulary
@@ -90,14 +88,14 @@ def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:
 
 
 def _without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
-    """No mask is passed: the model builds its own from nothing but causality."""
+    """Pass no mask: the model builds its own from nothing but causality."""
     model: Any = healthy.build(base, config)
     model.attention_mask = lambda position_ids: None
     return model
 
 
 def _with_one_mask(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The mask of the full-attention layers is used in every layer."""
+    """Use the mask of the full-attention layers in every layer."""
     model: Any = healthy.build(base, config)
     masks = model.attention_mask
 
@@ -115,7 +113,7 @@ def _one_layer_type(subject: "Subject") -> str:
 
 
 def _encoder_without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
-    """The question pass is right, the context encoder gets no mask."""
+    """Pass no mask to the context encoder; the question pass is right."""
     model: Any = healthy.build(base, config)
     encoder = model.encoder
     model.encoder = lambda ids, position_ids, attention_mask: encoder(ids, position_ids, None)
@@ -127,7 +125,7 @@ RULE = Rule(
     name="packed-documents-leak",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 2; failure modes F2, 1, 2; transformers#39997",
+    sources=("fix 2", "failure mode F2", "failure mode 1", "failure mode 2", "huggingface/transformers#39997"),
     requires=("LOR202", "ATT202"),
     check=check,
     faults=(

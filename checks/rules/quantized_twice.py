@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Reads from the loading plan whether bitsandbytes is asked for, and over which checkpoint.
+Reads from the loading plan whether bitsandbytes is requested, and over which checkpoint.
 
 Why it matters
 --------------
@@ -18,10 +18,6 @@ quantize either.
 How to fix
 ----------
 Set `quantize_ctx_encoder: false`. With `expert_weights: packed` the experts stay in four bits anyway.
-
-Source
-------
-nine_fixes.md, Fix 3; failure modes F3 and 18.
 """
 
 from typing import TYPE_CHECKING
@@ -35,16 +31,16 @@ if TYPE_CHECKING:
 
 
 def check(subject: "Subject") -> Result:
-    """Which quantization the plan carries out."""
+    """Look at the quantization that the plan carries out."""
     choice = subject.plan.quantization
     evidence = {"quantization": choice.value, "reason": choice.reason}
     if choice.value == "bitsandbytes":
         return Fail(
-            "bitsandbytes is asked for on top of the base's own weights",
-            "the checkpoint's own quantization, once",
-            choice.reason,
-            "set quantize_ctx_encoder: false",
-            evidence,
+            message="bitsandbytes is requested on top of the base's own weights",
+            expected="the checkpoint's own quantization, once",
+            actual=choice.reason,
+            remedy="set quantize_ctx_encoder: false",
+            evidence=evidence,
         )
     return Pass(f"quantization: {choice.value} ({choice.reason})", evidence)
 
@@ -54,7 +50,7 @@ RULE = Rule(
     name="quantized-twice",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 3; failure modes F3, 18",
+    sources=("fix 3", "failure mode F3", "failure mode 18"),
     check=check,
     faults=(Fault("bitsandbytes", "quantize_ctx_encoder: true", configure(quantize_ctx_encoder=True)),),
 )

@@ -16,10 +16,6 @@ A warning for any record or question that is dropped, an error when more than a 
 How to fix
 ----------
 Raise the limit that the message names, or set `max_ctx_chunk_len` to split long documents.
-
-Source
-------
-failure mode 6; doc_to_lora.md, traps in the reference.
 """
 
 from collections import Counter
@@ -38,13 +34,15 @@ REMEDY = "raise the limit that is named, or set max_ctx_chunk_len to split long 
 
 
 def check(subject: "Subject") -> Result:
-    """Questions kept, and why others are not."""
+    """Count the questions kept, and the reasons why others are not."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     try:
         tokenized = subject.rows
     except DataError as error:
-        return Fail("the data cannot be used", "at least one row to train on", str(error), REMEDY)
+        return Fail(
+            message="the data cannot be used", expected="at least one row to train on", actual=str(error), remedy=REMEDY
+        )
     kept = sum(len(row.queries) for row in tokenized.rows)
     lost = tokenized.n_queries - kept
     reasons = Counter(drop.kind for drop in tokenized.dropped)
@@ -60,18 +58,19 @@ def check(subject: "Subject") -> Result:
             f"all {tokenized.n_records:,} records and {kept:,} questions are in {len(tokenized.rows):,} rows", evidence
         )
     share = lost / tokenized.n_queries
+    counts = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
     kind = Fail if share > LARGEST_SHARE else Warn
     return kind(
-        f"{lost:,} of {tokenized.n_queries:,} questions are dropped",
-        "every question in a row",
-        f"{share:.1%} dropped: {', '.join(f'{count} × {reason}' for reason, count in reasons.items())}; {tokenized.dropped[0]}",
-        REMEDY,
-        evidence,
+        message=f"{lost:,} of {tokenized.n_queries:,} questions are dropped",
+        expected="every question in a row",
+        actual=f"{share:.1%} dropped: {counts}; {tokenized.dropped[0]}",
+        remedy=REMEDY,
+        evidence=evidence,
     )
 
 
 def _plant_tight_budget(subject: "Subject") -> "Subject":
-    """A budget that at least half of the documents exceed."""
+    """Set a budget that at least half of the documents exceed."""
     if subject.tokenizer is None or subject.records is None:
         raise NotApplicable(subject.tokenizer_absent or subject.records_absent)
     lengths = sorted(row.size[1] for row in subject.rows.rows)
@@ -83,7 +82,7 @@ RULE = Rule(
     name="records-dropped",
     stage="data",
     severity="error",
-    source="failure mode 6",
+    sources=("failure mode 6",),
     requires=("LBL101",),
     check=check,
     faults=(Fault("tight-budget", "at least half of the documents exceed max_packed_ctx_len", _plant_tight_budget),),

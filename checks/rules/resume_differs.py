@@ -18,10 +18,6 @@ Saving and loading must succeed; the second step's loss and gradient norm must a
 How to fix
 ----------
 Write tensors to safetensors and everything else to JSON; save and restore optimizer, schedule, data position and RNG.
-
-Source
-------
-nine_fixes.md, Fix 6; failure modes F6, 27 and 28.
 """
 
 import tempfile
@@ -44,7 +40,7 @@ REMEDY = "keep tensors in safetensors, the rest in JSON, and restore optimizer, 
 
 
 def check(subject: "Subject") -> Result:
-    """Two steps against one, a save, a load and one more."""
+    """Compare two steps with one, a save, a load and one more."""
     straight = _trainer(subject, seed=0)
     _, expected = straight.step(), straight.step()
     stopped = _trainer(subject, seed=0)
@@ -57,7 +53,12 @@ def check(subject: "Subject") -> Result:
             resumed.restore(subject.implementation.load(path))
         except CheckpointError as error:
             expectation = "a folder that is written and read back"
-            return Fail("a checkpoint cannot be saved and loaded", expectation, str(error), REMEDY)
+            return Fail(
+                message="a checkpoint cannot be saved and loaded",
+                expected=expectation,
+                actual=str(error),
+                remedy=REMEDY,
+            )
     actual = resumed.step()
     weights = dict(straight.model.hypernet.named_parameters())
     errors = {
@@ -71,17 +72,17 @@ def check(subject: "Subject") -> Result:
     worst = max(errors, key=lambda name: errors[name])
     if errors[worst] > EXACT:
         return Fail(
-            "a resumed run goes on differently",
-            f"the second step of an unbroken run: loss {expected.task_loss:.6g}, within {EXACT:g}",
-            f"loss {actual.task_loss:.6g}; largest error {errors[worst]:.2g} in {worst.replace('_', ' ')}",
-            REMEDY,
-            errors,
+            message="a resumed run goes on differently",
+            expected=f"the second step of an unbroken run: loss {expected.task_loss:.6g}, within {EXACT:g}",
+            actual=f"loss {actual.task_loss:.6g}; largest error {errors[worst]:.2g} in {worst.replace('_', ' ')}",
+            remedy=REMEDY,
+            evidence=errors,
         )
     return Pass(f"the second step equals that of an unbroken run (largest error {errors[worst]:.1g})", errors)
 
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
-    """A trainer whose epochs hold three packed rows, so that a lost position shows."""
+    """Make a trainer whose epochs hold three packed rows, so that a lost position shows."""
     rows = probe_rows(subject)
     longest_input, longest_context = (max(row.size[i] for row in rows) for i in (0, 1))
     config = changed(subject.twin_config, max_packed_inp_len=longest_input, max_packed_ctx_len=longest_context)
@@ -89,20 +90,20 @@ def _trainer(subject: "Subject", seed: int) -> "Stepper":
 
 
 def _with_config_object(healthy: Implementation, checkpoint: Any, folder: Path) -> None:
-    """The configuration object lies among the tensors, as in the reference."""
+    """Put the configuration object among the tensors, as in the reference."""
     tensors: Any = {**checkpoint.hypernet, "hypernet_config": checkpoint.state["config"]}
     healthy.save(replace(checkpoint, hypernet=tensors), folder)
 
 
 def _without_moments(healthy: Implementation, folder: Path) -> Any:
-    """Optimizer moments come back as zeros."""
+    """Return the optimizer's moments as zeros."""
     loaded = healthy.load(folder)
     trainer = {name: value * 0 if "exp_avg" in name else value for name, value in loaded.trainer.items()}
     return replace(loaded, trainer=trainer)
 
 
 def _from_the_start(healthy: Implementation, folder: Path) -> Any:
-    """The position in the data is lost."""
+    """Lose the position in the data."""
     loaded = healthy.load(folder)
     return replace(loaded, state={**loaded.state, "epoch": 0, "position": 0})
 
@@ -112,7 +113,7 @@ RULE = Rule(
     name="resume-differs",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 6; failure modes F6, 27, 28",
+    sources=("fix 6", "failure mode F6", "failure mode 27", "failure mode 28"),
     requires=("STP201",),
     check=check,
     faults=(

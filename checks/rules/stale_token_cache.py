@@ -7,7 +7,7 @@ template, with the other supervision, with one byte more in a document, and with
 
 Why it matters
 --------------
-A cache whose key leaves out the template serves old labels after the template was mended: the mask is fixed on paper and
+A cache whose key leaves out the template serves old labels after the template was fixed: the mask is fixed on paper and
 the loss stays what it was. People remedy that by hand (`rm -rf data/processed_datasets`), once they have thought of it.
 
 How it is detected
@@ -17,10 +17,6 @@ Each time, rows and reports of what was dropped must equal those of tokenizing a
 How to fix
 ----------
 Key the cache by everything that shapes rows: template, supervision, date, tokenizer, data and limits.
-
-Source
-------
-nine_fixes.md, `rm -rf data/processed_datasets`; failure modes 5 and 36.
 """
 
 import tempfile
@@ -48,7 +44,7 @@ REMEDY = "key the cache by everything that shapes rows, or remove its folder and
 
 
 def check(subject: "Subject") -> Result:
-    """Rows through one cache against rows without, for inputs that differ in one thing each."""
+    """Compare rows through one cache with rows without, for inputs that differ in one thing each."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     implementation = subject.implementation
@@ -58,11 +54,11 @@ def check(subject: "Subject") -> Result:
             fresh = _outcome(implementation.rows, *inputs)
             if _outcome(implementation.cached_rows, *inputs, Path(folder)) != fresh:
                 return Fail(
-                    f"the cache gives stale rows: {what}",
-                    "the rows of tokenizing anew",
-                    "other rows, or other reports of what was dropped",
-                    REMEDY,
-                    {"changed": what, "equal": list(compared)},
+                    message=f"the cache gives stale rows: {what}",
+                    expected="the rows of tokenizing anew",
+                    actual="other rows, or other reports of what was dropped",
+                    remedy=REMEDY,
+                    evidence={"changed": what, "equal": list(compared)},
                 )
             compared[what] = fresh
     distinct = len(set(map(repr, compared.values())))
@@ -73,7 +69,7 @@ def check(subject: "Subject") -> Result:
 
 
 def _variants(subject: "Subject") -> "Iterator[tuple[str, Inputs]]":
-    """The run's own inputs on a few records that have rows, then with one change at a time."""
+    """Yield the run's own inputs on a few records that have rows, then with one change at a time."""
     assert subject.records is not None
     config, chat, rows = subject.config, subject.chat, subject.rows.rows[:RECORDS]
     records = tuple(subject.records[index] for index in dict.fromkeys(row.record for row in rows))
@@ -91,7 +87,7 @@ def _variants(subject: "Subject") -> "Iterator[tuple[str, Inputs]]":
 
 
 def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
-    """Rows and what was dropped, or why there are none."""
+    """Return rows and what was dropped, or why there are none."""
     try:
         tokenized = tokenize(*inputs)
     except DataError as error:
@@ -100,7 +96,7 @@ def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _key_without(forgotten: str) -> "Callable[[Subject], Subject]":
-    """The key of the cache leaves one thing out."""
+    """Make a fault of a cache whose key leaves one thing out."""
 
     def plant(subject: "Subject") -> "Subject":
         kept: dict[str, Any] = {}
@@ -122,7 +118,7 @@ RULE = Rule(
     name="stale-token-cache",
     stage="data",
     severity="error",
-    source="nine_fixes, rm -rf data/processed_datasets; failure modes 5, 36",
+    sources=("stale cache", "failure mode 5", "failure mode 36"),
     requires=("LBL101", "DAT301", "LBL301"),
     check=check,
     faults=(

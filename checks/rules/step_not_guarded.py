@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Takes two optimizer steps with the run's own trainer on the tiny twin. Then it plants a NaN in a parameter, asks for
+Takes two optimizer steps with the run's own trainer on the tiny twin. Then it plants a NaN in a parameter, requests
 another step, and looks whether that is refused with nothing changed.
 
 Why it matters
@@ -18,10 +18,6 @@ before the optimizer runs, and no other weight may change.
 How to fix
 ----------
 Before every `optimizer.step()`, require a finite loss, a finite gradient norm and a supervised token, over all ranks.
-
-Source
-------
-nine_fixes.md, sanity test; failure modes 4 and 10; DESIGN, decision 14.
 """
 
 import math
@@ -43,7 +39,7 @@ GUARD = "require a finite loss and gradient norm before every optimizer.step()"
 
 
 def check(subject: "Subject") -> Result:
-    """Two steps, then one that has to be refused."""
+    """Take two steps, then one that has to be refused."""
     model: Any = subject.twin()
     trainer = subject.implementation.trainer(model, probe_rows(subject), subject.twin_config)
     before = _values(model)
@@ -51,16 +47,28 @@ def check(subject: "Subject") -> Result:
     evidence = {"task_loss": [step.task_loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
     after = _values(model)
     if not all(math.isfinite(number) for numbers in evidence.values() for number in numbers):
-        return Fail("a step on the twin is not finite", "finite loss and gradient norm", str(evidence), GUARD, evidence)
+        return Fail(
+            message="a step on the twin is not finite",
+            expected="finite loss and gradient norm",
+            actual=str(evidence),
+            remedy=GUARD,
+            evidence=evidence,
+        )
     still = [name for name, value in after.items() if not value.isfinite().all()]
     if still or all(torch.equal(after[name], before[name]) for name in after):
         what = f"{still[0]} is not finite" if still else "no weight moved"
-        return Fail("an optimizer step does not update the weights", "finite weights that move", what, GUARD, evidence)
+        return Fail(
+            message="an optimizer step does not update the weights",
+            expected="finite weights that move",
+            actual=what,
+            remedy=GUARD,
+            evidence=evidence,
+        )
     return _refusal(trainer, evidence)
 
 
 def _refusal(trainer: Any, evidence: dict[str, Any]) -> Result:
-    """What the trainer does with a NaN in its first parameter."""
+    """Look at what the trainer does with a NaN in its first parameter."""
     name, parameter = next(iter(trainer.model.hypernet.named_parameters()))
     with torch.no_grad():
         parameter.view(-1)[0] = math.nan
@@ -70,10 +78,22 @@ def _refusal(trainer: Any, evidence: dict[str, Any]) -> Result:
     except NonFiniteError as error:
         evidence["refused_with"] = str(error).splitlines()[0]
     else:
-        return Fail("a step that is not finite is taken", "NonFiniteError before the step", "the step", GUARD, evidence)
+        return Fail(
+            message="a step that is not finite is taken",
+            expected="NonFiniteError before the step",
+            actual="the step",
+            remedy=GUARD,
+            evidence=evidence,
+        )
     changed = [key for key, value in _values(trainer.model).items() if not value.equal(before[key]) and key != name]
     if changed:
-        return Fail("a refused step changed weights", "no change", f"{changed[0]} changed", GUARD, evidence)
+        return Fail(
+            message="a refused step changed weights",
+            expected="no change",
+            actual=f"{changed[0]} changed",
+            remedy=GUARD,
+            evidence=evidence,
+        )
     return Pass(
         f"two steps: loss {evidence['task_loss'][0]:.3g} → {evidence['task_loss'][1]:.3g}; NaN is refused", evidence
     )
@@ -84,7 +104,7 @@ def _values(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _unguarded(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Trainer whose NaN is logged as zero and stepped on."""
+    """Make a trainer whose NaN is logged as zero and stepped on."""
     trainer: Any = healthy.trainer(model, rows, config)
     step = trainer.step
 
@@ -99,7 +119,7 @@ def _unguarded(healthy: Implementation, model: Any, rows: Any, config: Any) -> A
 
 
 def _frozen_optimizer(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Trainer whose optimizer holds no parameter of the hypernetwork."""
+    """Make a trainer whose optimizer holds no parameter of the hypernetwork."""
     trainer: Any = healthy.trainer(model, rows, config)
     for group in trainer.optimizer.param_groups:
         group["params"] = []
@@ -111,7 +131,7 @@ RULE = Rule(
     name="step-not-guarded",
     stage="twin",
     severity="error",
-    source="nine_fixes sanity test; failure modes 4, 10",
+    sources=("sanity run", "failure mode 4", "failure mode 10"),
     requires=("GRD201", "GRD204"),
     check=check,
     faults=(

@@ -15,17 +15,13 @@ values of the document without their keys. The documented runs on gpt-oss-20b ch
 How it is detected
 ------------------
 A table of one study (experiments/targets.md: the same steps, documents and hypernetwork for every module, three seeds,
-exact match on unseen documents of two keys; chance is .10, a value without its key .55). It says what a tiny base
+exact match on unseen documents of two keys; chance is .10, a value without its key .55). It shows what a tiny base
 learns in a small budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are
 not judged.
 
 How to fix
 ----------
 `target_modules: [v_proj]`, as in configs/gpt_oss_20b_recommended.yaml, or ignore the warning with your reason.
-
-Source
-------
-experiments/targets.md; the published run on gpt-oss-20b with q_proj kept no control.
 """
 
 from typing import TYPE_CHECKING
@@ -44,21 +40,21 @@ HALF_WAY = (1 + GUESSED) / 2
 
 
 def check(subject: "Subject") -> Result:
-    """The best of the targets that were measured."""
+    """Look for the best of the targets that were measured."""
     names = subject.config.target_modules
     known = {name: MEASURED[name] for name in names if name in MEASURED}
-    told = ", ".join(f"{name} {known[name]:.2f}" if name in known else f"{name} not measured" for name in names)
+    scores = ", ".join(f"{name} {known[name]:.2f}" if name in known else f"{name} not measured" for name in names)
     evidence = {"exact match in the study": MEASURED, "a value without its key": GUESSED, "chance": 0.1}
     if len(known) < len(names) or max(known.values()) >= HALF_WAY:
-        return Pass(f"exact match in the study: {told}", evidence)
+        return Pass(f"exact match in the study: {scores}", evidence)
     linear = {name: value for name, value in MEASURED.items() if name != "mlp"}  # PEFT has no format for the block
     best = max(linear, key=lambda name: (linear[name], name))
     return Fail(
-        f"{', '.join(names)} learnt little more than values without their keys, where {best} learnt both",
-        f"a target with an exact match of {HALF_WAY:.2f} or more in the study",
-        told,
-        f"set target_modules: [{best}]",
-        evidence,
+        message=f"{', '.join(names)} learnt little more than values without their keys, where {best} learnt both",
+        expected=f"a target with an exact match of {HALF_WAY:.2f} or more in the study",
+        actual=scores,
+        remedy=f"set target_modules: [{best}]",
+        evidence=evidence,
     )
 
 
@@ -67,7 +63,7 @@ RULE = Rule(
     name="targets-carry-little",
     stage="static",
     severity="warning",
-    source="experiments/targets.md",
+    sources=("fix 9", "experiments/targets.md"),
     check=check,
     requires=("TGT101",),
     faults=(

@@ -19,10 +19,6 @@ How to fix
 ----------
 Name Linears that every layer has. For GPT-OSS: q_proj, k_proj, v_proj, o_proj. `mlp` adapts what the experts do, by a
 parallel adapter beside the whole block; no adapter format holds it (EXP201).
-
-Source
-------
-nine_fixes.md, Fix 9; failure modes F9 and 14; unsloth#3405.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,7 +39,7 @@ REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v
 
 
 def check(subject: "Subject") -> Result:
-    """Names × layers, requested and found."""
+    """Count modules by name and layer, requested and found."""
     from d2l.base.load import skeleton
 
     base = skeleton(subject.base_config)
@@ -52,19 +48,27 @@ def check(subject: "Subject") -> Result:
     try:
         found = subject.implementation.targets(base, names)
     except ModelError as error:
-        return Fail("a target module does not exist in every layer", expected, str(error), REMEDY)
+        return Fail(
+            message="a target module does not exist in every layer", expected=expected, actual=str(error), remedy=REMEDY
+        )
     kinds: dict[str, type[nn.Module]] = {name: nn.Module if name == MLP_BLOCK else nn.Linear for name in names}
     modules = {name: [item for item in found.get(name, ()) if isinstance(item, kinds[name])] for name in names}
     counts = {name: len(set(map(id, items))) for name, items in modules.items()}
     short = {name: count for name, count in counts.items() if count != layers}
     if short:
         actual = ", ".join(f"{name} in {count}" for name, count in short.items())
-        return Fail("a target module is left out without a word", expected, actual, REMEDY, {"found": counts})
+        return Fail(
+            message="a target module is left out without a word",
+            expected=expected,
+            actual=actual,
+            remedy=REMEDY,
+            evidence={"found": counts},
+        )
     return Pass(f"{', '.join(names)}: {sum(counts.values())} modules in {layers} layers", {"found": counts})
 
 
 def _partial(healthy: Implementation, base: Any, names: Any) -> Any:
-    """Names that match nothing are dropped, as PEFT does."""
+    """Drop names that match nothing, as PEFT does."""
     found: dict[str, Any] = {}
     for name in names:
         try:
@@ -79,7 +83,7 @@ def _plant_partial(subject: "Subject") -> "Subject":
 
 
 def _first_layers(healthy: Implementation, base: Any, names: Any) -> Any:
-    """The last layer is forgotten."""
+    """Leave out the last layer."""
     return {name: list(linears)[:-1] for name, linears in healthy.targets(base, names).items()}
 
 
@@ -88,7 +92,7 @@ RULE = Rule(
     name="targets-unmatched",
     stage="static",
     severity="error",
-    source="nine_fixes Fix 9; failure modes F9, 14",
+    sources=("fix 9", "failure mode F9", "failure mode 14", "unslothai/unsloth#3405"),
     check=check,
     faults=(
         Fault("experts", "the experts' parameters as targets", configure(target_modules=("gate_up_proj",))),

@@ -18,10 +18,6 @@ Every tensor that was written must come back equal in every bit, experts after d
 How to fix
 ----------
 Load with `d2l.base.load.load_base`; save dequantized models with `save_pretrained(..., save_original_format=False)`.
-
-Source
-------
-nine_fixes.md, Fix 1; failure modes F1, 32 and 34.
 """
 
 import tempfile
@@ -45,7 +41,7 @@ REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_o
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Every tensor and the logits, before and after the disk."""
+    """Compare every tensor and the logits, before and after the disk."""
     if subject.twin_plan.experts.value == "dense":
         return Skip(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
     written = subject.twin_base()
@@ -55,7 +51,12 @@ def check(subject: "Subject") -> Result:
             subject.implementation.save_base(written, path)
             read = subject.implementation.load_base(path, subject.twin_plan)
         except ModelError as error:
-            return Fail("the twin's weights cannot be read back", "every tensor", str(error), REMEDY)
+            return Fail(
+                message="the twin's weights cannot be read back",
+                expected="every tensor",
+                actual=str(error),
+                remedy=REMEDY,
+            )
     before, after = dict(written.state_dict()), dict(read.state_dict())
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     batch = probe_batch(subject)
@@ -65,11 +66,11 @@ def check(subject: "Subject") -> Result:
     if changed or set(after) != set(before) or change > TOLERANCE:
         what = f"{len(changed)} of {len(before)} tensors differ, logits by {change:.2g}"
         return Fail(
-            "loading changes the weights",
-            f"all {len(before)} tensors equal in every bit, logits within {TOLERANCE:g}",
-            f"{what}; first: {changed[0] if changed else 'none'}",
-            REMEDY,
-            evidence,
+            message="loading changes the weights",
+            expected=f"all {len(before)} tensors equal in every bit, logits within {TOLERANCE:g}",
+            actual=f"{what}; first: {changed[0] if changed else 'none'}",
+            remedy=REMEDY,
+            evidence=evidence,
         )
     return Pass(f"all {len(before)} tensors come back equal, logits within {change:.1g}", evidence)
 
@@ -99,7 +100,7 @@ def _random_experts(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _lost_rotary(healthy: Implementation, folder: Path, plan: Any) -> Any:
-    """Buffers that are in no file stay as they were allocated."""
+    """Leave buffers that are in no file as they were allocated."""
     base = healthy.load_base(folder, plan)
     base.get_decoder().rotary_emb.inv_freq.zero_()
     return base
@@ -110,7 +111,7 @@ RULE = Rule(
     name="weights-changed-by-loading",
     stage="twin",
     severity="error",
-    source="nine_fixes Fix 1; failure modes F1, 32, 34",
+    sources=("fix 1", "failure mode F1", "failure mode 32", "failure mode 34"),
     requires=("QNT101", "QNT102", "HYP201"),
     check=check,
     faults=(

@@ -2,11 +2,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test lint types golden fuzz prove study reach layers bench docs clean
+.PHONY: install run test oldest lint types golden fuzz prove study reach layers bench docs clean
 
 install: $(VENV)/installed
 
@@ -29,6 +30,14 @@ types: install
 
 test: lint types
 	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
+
+oldest: $(OLDEST)/installed # the same tests on the lower bounds of pyproject.toml, torch apart
+	$(OLDEST)/bin/pytest -n 2 -m 'not slow and not gpu'
+
+$(OLDEST)/installed: pyproject.toml oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c oldest.txt torch==2.13.0 -e '.[dev]'
+	touch $@
 
 golden: install # needs ../shared; the last lines are the counts
 	$(BIN)/pytest -n 0 -m golden
@@ -59,4 +68,4 @@ bench: install
 	$(BIN)/python benchmarks/attention.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

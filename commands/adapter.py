@@ -61,7 +61,10 @@ def ask(
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Generate at most N tokens.")
     ] = 256,
 ) -> None:
-    """Answer a question about a document that is not in the prompt."""
+    """Answer a question about a document.
+
+    The document is turned into a LoRA; it is not in the prompt.
+    """
     if not question.strip():
         raise DataError("the question is empty")
     text = _read(document)
@@ -81,7 +84,10 @@ def import_reference(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Write the checkpoint to this new folder.")
     ],
 ) -> None:
-    """Import a checkpoint of the reference; no code in it is executed."""
+    """Import a checkpoint of the reference.
+
+    No code in the file is executed.
+    """
     with libraries_to_stderr():
         from d2l.checkpoint import load_checkpoint
         from d2l.reference.load import import_reference as convert

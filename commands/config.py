@@ -64,14 +64,14 @@ def init(
 ) -> None:
     """Write a commented configuration to start from."""
     from d2l.config.template import render_template
-    from d2l.io.atomic import file_written_whole, require_new_file
+    from d2l.io.atomic import require_new_file, write_new_file
 
     if str(file) == "-":
         typer.echo(render_template(preset, "run.yaml", model=model, data=data), nl=False)
         return
     require_new_file(file)
     text = render_template(preset, str(file), model=model, data=data)
-    with file_written_whole(file) as partial:
+    with write_new_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
     typer.echo(f"configuration  {file}\npreset         {preset}\nnext           d2l preflight {file}")
 

@@ -45,7 +45,11 @@ def evaluate(
     output_format: FormatOption = "text",
     model: BaseOption = None,
 ) -> None:
-    """Answer questions with a document's LoRA, with another's, without a document, and with it in the prompt."""
+    """Evaluate a checkpoint under four conditions.
+
+    Every question is answered with its document's LoRA, with another document's, without a document, and with the document
+    in the prompt.
+    """
     _require_new_files(output, plot)
     with libraries_to_stderr():
         from d2l.data.records import read_records
@@ -97,7 +101,10 @@ def pretrain_tiny(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of weights and data.")] = 0,
     max_steps: Annotated[int, typer.Option("--max-steps", metavar="N", min=1, help="Give up after N steps.")] = 3000,
 ) -> None:
-    """Train a tiny GPT-OSS that answers questions about a document in its prompt."""
+    """Pretrain a tiny GPT-OSS as a base for needles.
+
+    It answers questions about a document in its prompt.
+    """
     from d2l.config.load import load_config
     from d2l.io.atomic import require_new_folder
 

@@ -145,7 +145,7 @@ def run_variant(variant: Variant, seed: int, steps: int, documents: int) -> Outc
 
 
 def unseen_records(config: RunConfig) -> list[Record]:
-    """Make documents whose pairs never occur in training; with one digit, too few for a split, never in one document."""
+    """Make documents whose pairs never occur in training; with one digit (too few pairs for a split), never together."""
     last = config.stages[-1]
     if last.digits > 1:
         return needle_records(UNSEEN, last.pairs, last.digits, 0, seed=999, split="heldout", style="pairs")

@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # where a plugin imported torch first
 
 @pytest.fixture(scope="session")
 def shared(request: pytest.FixtureRequest) -> Path:
-    """The folder of oracle data. Without it a test is skipped and says so; `pytest -m golden` fails."""
+    """Return the folder of oracle data. Without it a test is skipped and says so; `pytest -m golden` fails."""
     if not SHARED.is_dir():
         absent = f"needs the oracle data in {os.path.relpath(SHARED)}"
         pytest.fail(absent, pytrace=False) if _golden_only(request.config) else pytest.skip(absent)

@@ -1,4 +1,4 @@
-"""The cache of token rows: equal to tokenizing anew, and never another run's rows, whatever happened to its files."""
+"""Cache of token rows: equal to tokenizing anew, and never another run's rows, after damage, interruption and races."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_teacher_logprobs_come_back_exactly(tmp_path: Path) -> None:
     assert ours.rows[4].queries[0].logprobs_vals == records[4].logprobs_vals[0]  # type: ignore[index]
 
 
-def test_rows_can_be_taken_like_those_of_a_tuple(tmp_path: Path) -> None:
+def test_rows_are_indexed_like_a_tuple(tmp_path: Path) -> None:
     ours, fresh = build(tmp_path).rows, FRESH.rows
     for index in (0, 5, -1, -len(fresh), slice(2, 7), slice(None, None, -2), slice(90, 95)):
         assert ours[index] == (list(fresh[index]) if isinstance(index, slice) else fresh[index])
@@ -179,7 +179,7 @@ def test_moved_data_is_the_same_data_and_is_reported_where_it_is_now(
     ],
     ids=["refused by the template", "teachers differ", "no row is left"],
 )
-def test_what_cannot_be_used_is_the_same_error_every_time(tmp_path: Path, records: list[Record]) -> None:
+def test_unusable_records_give_the_same_error_every_time(tmp_path: Path, records: list[Record]) -> None:
     with pytest.raises(DataError) as expected:
         tokenize_records(records, CHAT, LIMITS, 7)
     for _ in range(2):
@@ -222,7 +222,7 @@ def test_any_records_and_limits(
         assert_same(cached_rows(records, CHAT, limits, seed, folder), fresh)
 
 
-# Interruption, damage, company
+# Interruption, damage, concurrent builds
 
 
 class Stopped(Exception):
@@ -230,7 +230,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("last", range(1, 11))
-def test_an_interrupted_build_goes_on_at_the_first_missing_shard(
+def test_an_interrupted_build_continues_at_the_first_missing_shard(
     tmp_path: Path, tokenized_records: list[int], last: int
 ) -> None:
     def stop(done: int, total: int) -> None:
@@ -263,7 +263,7 @@ def test_an_interruption_around_each_renaming(
         patch.setattr(Path, "replace", stopping)
         with pytest.raises(Stopped):
             build(tmp_path)
-    assert not list(tmp_path.rglob(".writing-*"))
+    assert not list(tmp_path.rglob(".partial-*"))
     del tokenized_records[:]
     assert_same(build(tmp_path), FRESH)
     listed = (place + moved) // 2  # a shard, its manifest, the next shard, …
@@ -304,12 +304,12 @@ DAMAGE: dict[str, tuple[Any, list[int]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_made_anew_and_only_that(tmp_path: Path, tokenized_records: list[int], damage: str) -> None:
+def test_damaged_shards_are_rebuilt_and_no_others(tmp_path: Path, tokenized_records: list[int], damage: str) -> None:
     build(tmp_path)
     (folder,) = tmp_path.iterdir()
-    spoil, made_anew = DAMAGE[damage]
+    spoil, rebuilt = DAMAGE[damage]
     spoil(folder)
-    for expected in (made_anew, []):  # and then it is whole
+    for expected in (rebuilt, []):  # and then it is whole
         del tokenized_records[:]
         assert_same(build(tmp_path), FRESH)
         assert tokenized_records == expected
@@ -323,7 +323,7 @@ def test_rows_that_are_being_read_survive_a_rebuild(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", range(1, 11))
-def test_a_builder_that_comes_and_goes_meanwhile(tmp_path: Path, tokenized_records: list[int], when: int) -> None:
+def test_another_build_during_a_build(tmp_path: Path, tokenized_records: list[int], when: int) -> None:
     def meanwhile(done: int, total: int) -> None:
         if done == when:
             assert_same(build(tmp_path), FRESH)
@@ -374,7 +374,7 @@ def test_two_processes_build_the_same_key_at_the_same_time(tmp_path: Path, chat:
     assert len(list(folder.iterdir())) == 21
 
 
-def test_a_folder_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_with_advice(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"Not a directory\nmake room, name another folder .*cache_dir=") as caught:
         build(tmp_path / "file")
@@ -394,7 +394,7 @@ FIRST = Record("a document", ("q", "r"), ("b", "c"), "s:1")
 OTHER_LIMITS: dict[str, Any] = {field.name: 5 for field in fields(Limits)} | {"num_chunk_probs": {1: 0.5, 3: 0.5}}
 
 
-def test_the_key_follows_everything_that_shapes_rows(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_depends_on_everything_that_shapes_rows(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     usual: dict[str, Any] = {"records": [FIRST, RECORDS[0]], "chat": chat, "limits": Limits(), "seed": 1}
 
     def key(**changes: Any) -> str:
@@ -445,7 +445,7 @@ def lower() -> Any:
     return Lowercase()
 
 
-def test_the_key_does_not_follow_what_shapes_no_row(chat: ChatFormat) -> None:
+def test_the_key_depends_on_nothing_else(chat: ChatFormat) -> None:
     def truncating(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.enable_truncation(5)
         tokenizer.backend_tokenizer.enable_padding(length=9)
@@ -457,7 +457,7 @@ def test_the_key_does_not_follow_what_shapes_no_row(chat: ChatFormat) -> None:
     assert key_parts([FIRST], replace(chat), Limits(), 1) == usual
 
 
-def test_a_changed_template_meets_no_old_rows(tmp_path: Path, chat: ChatFormat) -> None:
+def test_a_changed_template_finds_no_old_rows(tmp_path: Path, chat: ChatFormat) -> None:
     records = needle_records(4, 1, 2, 8, seed=0)
     for template in (chat.template, f".{chat.template}", chat.template):
         changed = replace(chat, template=template)
@@ -517,19 +517,19 @@ def test_many_shards_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.Mon
         resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
 
 
-def test_progress_is_told_for_records_and_for_shards_found(tmp_path: Path) -> None:
-    told: list[int] = []
+def test_progress_is_reported_for_records_and_for_shards_found(tmp_path: Path) -> None:
+    progress: list[int] = []
 
     def hook(done: int, total: int) -> None:
         assert total == 10
-        told.append(done)
+        progress.append(done)
 
     build(tmp_path, on_progress=hook)
-    assert sorted(set(told)) == list(range(1, 11))
-    assert told == sorted(told)
-    del told[:]
+    assert sorted(set(progress)) == list(range(1, 11))
+    assert progress == sorted(progress)
+    del progress[:]
     build(tmp_path, on_progress=hook)
-    assert told == [3, 6, 9, 10]
+    assert progress == [3, 6, 9, 10]
 
 
 # Where a run keeps it
@@ -552,7 +552,7 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[s
     assert default_folder() == Path(expected)
 
 
-def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_folder_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -572,28 +572,28 @@ def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatc
         ({"cache_dir": "mine", "cache": False}, 10, None),
     ],
 )
-def test_a_run_caches_many_records_and_leaves_nothing_of_few(
+def test_a_run_caches_many_records_and_not_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int, place: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run_build, "CACHED_FROM", 10)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     config, records = RunConfig.model_validate(settings), RECORDS[:count]
     rows = run_build.tokenize(
         config,
         run_build.fitted_base_config(config, None),
         CHAT,
         records,
-        lambda done, total: told.append((done, total)),
+        lambda done, total: progress.append((done, total)),
     )
     assert_same(rows, tokenize_records(records, CHAT, Limits.of(config), config.seed))
-    assert told[-1] == (count, count)
+    assert progress[-1] == (count, count)
     written = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("?" * 64)}
     assert written == ({place} if place else set())
 
 
-def test_where_rows_lie_is_no_part_of_what_a_run_is() -> None:
+def test_the_cache_folder_is_no_part_of_the_fingerprint() -> None:
     config = RunConfig.model_validate({})
     elsewhere = RunConfig.model_validate({"cache": False, "cache_dir": "mine"})
     base_config = run_build.fitted_base_config(config, None)

@@ -1,4 +1,4 @@
-"""The shipped tiny tokenizer, chat formats, affixes and harmony outputs; what is supervised: `test_supervision.py`."""
+"""The shipped tiny tokenizer, chat formats, affixes and harmony outputs; supervision is in `test_supervision.py`."""
 
 import copy
 from pathlib import Path
@@ -179,7 +179,7 @@ def test_conversations_that_the_template_refuses() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "not json", '{"model": {"type": "unknown"}}'])
-def test_load_tokenizer_says_what_is_missing(tmp_path: Path, content: str | None) -> None:
+def test_load_tokenizer_reports_what_is_missing(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or refused, never half, never written over."""
+"""Checkpoint folders: saving, verification, damage, pruning."""
 
 import json
 from pathlib import Path
@@ -38,13 +38,15 @@ def test_saved_is_loaded_shared_and_strided_tensors_included(tmp_path: Path) -> 
     ("value", "expected"),
     [("text", "a str, expected a tensor"), ({"r": 8}, "a dict"), (torch.tensor([1.0, float("nan")]), "not finite")],
 )
-def test_what_is_no_finite_tensor_is_refused_and_nothing_left(tmp_path: Path, value: object, expected: str) -> None:
+def test_values_that_are_not_finite_tensors_are_refused_and_nothing_left(
+    tmp_path: Path, value: object, expected: str
+) -> None:
     with pytest.raises(CheckpointError, match=expected):
         save_checkpoint(tmp_path / "step-000003", example(bad=value))
     assert not list(tmp_path.iterdir())
 
 
-def test_state_that_is_no_json_is_refused_and_nothing_left(tmp_path: Path) -> None:
+def test_state_that_is_not_json_is_refused_and_nothing_left(tmp_path: Path) -> None:
     for state in ({"path": Path()}, {"loss": float("inf")}):
         with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
             save_checkpoint(tmp_path / "step-000003", Checkpoint({}, {}, state))

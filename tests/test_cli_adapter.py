@@ -1,4 +1,4 @@
-"""The commands that use a trained checkpoint, from a run of one step to an adapter, an answer and an import."""
+"""Commands for trained checkpoints: internalize, ask, import-reference, on a run of one step."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def d2l(*arguments: object, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(cli.app, [str(item) for item in arguments], prog_name="d2l", input=stdin)
 
 
-def test_internalize_writes_an_adapter_and_says_how_to_use_it(run_folder: Path, document: Path, tmp_path: Path) -> None:
+def test_internalize_writes_an_adapter_and_prints_its_use(run_folder: Path, document: Path, tmp_path: Path) -> None:
     result = d2l("internalize", run_folder, document, "-o", tmp_path / "adapter")
     assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
     assert f"adapter  {tmp_path / 'adapter'}\nrank     8, on v_proj of every layer\n" in result.stdout
@@ -63,21 +63,21 @@ def test_ask_prints_the_answer_and_nothing_else(run_folder: Path, document: Path
     assert answers[0].stderr == f"{LOADING}\n"
 
 
-def test_the_answer_is_as_long_as_asked_and_alone_on_stdout(
+def test_the_length_of_the_answer_and_stdout_of_libraries(
     run_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
 
     def chatty(trained: object, lora: Lora, *rest: object) -> str:
         print("a library has something to say")  # noqa: T201
-        asked.append((lora.n_contexts, *rest))
+        calls.append((lora.n_contexts, *rest))
         return "At nine."
 
     monkeypatch.setattr("d2l.inference.generate.ask", chatty)
     result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
     assert (result.stdout, result.stderr) == ("At nine.\n", f"{LOADING}\na library has something to say\n")
     d2l("ask", run_folder, document, "When?")
-    assert asked == [(1, "When?", 7), (1, "When?", 256)]
+    assert calls == [(1, "When?", 7), (1, "When?", 256)]
 
 
 def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_document_that_is_too_long(run_folder: Path) -> None:
     refused(d2l("ask", run_folder, "-", "When?", stdin=long), "max_packed_ctx_len 600")
 
 
-def test_checkpoints_that_are_none(run_folder: Path, document: Path, tmp_path: Path) -> None:
+def test_folders_without_a_checkpoint(run_folder: Path, document: Path, tmp_path: Path) -> None:
     refused(d2l("ask", tmp_path / "absent", document, "When?"), "expected a run's folder or a step-NNNNNN folder")
     refused(d2l("ask", tmp_path, document, "When?"), "found no checkpoint in it")
     half = tmp_path / "step-000001"
@@ -171,7 +171,7 @@ def test_nothing_is_written_over(run_folder: Path, document: Path, tmp_path: Pat
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_files_that_are_no_checkpoint_of_the_reference(document: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_of_the_reference(document: Path, tmp_path: Path) -> None:
     output = tmp_path / "imported"
     refused(d2l("import-reference", document, "-o", output), "expected an archive of torch.save")
     refused(d2l("import-reference", tmp_path, "-o", output), "is a folder: pass the pytorch_model.bin in it")
@@ -192,7 +192,7 @@ def test_usage(arguments: list[str], words: str) -> None:
     refused(d2l(*arguments), words)
 
 
-def test_a_mistake_is_said_before_anything_heavy_is_imported(document: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_heavy_imports(document: Path, tmp_path: Path) -> None:
     probe = """
 import atexit, sys, cli
 atexit.register(lambda: print("HEAVY", [name for name in ("torch", "transformers", "peft") if name in sys.modules]))

@@ -16,7 +16,7 @@ def d2l(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, ["data", "needle", *map(str, arguments)], prog_name="d2l")
 
 
-def test_the_file_holds_what_was_asked_for(tmp_path: Path) -> None:
+def test_the_file_holds_the_requested_documents(tmp_path: Path) -> None:
     path = tmp_path / "needles.jsonl"
     options = {"--documents": 5, "--pairs": 3, "--digits": 1, "--filler-words": 8, "--seed": 7}
     arguments = [part for option in options.items() for part in option]
@@ -48,7 +48,9 @@ def test_styles_and_splits_are_those_of_the_generator() -> None:
         (["--pairs", "32", "--style", "pairs", "--digits", "1", "--split", "heldout"], "keys with 1-digit values"),
     ],
 )
-def test_what_cannot_be_made_is_said_and_nothing_is_written(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_impossible_requests_are_errors_and_nothing_is_written(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
     result = d2l("-o", tmp_path / "needles.jsonl", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -1,4 +1,4 @@
-"""`d2l eval` from a run of one step: tables, JSON and figure, on a terminal and elsewhere, and what is refused at once."""
+"""`d2l eval` from a run of one step: tables, JSON and figure, on a terminal and elsewhere, and refusals before loading."""
 
 import json
 from pathlib import Path
@@ -52,9 +52,7 @@ def test_tables_show_every_condition_and_size_and_the_file_every_answer(
     assert {path.name for path in tmp_path.iterdir()} == {"needles.jsonl", "scores.json", "scores.svg"}
 
 
-def test_stdout_is_pure_json_where_it_was_asked_for(
-    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stdout_is_pure_json_with_format_json(run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     result = evaluate(run_folder, "--data", data, "--format", "json", "--seed", 3)
     assert result.exit_code == 0
@@ -64,9 +62,7 @@ def test_stdout_is_pure_json_where_it_was_asked_for(
     assert set(document["scores"]["document"]) >= {"exact", "f1", "rouge_l", "relative_f1", "relative_rouge_l"}
 
 
-def test_a_terminal_sees_drawn_tables_and_progress(
-    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_shows_tables_and_progress(run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     result = evaluate(run_folder, "--data", data)
@@ -77,7 +73,7 @@ def test_a_terminal_sees_drawn_tables_and_progress(
     assert "────" not in result.stderr
 
 
-def test_any_documents_with_questions_will_do(run_folder: Path, tmp_path: Path) -> None:
+def test_any_documents_with_questions_can_be_evaluated(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "squad.jsonl"
     write_records(
         path,
@@ -102,7 +98,7 @@ def test_any_documents_with_questions_will_do(run_folder: Path, tmp_path: Path) 
         (["--format", "yaml"], "'text', 'json'"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
+def test_paths_that_cannot_be_written_are_refused_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +110,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"taken.json": "mine", "taken.png": "mine"}
 
 
-def test_one_document_has_no_control(run_folder: Path, tmp_path: Path) -> None:
+def test_one_document_alone_is_refused(run_folder: Path, tmp_path: Path) -> None:
     one = tmp_path / "one.jsonl"
     write_records(one, needle_records(1, 2, 2, 0, seed=1))
     result = evaluate(run_folder, "--data", one)

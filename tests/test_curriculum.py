@@ -1,4 +1,4 @@
-"""The curriculum: when a stage ends, which rows belong to it, and that a resumed run is in the stage that it was in."""
+"""Curriculum: the end of a stage, its rows, and its stage after resuming."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +42,14 @@ def test_a_stage_ends_when_the_weighted_mean_of_its_steps_passes(matches: list[f
         assert curriculum.stage == stage
 
 
-def test_one_lucky_step_passes_nothing_and_the_last_stage_never_ends() -> None:
+def test_one_good_step_ends_no_stage_and_the_last_stage_never_ends() -> None:
     curriculum = Curriculum(STAGES)
     assert not curriculum.observe(1.0)
     assert [curriculum.observe(1.0) for _ in range(100)].count(True) == 2
     assert curriculum.stage == 2
 
 
-def test_rows_are_dealt_to_the_stages_that_they_were_made_for() -> None:
+def test_rows_belong_to_the_stage_of_their_documents() -> None:
     config = RunConfig(**NEEDLES, needle_style="pairs")
     records = load_records(config)
     assert [len(record.prompts) for record in records] == [1] * 4 + [2] * 7
@@ -95,7 +95,7 @@ def test_training_draws_from_the_stage_it_is_in(monkeypatch: pytest.MonkeyPatch)
     assert stages == [{0}, {0}, {1}, {1}, {2}, {2}]
 
 
-def test_a_resumed_run_goes_on_in_its_stage(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_in_its_stage(tmp_path: Path) -> None:
     unbroken, stopped, resumed = staged_trainer(), staged_trainer(), staged_trainer()
     for trainer in (unbroken, stopped):
         trainer.curriculum.average = 1.0  # so that the next step passes the first stage
@@ -120,6 +120,6 @@ def test_a_resumed_run_goes_on_in_its_stage(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_stages_that_cannot_be_are_refused(values: dict[str, Any], problem: str) -> None:
+def test_invalid_stages_are_refused(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         RunConfig(**NEEDLES | values)

@@ -1,4 +1,4 @@
-"""Documents into LoRAs and questions into answers: the reference's numbers, chunks, limits, and no channel in the text."""
+"""Inference: documents into LoRAs, prompts, stop tokens and answers; the reference's numbers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_another_base_is_refused_before_it_is_loaded(
         load_model(tmp_path / "step-000001")
 
 
-def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, run_folder: Path) -> None:
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, run_folder: Path) -> None:
     saved = load_checkpoint(step_folder(run_folder, 1))
     config = {**saved.state["config"], "lora_rank": 4, "lora_r": "eight"}
     save_checkpoint(tmp_path / "other", replace(saved, state={"config": config}))
@@ -108,7 +108,7 @@ def test_a_base_that_has_moved(run_folder: Path, trained: TrainedModel, tmp_path
 # Documents
 
 
-def test_a_document_becomes_the_lora_that_training_made_of_it(trained: TrainedModel) -> None:
+def test_internalize_gives_the_lora_of_training(trained: TrainedModel) -> None:
     for text, chunks in ((SHORT, 1), (LONG, 4)):
         pieces = chunk_document(text, trained.chat, Limits.of(trained.config))
         assert len(pieces) == chunks
@@ -133,7 +133,7 @@ def test_a_document_over_the_limits_is_refused(trained: TrainedModel) -> None:
         internalize(trained, "")
 
 
-def test_a_document_longer_than_the_base_was_made_for_is_refused(
+def test_a_document_beyond_the_positions_of_the_base_is_refused(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = replace(trained, config=trained.config.model_copy(update={"max_ctx_chunk_len": -1}))
@@ -161,7 +161,7 @@ def test_documents_are_utf8_text() -> None:
 
 
 @pytest.mark.parametrize("supervision", ["content", "sampled"])
-def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel, supervision: str) -> None:
+def test_a_prompt_ends_where_supervision_begins(trained: TrainedModel, supervision: str) -> None:
     chat = supervised(trained, supervision).chat
     encoded = chat.encode([{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}])
     begin = encoded.supervised.index(True)
@@ -171,7 +171,7 @@ def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel,
 
 
 @pytest.mark.parametrize(
-    ("supervision", "said", "expected"),
+    ("supervision", "output", "expected"),
     [
         ("content", "At nine.", "At nine."),
         ("content", " At nine. \n", "At nine."),
@@ -185,14 +185,14 @@ def test_a_prompt_ends_where_training_begins_to_supervise(trained: TrainedModel,
         ("sampled", "final At nine.", ""),
     ],
 )
-def test_no_channel_leaks_into_an_answer(trained: TrainedModel, supervision: str, said: str, expected: str) -> None:
+def test_no_channel_leaks_into_an_answer(trained: TrainedModel, supervision: str, output: str, expected: str) -> None:
     chat = supervised(trained, supervision).chat
-    assert decode_answer(chat, chat.encode_text(said)) == expected
+    assert decode_answer(chat, chat.encode_text(output)) == expected
 
 
 @pytest.fixture
 def scripted(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the base say a text, whatever it is asked; keeps what it was asked, and under which config."""
+    """Make the base generate a given text, and record its prompts and generation configs."""
     calls: list[tuple[list[int], Any]] = []
 
     def script(text: str) -> list[tuple[list[int], Any]]:
@@ -207,7 +207,7 @@ def scripted(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("supervision", "said", "expected"),
+    ("supervision", "output", "expected"),
     [
         ("content", "At nine.<|end|>" + TURN + "Or ten.<|return|>", "At nine."),
         ("content", "At nine.<|return|><|return|>", "At nine."),
@@ -215,11 +215,11 @@ def scripted(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_an_answer_ends_at_its_stop_token(
-    trained: TrainedModel, scripted: Any, supervision: str, said: str, expected: str
+    trained: TrainedModel, scripted: Any, supervision: str, output: str, expected: str
 ) -> None:
-    calls = scripted(said)
-    asked = supervised(trained, supervision)
-    assert ask(asked, None, "When does it leave?", 8) == expected
+    calls = scripted(output)
+    model = supervised(trained, supervision)
+    assert ask(model, None, "When does it leave?", 8) == expected
     ((prompt, config),) = calls
     header = "<|channel|>final<|message|>" if supervision == "content" else ""
     assert trained.chat.decode(prompt).endswith(f"When does it leave?<|end|><|start|>assistant{header}")
@@ -234,7 +234,7 @@ def test_a_random_model_answers_deterministically_and_without_control_tokens(tra
     assert "<|" not in answers.pop()
 
 
-def test_generation_is_greedy_whatever_the_model_s_files_say(
+def test_generation_is_greedy_whatever_the_generation_config(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = torch.tensor([encode_prompt(trained.chat, "When?")])
@@ -248,7 +248,7 @@ def test_generation_is_greedy_whatever_the_model_s_files_say(
 
 
 def strong(lora: Lora) -> Lora:
-    """Strong enough to change the words of a random base, after one step of training."""
+    """Scale a LoRA so that it changes the answers of a random base after one training step."""
     return replace(lora, scale=100 * lora.scale)
 
 

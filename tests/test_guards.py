@@ -1,4 +1,4 @@
-"""The guards before an optimizer step: what they refuse, and that the message says where, what and what next."""
+"""Guards before an optimizer step: which steps they refuse, and their messages."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def parameters(**gradients: list[float] | None) -> list[tuple[str, nn.Parameter]
 
 
 def refusal(**changes: Any) -> str:
-    """What is said about a step that is sound but for the changes."""
+    """Return the message about a step that is valid but for the changes."""
     sound: dict[str, Any] = {
         "step": 7,
         "loss": 1.5,
@@ -41,7 +41,7 @@ def refusal(**changes: Any) -> str:
 
 @pytest.mark.parametrize("loss", [0.0, 1e-30, 1e30, -2.0])
 @pytest.mark.parametrize("grad_norm", [0.0, 1e-30, 1e30])
-def test_a_finite_step_passes_without_a_look_at_the_gradients(loss: float, grad_norm: float) -> None:
+def test_a_finite_step_passes_without_reading_the_gradients(loss: float, grad_norm: float) -> None:
     spoilt = parameters(head=[NAN, 0.0])
     require_finite_step(step=1, loss=loss, grad_norm=grad_norm, label_tokens=1, records=[0], parameters=spoilt)
 
@@ -73,12 +73,12 @@ def test_gradients_that_are_not_finite_are_named_and_no_others() -> None:
     assert "not finite in the gradients of head, scaler\n" in text
 
 
-def test_a_norm_that_overflows_though_each_gradient_is_finite_is_told_apart() -> None:
+def test_a_norm_that_overflows_with_finite_gradients_has_its_own_message() -> None:
     text = refusal(grad_norm=INFINITY, parameters=parameters(head=[3e38, 3e38], unused=None))
     assert "every single gradient is finite, so their norm overflows" in text
 
 
-def test_long_lists_are_cut_and_counted() -> None:
+def test_long_lists_are_shortened_and_counted() -> None:
     everything = parameters(**{f"p{i}": [NAN, NAN] for i in range(10)})
     text = refusal(grad_norm=NAN, records=range(8), parameters=everything)
     assert "(records 0, 1, 2, 3, 4, 5, 6, 7)" in text

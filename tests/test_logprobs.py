@@ -1,4 +1,4 @@
-"""Teacher logprobs that no run can learn from: refused early, with the record's name."""
+"""Validation of teacher logprobs: unusable ones are refused early, with the record's name."""
 
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,16 @@ def test_teacher_logprobs_may_sum_to_one_within_bfloat16() -> None:
     check_logprobs([[-0.6904, -0.6904], [-9.0, -1.0]], [[1, 2], [3, 4]], n_labels=2)
 
 
-def taught(*ids: Any, source: str = "a.jsonl:1") -> Record:
-    """A record with one prompt for each of `ids`, [token][k] of a teacher."""
+def make_record(*ids: Any, source: str = "a.jsonl:1") -> Record:
+    """Make a record with one prompt for each of `ids`, a teacher's token ids [token][k]."""
     texts = tuple("x" for _ in ids)
     return Record("a", texts, texts, source, tuple(((-1.0,),) for _ in ids), ids)
 
 
 def test_records_without_a_teacher_are_named() -> None:
-    records = [taught(((1,),)), Record("a", ("p",), ("r",), "a.jsonl:2")] + [Record("b", ("p",), ("r",), "b:1")] * 9
+    records = [make_record(((1,),)), Record("a", ("p",), ("r",), "a.jsonl:2")] + [
+        Record("b", ("p",), ("r",), "b:1")
+    ] * 9
     with pytest.raises(DataError) as caught:
         require_teacher_logprobs(records, 10)
     lines = str(caught.value).splitlines()
@@ -58,18 +60,18 @@ def test_records_without_a_teacher_are_named() -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_named_with_record_and_prompt() -> None:
-    records = [taught(((9,), (0,))), taught(((1,),), ((3,), (10,)), source="a.jsonl:2")]
+    records = [make_record(((9,), (0,))), make_record(((1,),), ((3,), (10,)), source="a.jsonl:2")]
     require_teacher_logprobs(records, 11)
     with pytest.raises(DataError, match=r"beyond the 10 of .*:\n  record 1 \(a\.jsonl:2\), prompt 1: token id 10\n"):
         require_teacher_logprobs(records, 10)
 
 
 @pytest.mark.parametrize("ids", [3, "x", ((1,), (2, 3)), (("x",),), (), ((),), ((None,),)])
-def test_what_is_malformed_is_left_to_the_check_of_its_question(ids: Any) -> None:
-    require_teacher_logprobs([taught(ids)], 10)
+def test_malformed_tables_are_left_to_check_logprobs(ids: Any) -> None:
+    require_teacher_logprobs([make_record(ids)], 10)
 
 
-LEARNED = 6  # supervised tokens of the answer below: five digits and the end token
+N_LABELS = 6  # supervised tokens of the answer below: five digits and the end token
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,8 @@ def test_rows_of_a_kl_run(
 ) -> None:
     if cached:
         monkeypatch.setattr(build, "CACHED_FROM", 1)
-    path = tmp_path / "taught.jsonl"
-    write_taught(path, largest)
+    path = tmp_path / "teacher.jsonl"
+    write_records_with_logprobs(path, largest)
     config = tiny_config(loss="kl", train_ds_names=str(path), cache=cached, cache_dir=str(tmp_path / "cache"))
     if problem is None:
         assert len(Components(config).rows) == 2
@@ -96,12 +98,12 @@ def test_rows_of_a_kl_run(
         _ = Components(config).rows
 
 
-def write_taught(path: Path, largest: int | None) -> None:
-    """Two records, the second with that id among its teacher's, or without a teacher."""
+def write_records_with_logprobs(path: Path, largest: int | None) -> None:
+    """Write two records; the second has that id among its teacher's, or no teacher logprobs."""
 
     def record(ids: list[int] | None) -> Record:
-        vals = None if ids is None else (tuple((-1.0,) for _ in range(LEARNED)),)
-        indices = None if ids is None else (tuple((ids[place % len(ids)],) for place in range(LEARNED)),)
+        vals = None if ids is None else (tuple((-1.0,) for _ in range(N_LABELS)),)
+        indices = None if ids is None else (tuple((ids[place % len(ids)],) for place in range(N_LABELS)),)
         return Record("A number: 12345.", ("Which?",), ("12345",), "", vals, indices)
 
     write_records(path, [record([1]), record(None if largest is None else [1, largest])])
@@ -109,8 +111,8 @@ def write_taught(path: Path, largest: int | None) -> None:
 
 @pytest.mark.parametrize(("largest", "words"), [(5000, "token id 5,000"), (None, "teacher logprobs")])
 def test_training_does_not_start(tmp_path: Path, largest: int | None, words: str) -> None:
-    path = tmp_path / "taught.jsonl"
-    write_taught(path, largest)
+    path = tmp_path / "teacher.jsonl"
+    write_records_with_logprobs(path, largest)
     arguments = ["train", "configs/tiny_gpt_oss.yaml", "--data", str(path), "--output", str(tmp_path / "run")]
     result = CliRunner().invoke(cli.app, [*arguments, "--set", "loss=kl"], prog_name="d2l")
     assert result.exit_code in (2, 10), result.output

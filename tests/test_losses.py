@@ -289,7 +289,8 @@ def test_exact_match_is_the_share_of_queries_without_a_wrong_token(shapes: list[
         for labels, supervised in zip(context.labels, context.supervised, strict=True):
             wanted = [label for label, mark in list(zip(labels, supervised, strict=True))[1:] if mark]
             if wanted:
-                answered.append(all(int(next(rows).argmax()) == label for label in wanted))
+                hits = [int(next(rows).argmax()) == label for label in wanted]  # all of its rows, right or wrong
+                answered.append(all(hits))
     loss = compute_loss(logits, batch, lora, Normalizer.of([batch], RANK))
     expected = sum(answered) / max(len(answered), 1)
     assert float(loss.exact_match) == pytest.approx(expected)

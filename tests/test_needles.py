@@ -26,17 +26,17 @@ def filler(records: list[Record]) -> set[str]:
 
 
 @pytest.mark.parametrize(("pairs", "digits", "words"), [(1, 1, 0), (4, 2, 16), (9, 4, 100), (300, 1, 8)])
-def test_a_document_states_what_is_asked(pairs: int, digits: int, words: int) -> None:
+def test_a_document_states_the_answers(pairs: int, digits: int, words: int) -> None:
     for record in needle_records(5, pairs, digits, words, seed=3):
         stated = NEEDLE.findall(record.context)
         assert len({key for key, _ in stated}) == len(stated) == pairs
-        asked = [prompt.removeprefix("What is the value of ").removesuffix("?") for prompt in record.prompts]
-        assert dict(stated) == dict(zip(asked, record.responses, strict=True))
+        keys = [prompt.removeprefix("What is the value of ").removesuffix("?") for prompt in record.prompts]
+        assert dict(stated) == dict(zip(keys, record.responses, strict=True))
         assert all(len(value) == digits for value in record.responses)
         assert len(NEEDLE.sub("", record.context).split()) == -(-words // 8) * 8
 
 
-def test_needles_stand_anywhere() -> None:
+def test_needles_are_at_random_positions() -> None:
     first = [record.context.startswith("The value of") for record in needle_records(100, 1, 2, 24, seed=0)]
     assert 10 < sum(first) < 50  # one of four sentences
 
@@ -67,7 +67,7 @@ def test_more_needles_than_keys_is_refused() -> None:
         needle_records(1, len(KEYS) + 1, 1, 0, seed=0)
 
 
-def test_records_can_be_kept_in_a_file(tmp_path: Path) -> None:
+def test_records_can_be_written_and_read(tmp_path: Path) -> None:
     records = needle_records(3, 2, 3, 16, seed=0)
     write_records(tmp_path / "needles.jsonl", records)
     read = read_records([tmp_path / "needles.jsonl"])
@@ -86,8 +86,8 @@ def test_pairs_are_keys_digits_and_nothing_else() -> None:
             assert key == prompt
             assert key in PAIR_KEYS
             assert len("".join(digits)) == len(digits) == 2
-    told = [{response for record in records for response in record.responses} for records in (train, heldout)]
-    assert not told[0] & told[1]
+    pairs = [{response for record in records for response in record.responses} for records in (train, heldout)]
+    assert not pairs[0] & pairs[1]
     assert len(set(PAIR_KEYS)) == 32
 
 

@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote (tests/fixtures/version_0_1_0, made by its own code) is read, and computes the same."""
+"""Files of version 0.1.0 (tests/fixtures/version_0_1_0, made by its own code) load and give the same results."""
 
 import json
 import shutil
@@ -40,10 +40,10 @@ def test_the_yaml_is_read_with_a_note_for_each_name_that_changed() -> None:
 def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
     trained = load_model(OLD / "run")
     with safe_open(OLD / "expected.safetensors", "pt") as file:
-        told = file.metadata()
+        metadata = file.metadata()
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    lora = internalize(trained, told["document"])
-    ids = tuple(encode_prompt(trained.chat, told["question"]))
+    lora = internalize(trained, metadata["document"])
+    ids = tuple(encode_prompt(trained.chat, metadata["question"]))
     query = Query(ids, (IGNORE_INDEX,) * len(ids))
     batch = collate([Row(record=0, chunks=((0,),), queries=(query,))])
     with torch.no_grad():

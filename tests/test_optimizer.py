@@ -86,7 +86,7 @@ def _without_muon(config: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("muon_lr", [None, 1e-3])
-def test_the_values_that_are_reckoned_are_those_that_are_kept(muon_lr: float | None) -> None:
+def test_optimizer_values_counts_the_state(muon_lr: float | None) -> None:
     config = run_config(muon_learning_rate=muon_lr)
     trainer = Trainer(tiny_model(config), random_rows(), config)
     trainer.step()

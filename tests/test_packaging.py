@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,3 +65,13 @@ def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_pa
     labels = run(installed, tmp_path, "preflight", "--select", "LBL101", "--format", "json")
     assert labels.returncode == 0, labels.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    bounds = dict(line.split(">=") for line in ranges if not line.startswith("torch>="))  # torch comes from a file
+    oldest = (ROOT / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in oldest if line and line[0] != "#" and not line.startswith("torch=="))
+    assert {name: Version(bounds[name]) for name in pinned} == {name: Version(pin) for name, pin in pinned.items()}
+    assert set(bounds) - set(pinned) == {"mypy", "ruff", "types-PyYAML"}  # tools whose version no test depends on

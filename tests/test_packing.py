@@ -265,7 +265,7 @@ def test_every_row_is_in_one_group_or_reported_and_no_budget_is_exceeded(
 
 
 def test_many_windows(benchmark: ModuleType) -> None:
-    check_packing(benchmark.long_tailed(8000, 2048, 4096), (2048, 4096), seed=3)
+    check_packing(benchmark.draw_sizes(8000, 2048, 4096), (2048, 4096), seed=3)
 
 
 def first_fit_decreasing(sizes: Sequence[tuple[int, int]], budgets: tuple[int, int]) -> int:
@@ -284,12 +284,12 @@ def first_fit_decreasing(sizes: Sequence[tuple[int, int]], budgets: tuple[int, i
 def test_a_window_is_packed_by_first_fit_decreasing(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_JITTER", 0.0)
     for seed in range(4):
-        sizes = [(inp, ctx + 7 * i) for i, (inp, ctx) in enumerate(benchmark.long_tailed(120, 900, 1500, seed))]
+        sizes = [(inp, ctx + 7 * i) for i, (inp, ctx) in enumerate(benchmark.draw_sizes(120, 900, 1500, seed))]
         assert len(pack(sizes, 1000, 3000, seed=0).groups) == first_fit_decreasing(sizes, (1000, 3000))
 
 
 def test_long_tailed_lengths_fill_batches_better_than_the_greedy_rule(benchmark: ModuleType) -> None:
-    sizes = benchmark.long_tailed(6000, 4096, 8192)
+    sizes = benchmark.draw_sizes(6000, 4096, 8192)
     greedy, ours = len(benchmark.next_fit(sizes, 4096, 8192)), len(pack(sizes, 4096, 8192, seed=0).groups)
     assert ours < 0.85 * greedy
 
@@ -304,7 +304,7 @@ def test_the_greedy_baseline_is_the_rule_of_the_reference(shared: Path, benchmar
 
 
 def test_the_seed_decides_groups_and_order(benchmark: ModuleType) -> None:
-    sizes = benchmark.long_tailed(500, 2048, 4096)
+    sizes = benchmark.draw_sizes(500, 2048, 4096)
     assert pack(sizes, 2048, 4096, seed=1) == pack(sizes, 2048, 4096, seed=1)
     one, other = (set(map(frozenset, pack(sizes, 2048, 4096, seed=seed).groups)) for seed in (1, 2))
     assert not {group for group in one & other if len(group) > 2}  # even where all rows fit a window

@@ -96,14 +96,12 @@ class TestChunks:
     @few
     @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), per_layer_features=st.booleans())
     def test_packed_equals_alone(self, lengths: tuple[int, ...], per_layer_features: bool) -> None:
-        perceiver, x = (
-            tiny(per_layer=per_layer_features),
-            features(lengths, per_layer_features=per_layer_features),
-        )
+        perceiver = tiny(per_layer=per_layer_features).double()  # in float32 rounding alone exceeds the bound
+        x = features(lengths, per_layer_features=per_layer_features).double()
         together = perceiver(x, Segments(lengths))
         for latents, chunk in zip(together, x.split(lengths, dim=-2), strict=True):
             alone = perceiver(chunk, Segments((chunk.shape[-2],)))[0]
-            torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(latents, alone, rtol=1e-10, atol=1e-10)
 
     def test_layers_of_features_stay_apart(self) -> None:
         perceiver, x = tiny(), features((3, 4))

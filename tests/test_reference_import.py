@@ -115,7 +115,7 @@ def test_configuration_and_tensors_come_back(tmp_path: Path, values: dict[str, A
     assert all(torch.equal(checkpoint.hypernet[name], value) for name, value in expected.items())
 
 
-def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_torch_save_are_read(tmp_path: Path) -> None:
     """Views, shared storages, scalars and empty tensors, in every number format."""
     whole = torch.arange(12.0).reshape(3, 4)
     tensors = {"whole": whole, "part": whole[1:, ::2], "turned": whole.T, "scalar": torch.tensor(2.5)}
@@ -136,7 +136,7 @@ def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
             assert torch.equal(read, value), name
 
 
-def test_what_is_written_for_these_tests_is_what_torch_reads(tmp_path: Path) -> None:
+def test_files_written_for_these_tests_are_read_by_torch(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(2, 3).T.bfloat16(), "n": torch.arange(3)}
     values = {"x": [1, -2.5, "é", None, True, (1,), {"q_proj"}, {"k": 2}]}
     loaded = torch.load(write(tmp_path, {**tensors, **values}), weights_only=False)
@@ -200,7 +200,7 @@ def with_field(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("bias_A.q_proj", torch.full((3, 2, 16), torch.inf), "bias_A.q_proj holds values that are not finite"),
     ],
 )  # fmt: skip
-def test_what_d2l_cannot_be_is_named(tmp_path: Path, path: str, value: Any, expected: str) -> None:
+def test_unsupported_values_are_named(tmp_path: Path, path: str, value: Any, expected: str) -> None:
     state = example(use_bias=True)
     change = with_field(path, value)
     change(state)
@@ -223,7 +223,7 @@ def test_what_d2l_cannot_be_is_named(tmp_path: Path, path: str, value: Any, expe
         ("hypernet_config.layer_indices", [0, 1, 2]),
     ],
 )
-def test_what_changes_nothing_passes(tmp_path: Path, path: str, value: Any) -> None:
+def test_values_without_effect_pass(tmp_path: Path, path: str, value: Any) -> None:
     state = example()
     with_field(path, value)(state)
     import_reference(write(tmp_path, state), tmp_path / "imported")
@@ -241,7 +241,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 @pytest.fixture
 def witness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that exists only if a pickle got its way: by `os.system`, or by writing to a class of the reader."""
+    """A file that exists only if a pickle got its way: by `os.system`, or by writing to a class of inert_pickle."""
     proof = tmp_path / "proof"
     monkeypatch.setattr(os, "system", lambda command: proof.write_text(command))
     return proof
@@ -290,7 +290,7 @@ def test_a_name_that_is_not_listed_is_refused_by_name(tmp_path: Path, witness: P
     assert not witness.exists()
 
 
-def test_it_is_refused_wherever_it_stands(tmp_path: Path, witness: Path) -> None:
+def test_it_is_refused_at_any_place(tmp_path: Path, witness: Path) -> None:
     places: dict[str, Any] = {
         "a tensor's name": {Call("os.system", ("x",)): 1},
         "a field": {"ctx_encoder_args": Instance("ctx_to_lora.configs.CtxEncoderArguments", {"x": Call("os.system", ("x",))})},
@@ -332,7 +332,9 @@ SLOTS = b"N" + ONE_ITEM + b"\x86"  # (None, {'evil': 1}): BUILD sets attributes
         *(b"K\x01", b"X\x01\x00\x00\x00a", b"]", b"}", b"N"),  # plain values
     ],
 )
-def test_state_is_never_written_onto_what_has_none(tmp_path: Path, witness: Path, target: bytes, state: bytes) -> None:
+def test_state_is_never_set_on_objects_without_state(
+    tmp_path: Path, witness: Path, target: bytes, state: bytes
+) -> None:
     assert "its pickle is malformed" in refuse(tmp_path, b"\x80\x02" + target + state + b"b.")
 
 
@@ -450,7 +452,7 @@ def test_a_storage_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
         (b"\x80\x02" + ORDERED + b")RK\x01K\x02s.", "expected a state dict"),
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path: Path, pickled: bytes, expected: str) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path, pickled: bytes, expected: str) -> None:
     assert re.search(expected, refuse(tmp_path, pickled, (bytes(24),)))
 
 
@@ -471,7 +473,7 @@ def test_archives_that_torch_does_not_write(
         import_reference(path, tmp_path / "imported")
 
 
-def test_other_formats_say_what_they_are(tmp_path: Path) -> None:
+def test_other_formats_are_named(tmp_path: Path) -> None:
     cases: dict[str, bytes] = {
         "a bare pickle": pickle.dumps({}),
         "expected an archive of torch.save": b"not a checkpoint at all",
@@ -521,7 +523,7 @@ def test_a_damaged_pickle_is_read_or_refused(
         assert str(path) in str(error) or "another model" in str(error)  # noqa: PT017
 
 
-def test_records_hold_what_the_file_says_and_no_more() -> None:
+def test_dataclasses_hold_the_fields_of_the_file_and_no_more() -> None:
     assert dict(SavedDataclass.values) == {}
     with pytest.raises(TypeError):
         SavedDataclass.values["evil"] = 1  # type: ignore[index]

@@ -86,7 +86,7 @@ def test_a_folder_in_use_is_numbered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "x").touch()), lambda path: path.touch()])
-def test_a_folder_in_use_is_refused_where_it_was_asked_for(tmp_path: Path, make: Any) -> None:
+def test_a_folder_in_use_is_refused_where_it_is_named(tmp_path: Path, make: Any) -> None:
     wanted = tmp_path / "run"
     make(wanted)
     with pytest.raises(CheckpointError, match=rf"{wanted} is not empty.*--output.*--resume {wanted}"):
@@ -96,7 +96,7 @@ def test_a_folder_in_use_is_refused_where_it_was_asked_for(tmp_path: Path, make:
 # A run
 
 
-def test_a_run_leaves_its_config_its_preflight_its_metrics_and_its_checkpoints(config: RunConfig) -> None:
+def test_a_run_writes_config_preflight_metrics_and_checkpoints(config: RunConfig) -> None:
     folder = Path(config.output_dir)
     records = go(config)
     assert load_config(folder / "config.yaml") == config
@@ -139,7 +139,7 @@ def test_a_finished_run_is_continued_to_more_steps(config: RunConfig, finished: 
     assert load_config(finished / "config.yaml") == config, "the config that it was started with"
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on_as_it_would_have(
+def test_a_damaged_newest_checkpoint_is_renamed_and_the_run_continues_from_the_one_before(
     config: RunConfig, finished: Path, tmp_path: Path
 ) -> None:
     expected = lines(finished)
@@ -154,7 +154,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on_as_it_woul
     assert (finished / "checkpoints" / "superseded-step-000003" / "hypernet.safetensors").read_bytes() == b"damaged"
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_that_was_asked_for(config: RunConfig, finished: Path) -> None:
+def test_a_run_continues_from_an_older_checkpoint_that_is_named(config: RunConfig, finished: Path) -> None:
     expected = lines(finished)
     for superseded in ("superseded-step-000003", "superseded-step-000003-2"):
         go(config, step_folder(finished, 2))
@@ -188,7 +188,7 @@ def test_another_configuration_is_refused_key_by_key(tmp_path: Path, changes: di
     assert [line.strip() for line in rest] == named
 
 
-def test_how_far_how_often_and_where_may_change(tmp_path: Path) -> None:
+def test_steps_saves_and_paths_may_change(tmp_path: Path) -> None:
     save_checkpoint(step_folder(tmp_path, 1), checkpoint_of(run_config()))
     changed = run_config(max_steps=99, save_steps=7, save_total_limit=9, output_dir="elsewhere")
     folder, checkpoint = checkpoint_to_resume(changed, tmp_path)
@@ -201,7 +201,7 @@ def test_a_configuration_with_every_kind_of_value_is_equal_to_itself_when_read_b
     assert checkpoint_to_resume(config, tmp_path)[0] == tmp_path
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found no checkpoint in it"):
         checkpoint_to_resume(run_config(), tmp_path)
     save_checkpoint(step_folder(tmp_path, 1), Checkpoint({}, {}, {"config": run_config().resolved()}))

@@ -1,4 +1,4 @@
-"""What is supervised, read back from the ids: right spans on random conversations, planted faults found."""
+"""Supervised tokens, decoded: correct spans on random conversations, and planted faults found."""
 
 import logging
 from typing import Any
@@ -60,14 +60,14 @@ random_user = st.builds(lambda text: {"role": "user", "content": text}, random_t
     messages=st.lists(random_user | random_answer | random_call, min_size=1, max_size=5),
     supervision=st.sampled_from(["content", "sampled"]),
 )
-def test_supervised_ids_decode_to_what_the_assistant_wrote(messages: list[Any], supervision: Any) -> None:
+def test_supervised_ids_decode_to_the_assistant_messages(messages: list[Any], supervision: Any) -> None:
     chat = chat_format(tiny, supervision=supervision)
     assert supervision_faults(chat, messages) == ()
     if supervision == "content":
-        said = "".join(supervised_texts(chat, chat.encode(messages)))
+        supervised = "".join(supervised_texts(chat, chat.encode(messages)))
         for message in messages:
             if message["role"] == "assistant" and "content" in message:
-                assert message["content"] in said
+                assert message["content"] in supervised
 
 
 # --------------------------------------------------------------------------------------- what tags really do

@@ -1,4 +1,4 @@
-"""Records into rows: chunks and queries against the reference where it is right, and nothing ever lost unnoticed."""
+"""Tokenization: chunks and queries against the reference where it is right, and everything dropped is reported."""
 
 import json
 import random
@@ -85,7 +85,7 @@ def test_a_record_becomes_a_row() -> None:
     assert str(tokenized) == "1 of 1 records with 2 of 2 questions in 1 rows"
 
 
-def test_what_is_dropped_is_counted_and_named_with_what_to_change() -> None:
+def test_dropped_records_are_counted_and_named_with_advice() -> None:
     records = [
         record(5),
         record(30, source="a.jsonl:2"),
@@ -113,7 +113,7 @@ def test_what_is_dropped_is_counted_and_named_with_what_to_change() -> None:
     ]
 
 
-def test_no_row_left_is_an_error_that_says_why() -> None:
+def test_no_row_left_is_an_error_with_the_reasons() -> None:
     with pytest.raises(DataError, match="no row is left") as caught:
         tokenize_records([record(30)] * 100, CHAT, Limits(max_ctx_len=32))
     assert "33 tokens of document > max_ctx_len 32" in str(caught.value)
@@ -179,13 +179,13 @@ def test_every_question_is_in_one_row_or_reported_and_no_limit_is_broken(
     records.append(Record("a", ("q",), ("b",), "s"))  # fits every limit, so that something is left
     tokenized = tokenize_records(records, CHAT, limits, seed)
 
-    asked = [(i, len(answer.split()) + 4) for i, item in enumerate(records) for answer in item.responses]
+    expected = [(i, len(answer.split()) + 4) for i, item in enumerate(records) for answer in item.responses]
     seen = [(row.record, len(query.input_ids)) for row in tokenized.rows for query in row.queries]
     for drop in tokenized.dropped:
         answers = records[drop.record].responses
         lost = answers if drop.query is None else answers[drop.query : drop.query + 1]
         seen += [(drop.record, len(answer.split()) + 4) for answer in lost]
-    assert sorted(seen) == sorted(asked)
+    assert sorted(seen) == sorted(expected)
 
     for row in tokenized.rows:
         inp, ctx = row.size
@@ -235,11 +235,11 @@ def test_chunk_counts_follow_the_probabilities_and_each_record_has_its_own_draw(
         (10, {"max_ctx_chunk_len": 20, "num_chunk_probs": {11: 1.0}}, 10),  # a chunk holds at least a token of text
     ],
 )
-def test_where_no_wished_count_is_possible_the_nearest_is_taken(text: int, given: dict, expected: int) -> None:
+def test_where_no_requested_count_is_possible_the_nearest_is_taken(text: int, given: dict, expected: int) -> None:
     assert len(split_context(range(text), [90, 91], [92], Limits(**given), random.Random(0))) == expected
 
 
-def test_limits_that_no_document_or_not_this_one_can_meet() -> None:
+def test_limits_that_a_document_cannot_meet() -> None:
     with pytest.raises(ConfigError, match="max_ctx_chunk_len: 3 leaves no room for text: the chat template puts 3"):
         split_context(range(5), [90, 91], [92], Limits(max_ctx_chunk_len=3))
     with pytest.raises(
@@ -353,7 +353,7 @@ def test_the_first_token_is_never_supervised() -> None:
     assert labels_from_mask([5, 6, 7], [True, False, True]) == (-100, -100, 7)
 
 
-def test_nothing_is_longer_than_the_base_was_made_for() -> None:
+def test_nothing_exceeds_the_positions_of_the_base() -> None:
     base = Limits(max_position_embeddings=12)
     assert len(split_context(range(9), [90, 91], [92], base)) == 1
     with pytest.raises(DoesNotFitError) as caught:
@@ -379,7 +379,7 @@ def test_the_limits_of_a_run_know_the_length_of_its_base() -> None:
     assert Limits.of(config, PreTrainedConfig()) == Limits.of(config)
 
 
-def test_a_run_reports_what_is_longer_than_its_base_was_made_for(tmp_path: Path) -> None:
+def test_a_run_reports_what_exceeds_the_positions_of_its_base(tmp_path: Path) -> None:
     config = tiny_config(max_ctx_chunk_len=-1, max_packed_ctx_len=4000)
     base = json.loads((resource(config.model_name_or_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(base | {"max_position_embeddings": 100}))
@@ -423,7 +423,7 @@ def test_real_documents_with_the_real_tokenizer(shared: Path) -> None:
 
 
 @pytest.mark.golden
-def test_documents_are_not_cut_as_by_the_helpers_of_the_reference(shared: Path) -> None:
+def test_documents_are_not_split_as_by_the_helpers_of_the_reference(shared: Path) -> None:
     """`truncate_middle` takes the middle out of what is too long, where ours reports it. `get_ds_prob` draws data sets at
     rates of their own, where ours uses every row once an epoch. Neither has a counterpart here."""
     misc = data_cases(shared, "misc")

@@ -104,10 +104,10 @@ def packed_masks(base: PreTrainedModel, position_ids: Tensor) -> Masks:
     # no mask and no cache: the condition under which transformers looks for packed documents
     masks: dict[str, Any] = {
         kind: _BUILDERS[kind](
-            config=base.config,
-            inputs_embeds=embeddings,
-            attention_mask=None,
-            past_key_values=None,
+            base.config,
+            embeddings,
+            None,  # the attention mask
+            None,  # the cache, by position: `past_key_values` before transformers 5.24, `cache` from then on
             position_ids=position_ids,
         )
         for kind in layout.kinds

@@ -74,7 +74,7 @@ def needle_records(
     keys = KEYS if style == "sentences" else PAIR_KEYS
     if pairs > len(keys):
         raise ConfigError([f"needle_pairs: {pairs:,} is more than the {len(keys):,} keys that exist; lower it"])
-    possible = _keys_with_values(keys, digits, split)
+    possible = _count_keys_with_values(keys, digits, split)
     if pairs > possible:
         problem = f"needle_pairs: {pairs:,} is more than the {possible:,} keys with {digits}-digit values in {split}"
         raise ConfigError([f"{problem}; lower it, or raise needle_digits"])
@@ -95,7 +95,7 @@ def split_of(text: str) -> Split:
 
 
 @cache
-def _keys_with_values(keys: Sequence[str], digits: int, split: Split) -> int:
+def _count_keys_with_values(keys: Sequence[str], digits: int, split: Split) -> int:
     """Count the keys that have a value in the split: with one digit not all of them do."""
     return sum(any(split_of(f"{key} {value:0{digits}d}") == split for value in range(10**digits)) for key in keys)
 

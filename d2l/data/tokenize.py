@@ -116,7 +116,6 @@ def tokenize_records(
     """Tokenize records into rows.
 
     Args:
-        records: documents with questions and answers.
         chat: format of questions with answers, and of the message around a document.
         limits: length limits of the run.
         seed: seed for drawing chunk counts by `limits.num_chunk_probs`, for each record on its own, so that a record's
@@ -165,11 +164,7 @@ def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits
 
 
 def combine_parts(records: Sequence[Record], rows: Sequence[Row], parts: Sequence[TokenizedPart]) -> Tokenized:
-    """Combine the parts of all records with their rows.
-
-    Args:
-        rows: rows of all parts; those of the parts themselves are not read.
-        parts: dropped questions, problems and teachers' k of all records.
+    """Combine the parts of all records with their rows, which are not read from the parts.
 
     Raises:
         DataError: a question cannot be used, teachers differ in k, or no row is left.
@@ -265,12 +260,7 @@ def _chunk_count(length: int, affixes: int, limits: Limits, generator: random.Ra
 
 
 def _make_query(record: Record, position: int, chat: ChatFormat) -> Query:
-    """Tokenize one question with its answer, without the document.
-
-    Raises:
-        DoesNotFitError: no token is supervised.
-        DataError: the template refuses the question, or the teacher logprobs do not match the labels.
-    """
+    """Tokenize one question with its answer, without the document; raises `DataError` where it cannot be used."""
     encoded = chat.encode(
         [
             {"role": "user", "content": record.prompts[position]},

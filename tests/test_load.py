@@ -106,7 +106,7 @@ def test_a_config_that_is_nowhere_is_an_error_with_advice(name: str) -> None:
         (GPT_OSS, {"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
         (LLAMA, {}, {"attention": "sdpa", "experts": "dense", "quantization": "none"}),
         (LLAMA, {"expert_weights": "packed"}, {"experts": "dense"}),
-        (AutoConfig.for_model("gptj"), {}, {"attention": "eager"}),
+        (AutoConfig.for_model("gpt_neo"), {}, {"attention": "eager"}),
     ],
 )
 def test_every_choice_is_stated(base_config, values: dict, expected: dict) -> None:
@@ -289,13 +289,19 @@ def test_weights_without_their_quantization_config_are_refused(checkpoint: Path,
         load_base(str(folder), base_config, plan(base_config), seed=0)
 
 
-def test_a_dequantized_model_saved_in_the_original_format_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """The documented trap: dequantize, save_pretrained, reload gives random experts."""
+def test_a_dequantized_model_that_was_saved_is_whole_or_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """The documented trap: dequantize, save_pretrained, reload gives random experts; transformers 5.24 saves them whole."""
     base = load_base(str(checkpoint), TWIN, plan(expert_weights="dequantize"), seed=0)
     base.save_pretrained(tmp_path)
     base_config = read_base_config(str(tmp_path))
-    with pytest.raises(ModelError, match="save_original_format=False"):
-        load_base(str(tmp_path), base_config, plan(base_config), seed=0)
+    try:
+        again = load_base(str(tmp_path), base_config, plan(base_config), seed=0)
+    except ModelError as error:
+        assert "save_original_format=False" in str(error)  # noqa: PT017 - which of both depends on the version
+        return
+    assert {name: bool(torch.equal(value, again.state_dict()[name])) for name, value in base.state_dict().items()} == (
+        dict.fromkeys(base.state_dict(), True)
+    )
 
 
 def test_a_missing_file_and_a_damaged_file_are_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from commands.console import BaseOption, CheckpointArgument, libraries_to_stderr
+from commands.console import BaseOption, CheckpointArgument, libraries_to_stderr, read_checkpoint
 from d2l.errors import DataError
 
 STDIN = "-"
@@ -39,9 +39,8 @@ def internalize(
     with libraries_to_stderr():
         from d2l.inference.adapter import export_adapter
         from d2l.inference.generate import internalize as make_lora
-        from d2l.inference.load import load_model
 
-        trained = load_model(checkpoint, model)
+        trained = read_checkpoint(checkpoint, model)
         lora = make_lora(trained, text)
         rank = export_adapter(lora, trained.model.base, output, trained.config.model_name_or_path)
     typer.echo(
@@ -71,9 +70,8 @@ def ask(
     with libraries_to_stderr():
         from d2l.inference.generate import ask as generate_answer
         from d2l.inference.generate import internalize as make_lora
-        from d2l.inference.load import load_model
 
-        trained = load_model(checkpoint, model)
+        trained = read_checkpoint(checkpoint, model)
         answer = generate_answer(trained, make_lora(trained, text), question, max_new_tokens)
     typer.echo(answer)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from d2l.config.schema import RunConfig
+    from d2l.inference.load import TrainedModel
 
 # This module is imported first of all. What came before it, Python's own start, was computing and not waiting.
 _PROCESS_START = time.perf_counter() - time.process_time()
@@ -68,9 +69,26 @@ def read_config(path: Path | None, settings: Sequence[str], **options: Any) -> "
     from d2l.config.load import load_config
 
     config = load_config(path, pairs("--set", settings), **options)
+    _print_remarks(config)
+    return config
+
+
+def read_checkpoint(place: Path, model: str | None) -> "TrainedModel":
+    """Load a checkpoint and print what was noted about its configuration on stderr.
+
+    Args:
+        model: where the base lies now, if not where it lay in training.
+    """
+    from d2l.inference.load import load_model
+
+    trained = load_model(place, model)
+    _print_remarks(trained.config)
+    return trained
+
+
+def _print_remarks(config: "RunConfig") -> None:
     for remark in config.remarks:
         typer.echo(f"Note: {remark}", err=True)
-    return config
 
 
 def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from checks.json_values import jsonable
-from commands.console import BaseOption, CheckpointArgument, FormatOption, libraries_to_stderr, progress
+from commands.console import (
+    BaseOption,
+    CheckpointArgument,
+    FormatOption,
+    libraries_to_stderr,
+    progress,
+    read_checkpoint,
+)
 from d2l.errors import DataError
 
 PLOTS = (".png", ".svg")
@@ -54,10 +61,9 @@ def evaluate(
     with libraries_to_stderr():
         from d2l.data.records import read_records
         from d2l.evaluation.run import evaluate as run_evaluation
-        from d2l.inference.load import load_model
 
         records = read_records([data], limit)
-        trained = load_model(checkpoint, model)
+        trained = read_checkpoint(checkpoint, model)
         with progress("documents") as show:
             result = run_evaluation(trained, records, seed=seed, max_new_tokens=max_new_tokens, on_progress=show)
         settings = {"checkpoint": str(checkpoint), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}

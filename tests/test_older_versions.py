@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.golden import assert_close
+from typer.testing import CliRunner
 
+import cli
 from d2l.build import Components
-from d2l.config.load import load_config
+from d2l.config.load import load_config, saved_config
 from d2l.config.renamed import with_current_names
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
+from d2l.errors import ConfigError
 from d2l.inference.generate import encode_prompt, internalize
 from d2l.inference.load import load_model
 from d2l.train.loop import Trainer
@@ -77,3 +80,19 @@ def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:
 )
 def test_what_is_not_clear_keeps_its_old_name(values: dict[str, object]) -> None:
     assert with_current_names(values) == (values, {})
+
+
+def test_a_command_notes_the_names_that_changed_in_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "document.md").write_text("The value of amber is 42.", encoding="utf-8")
+    options = ["ask", str(OLD / "run"), str(tmp_path / "document.md"), "What is the value of amber?"]
+    result = CliRunner().invoke(cli.app, [*options, "--max-new-tokens", "1"], prog_name="d2l")
+    assert result.exit_code == 0, result.stderr
+    assert "Note: 4 keys have another name now: " in result.stderr
+    assert "needle_filler_tokens → needle_filler_words: 16" in result.stderr
+
+
+def test_a_saved_configuration_that_mixes_two_versions_is_refused() -> None:
+    values = json.loads((OLD / "run" / "checkpoints" / "step-000002" / "state.json").read_text())["config"]
+    assert saved_config(values).remarks
+    with pytest.raises(ConfigError, match="use_kl_loss is the old name of loss, which is set too; remove use_kl_loss"):
+        saved_config(values | {"loss": "kl"})

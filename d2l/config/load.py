@@ -12,7 +12,7 @@ from d2l.config.keys import in_yaml
 from d2l.config.notes import Notes
 from d2l.config.problems import by_line, describe, unknown
 from d2l.config.reference_keys import HAS_NO_EFFECT, UNSUPPORTED, is_neutral
-from d2l.config.renamed import with_current_names
+from d2l.config.renamed import why_not_read, with_current_names
 from d2l.config.schema import REMARKS, RunConfig
 from d2l.config.yaml_file import read_yaml
 from d2l.errors import ConfigError
@@ -94,14 +94,18 @@ def _checked(values: Mapping[str, Any], lines: dict[str, str], problems: list[st
 def saved_config(values: Mapping[str, Any]) -> RunConfig:
     """Read the configuration that a run or checkpoint was saved with, whatever version wrote it.
 
+    Its remarks name the keys that have another name now.
+
     Raises:
-        ConfigError: it holds keys or values that no longer exist.
+        ConfigError: it holds keys or values that do not exist, or a key under two names, as no version writes it.
     """
-    current, _ = with_current_names(values)
+    current, renamed = with_current_names(values)
+    notes = Notes(renamed=[f"{old} → {new}" for old, new in renamed.items()])
     try:
-        return RunConfig(**current)
+        return RunConfig(**current, remarks=notes.lines())
     except ValidationError as error:
-        raise ConfigError([f"{it['loc'][0]}: {it['msg']}" for it in error.errors()]) from None
+        problems = [(str(it["loc"][0]), it["msg"]) for it in error.errors()]
+        raise ConfigError([f"{key}: {why_not_read(key, values) or text}" for key, text in problems]) from None
 
 
 def find_config(path: Path | None) -> Path:

@@ -85,7 +85,7 @@ class Outcome:
     seconds: float = field(default=0.0, compare=False)
 
     @property
-    def red(self) -> bool:
+    def found_fault(self) -> bool:
         """Tell whether the rule found its fault: a failure, or for a rule of severity `warning` its warning."""
         return self.outcome == "fail" or (self.severity == "warning" and self.outcome == "warn")
 

@@ -199,7 +199,7 @@ def _try(
         return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
     outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None)}
     target = outcomes.pop(rule.code)
-    if not target.red:
+    if not target.found_fault:
         return "missed", f"{rule.code} reports {target.outcome}: {target.message}"
     others = [
         f"{outcome.code} {outcome.outcome}" for outcome in outcomes.values() if outcome.outcome in ("fail", "crash")

@@ -115,4 +115,4 @@ def test_planted_faults_always_turn_red(subject: Subject, planted: tuple[Rule, F
     except NotApplicable:
         return
     (outcome,) = run_checks(faulty, [rule]).outcomes
-    assert outcome.red, f"{rule.code} {fault.name}: {outcome.outcome}: {outcome.message}"
+    assert outcome.found_fault, f"{rule.code} {fault.name}: {outcome.outcome}: {outcome.message}"

@@ -97,7 +97,7 @@ DOCUMENTED: dict[str, tuple[dict[str, str], str]] = {
 def test_a_documented_fault_in_the_real_config_is_red_with_its_code(fault: str) -> None:
     overrides, code = DOCUMENTED[fault]
     report = run_checks(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)
-    red = {outcome.code for outcome in report.outcomes if outcome.red}
+    red = {outcome.code for outcome in report.outcomes if outcome.found_fault}
     assert red - {"TGT102"} == {code}, plain_text(report)  # that config's q_proj alone is warned of in any case
     assert report.exit_code() == 1
 
@@ -110,7 +110,7 @@ def test_a_template_without_generation_tags_is_red(tmp_path: Path) -> None:
     path.write_text(template.replace("{% generation -%}", "").replace("{%- generation -%}", ""), encoding="utf-8")
     config = load_config(REAL, {"chat_template": str(path)}, tokenizer=TINY_TOKENIZER)
     (outcome,) = preflight(config, "LBL101").outcomes
-    assert outcome.red, outcome.message
+    assert outcome.found_fault, outcome.message
 
 
 def test_json_has_the_agreed_keys() -> None:

@@ -30,11 +30,11 @@ types: install
 test: lint types
 	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
-golden: install # needs ../shared; the last lines are the counts
+golden: install # needs ../shared and fails without it; the last line counts the values compared
 	$(BIN)/pytest -n 0 -m golden
 
-fuzz: install
-	$(BIN)/pytest -m slow tests/test_fuzz.py
+fuzz: install # 200 clean configurations, and every planted fault in ten
+	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md

@@ -6,17 +6,19 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+D2L = ("-m", "cli")
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The script `d2l` of a fresh environment that holds the wheel; dependencies come from the one that runs the tests."""
+    """Python of a fresh environment that holds the wheel; dependencies come from the one that runs the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
@@ -44,25 +46,52 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "cli", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(python), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Every file of a folder that belongs into a distribution, or the file itself."""
+    if path.is_file():
+        yield path
+    for file in path.rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            yield file
+
+
+def test_the_wheel_holds_every_file_of_what_it_includes(installed: Path) -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {"d2l", "checks", "commands", "cli.py"} <= set(wheel["only-include"])
+    site = next(installed.parents[1].glob("lib/python*/site-packages"))
+    for included in wheel["only-include"]:
+        files = [str(file.relative_to(ROOT)) for file in files_of(ROOT / included)]
+        assert files, included
+        for file in files:
+            moved = next((folder for folder in wheel["sources"] if f"{file}/".startswith(f"{folder}/")), None)
+            place = wheel["sources"][moved] + file.removeprefix(moved) if moved else file
+            assert (site / place).is_file(), f"{file} is not in the wheel, at {place}"
+    if (ROOT / "d2l" / "py.typed").is_file():
+        assert (site / "d2l" / "py.typed").is_file()  # type checkers read our annotations
 
 
 def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
-    where = [str(installed), "-c", "import d2l, cli; print(d2l.__file__, cli.__file__)"]
-    places = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert all("environment" in place for place in places)
-    listed = run(installed, tmp_path, "checks", "--format", "json")
+    modules = "d2l, checks, commands, cli"
+    places = run(installed, tmp_path, "-c", f"import {modules}; print(*(module.__file__ for module in ({modules})))")
+    assert [("environment" in place) for place in places.stdout.split()] == [True] * 4, places.stderr
+    listed = run(installed, tmp_path, *D2L, "checks", "--format", "json")
     assert listed.returncode == 0, listed.stderr
     links = [source["link"] for check in json.loads(listed.stdout) for source in check["sources"]]
     pages = {link.partition("#")[0] for link in links if not link.startswith("https://")}
     assert {Path(page).name for page in pages} == {"nine_fixes.md", "failure_modes.md", "targets.md"}
     assert all("environment" in page and Path(page).is_file() for page in pages)
-    report = run(installed, tmp_path, "preflight", "configs/gpt_oss_20b.yaml", "--select", "TGT101", "--format", "json")
+    report = run(
+        installed, tmp_path, *D2L, "preflight", "configs/gpt_oss_20b.yaml", "--select", "TGT101", "--format", "json"
+    )
     assert report.returncode == 0, report.stderr
     assert json.loads(report.stdout)["outcomes"][0]["outcome"] == "pass"
-    labels = run(installed, tmp_path, "preflight", "--select", "LBL101", "--format", "json")
+    labels = run(installed, tmp_path, *D2L, "preflight", "--select", "LBL101", "--format", "json")
     assert labels.returncode == 0, labels.stderr
     assert not list(tmp_path.iterdir())
 

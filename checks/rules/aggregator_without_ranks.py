@@ -78,6 +78,10 @@ def _broadcast_rank(healthy: Implementation, base: Any, config: Any) -> Model:
     return model
 
 
+def _one_rank(subject: "Subject") -> str:
+    return "there is one rank" if subject.twin_config.lora_r == 1 else ""
+
+
 RULE = Rule(
     code="HYP201",
     name="aggregator-without-ranks",
@@ -88,6 +92,10 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("per-rank-gen-off", "per_rank_gen: false, the default of the reference", configure(per_rank_gen=False)),
-        Fault("rank-broadcast", "one rank is generated and stretched to all", override(build=_broadcast_rank)),
+        Fault(
+            "rank-broadcast",
+            "one rank is generated and stretched to all",
+            override(build=_broadcast_rank, unless=_one_rank),
+        ),
     ),
 )

@@ -33,6 +33,7 @@ from checks.probes import TOLERANCE, alone, difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
+from d2l.base.attention import PER_DOCUMENT
 from d2l.data.packing import PackedBatch, collate
 
 if TYPE_CHECKING:
@@ -88,10 +89,16 @@ def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:
 
 
 def _without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Pass no mask: the model builds its own from nothing but causality."""
+    """Take the row for one document: masks know causality and windows only."""
     model: Any = healthy.build(base, config)
-    model.attention_mask = lambda position_ids: None
+    masks = model.attention_mask
+    model.attention_mask = lambda position_ids: masks(_one_document(position_ids))
     return model
+
+
+def _one_document(position_ids: torch.Tensor) -> torch.Tensor:
+    """Positions that never restart, of the same shape."""
+    return torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)
 
 
 def _with_one_mask(healthy: Implementation, base: Any, config: Any) -> Model:
@@ -109,14 +116,25 @@ def _with_one_mask(healthy: Implementation, base: Any, config: Any) -> Model:
 
 def _one_layer_type(subject: "Subject") -> str:
     kinds = set(getattr(subject.base_config, "layer_types", None) or ())
+    if subject.plan.attention.value == PER_DOCUMENT:
+        return "attention one document at a time takes the window from each layer and not from its mask"
     return "" if len(kinds) > 1 else "all layers of this model share one mask"
 
 
+def _reads_embeddings(subject: "Subject") -> str:
+    config, layers = subject.config, subject.twin_base_config.num_hidden_layers
+    exit_at = layers // 4 if config.layer_idx is None else config.layer_idx
+    reads = config.ctx_encoder_type == "embed_only" or (config.ctx_encoder_type == "early_exit" and exit_at == 0)
+    return "the context encoder reads embeddings, which see no other token" if reads else ""
+
+
 def _encoder_without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Pass no mask to the context encoder; the question pass is right."""
+    """Take the row for one document in the context encoder; the question pass is right."""
     model: Any = healthy.build(base, config)
-    encoder = model.encoder
-    model.encoder = lambda ids, position_ids, attention_mask: encoder(ids, position_ids, None)
+    encoder, masks = model.encoder, model.attention_mask
+    model.encoder = lambda ids, position_ids, attention_mask: encoder(
+        ids, position_ids, masks(_one_document(position_ids))
+    )
     return model
 
 
@@ -131,7 +149,7 @@ RULE = Rule(
     faults=(
         Fault(
             "no-mask",
-            "the model is called without a mask, as under plain eager attention",
+            "masks that do not know where a document begins, as under plain eager attention",
             override(build=_without_masks),
         ),
         Fault(
@@ -140,7 +158,9 @@ RULE = Rule(
             override(build=_with_one_mask, unless=_one_layer_type),
         ),
         Fault(
-            "encoder-leak", "only the context encoder is called without a mask", override(build=_encoder_without_masks)
+            "encoder-leak",
+            "only the context encoder's masks do not know where a document begins",
+            override(build=_encoder_without_masks, unless=_reads_embeddings),
         ),
     ),
 )

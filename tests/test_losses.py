@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from d2l.config.schema import LOSSES, TEACHER_LOSSES, LossName
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import IGNORE_INDEX
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
-from d2l.train.losses import Normalizer, compute_loss
+from d2l.train.losses import TOKEN_LOSSES, Normalizer, compute_loss
 
 VOCABULARY, RANK, LAYERS, TOP_K, L1_COEFFICIENT = 7, 2, 2, 3, 0.25
 MODULES = {"down_proj": (3, 5), "q_proj": (4, 2)}  # name → (d_in, d_out)
@@ -23,9 +25,7 @@ Shape = tuple[int, list[list[bool]]]  # chunks of a context; [query][token] whet
 
 few = settings(derandomize=True, deadline=None, max_examples=30)
 every_mode = pytest.mark.parametrize(
-    ("kl", "per_context"),
-    [(False, False), (False, True), (True, False), (True, True)],
-    ids=["ce", "ce per context", "kl", "kl per context"],
+    ("loss", "per_context"), [(loss, per_context) for loss in get_args(LossName) for per_context in (False, True)]
 )
 shapes = st.lists(
     st.tuples(st.integers(1, 3), st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=3)),
@@ -118,7 +118,9 @@ def packed(contexts: Sequence[Context]) -> tuple[Tensor, PackedBatch, Lora]:
     return torch.cat([context.logits for context in contexts]), batch, Lora(A, B, scale=1.0)
 
 
-def step_loss(micro_batches: Sequence[Sequence[Context]], kl: bool, per_context: bool) -> tuple[Tensor, Tensor, Tensor]:
+def step_loss(
+    micro_batches: Sequence[Sequence[Context]], loss: LossName, per_context: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Task loss, L1 and total of a step, as sums over its micro-batches."""
     parts = [packed(contexts) for contexts in micro_batches]
     normalizer = Normalizer.of([batch for _, batch, _ in parts], RANK)
@@ -126,7 +128,7 @@ def step_loss(micro_batches: Sequence[Sequence[Context]], kl: bool, per_context:
         compute_loss(
             *part,
             normalizer,
-            loss="kl" if kl else "ce",
+            loss=loss,
             use_per_ctx_average_loss=per_context,
             l1_coefficient=L1_COEFFICIENT,
         )
@@ -141,16 +143,17 @@ def step_loss(micro_batches: Sequence[Sequence[Context]], kl: bool, per_context:
 # The oracle: loops over plain numbers
 
 
-def token_loss(context: Context, place: int, label: int, kl: bool) -> float:
+def token_loss(context: Context, place: int, label: int, loss: LossName) -> float:
     logits = context.logits[place].tolist()
     log_sum = math.log(sum(math.exp(value) for value in logits))
-    if not kl:
+    if loss == "ce":
         return log_sum - logits[label]
+    assert loss == "kl", f"the oracle does not know the loss {loss}"
     entries = zip(context.teacher_logprobs[place].tolist(), context.teacher_ids[place].tolist(), strict=True)
     return sum(-math.exp(logprob) * (logits[token] - log_sum) for logprob, token in entries)
 
 
-def query_losses(context: Context, kl: bool) -> list[list[float]]:
+def query_losses(context: Context, loss: LossName) -> list[list[float]]:
     """[query][predicted token]"""
     losses: list[list[float]] = []
     place = 0
@@ -158,21 +161,26 @@ def query_losses(context: Context, kl: bool) -> list[list[float]]:
         losses.append([])
         for position, (label, flag) in enumerate(zip(ids, supervised, strict=True)):
             if flag and position > 0:
-                losses[-1].append(token_loss(context, place, label, kl))
+                losses[-1].append(token_loss(context, place, label, loss))
                 place += 1
     return losses
 
 
-def expected_task(contexts: Sequence[Context], kl: bool, per_context: bool) -> float:
-    losses = [query_losses(context, kl) for context in contexts]
+def expected_task(contexts: Sequence[Context], loss: LossName, per_context: bool) -> float:
+    losses = [query_losses(context, loss) for context in contexts]
     if not per_context:
-        tokens = [loss for context in losses for query in context for loss in query]
+        tokens = [token for context in losses for query in context for token in query]
         return sum(tokens) / max(len(tokens), 1)
     total = 0.0
     for context in losses:
         means = [sum(query) / len(query) for query in context if query]
         total += sum(means) / len(means) if means else 0.0
     return total / len(contexts)
+
+
+def test_every_loss_is_computed_and_described() -> None:
+    assert set(get_args(LossName)) == TOKEN_LOSSES.keys() == LOSSES.keys()
+    assert set(get_args(LossName)) >= TEACHER_LOSSES
 
 
 def expected_l1(contexts: Sequence[Context]) -> float:
@@ -189,10 +197,10 @@ def expected_l1(contexts: Sequence[Context]) -> float:
 @few
 @example(shapes=HARD, seed=0)
 @given(shapes=shapes, seed=st.integers(0, 99))
-def test_equals_a_loop(kl: bool, per_context: bool, shapes: list[Shape], seed: int) -> None:
+def test_equals_a_loop(loss: LossName, per_context: bool, shapes: list[Shape], seed: int) -> None:
     contexts = draw(shapes, seed)
-    task, l1, total = (value.item() for value in step_loss([contexts], kl, per_context))
-    assert task == pytest.approx(expected_task(contexts, kl, per_context), rel=1e-5, abs=1e-7)
+    task, l1, total = (value.item() for value in step_loss([contexts], loss, per_context))
+    assert task == pytest.approx(expected_task(contexts, loss, per_context), rel=1e-5, abs=1e-7)
     assert l1 == pytest.approx(expected_l1(contexts), rel=1e-5)
     assert total == pytest.approx(task + L1_COEFFICIENT * l1, rel=1e-6)
 
@@ -202,12 +210,12 @@ def test_equals_a_loop(kl: bool, per_context: bool, shapes: list[Shape], seed: i
 @example(shapes=HARD, seed=0)
 @given(shapes=shapes, seed=st.integers(0, 99))
 def test_one_micro_batch_or_many_give_the_same_losses_and_gradients(
-    kl: bool, per_context: bool, shapes: list[Shape], seed: int
+    loss: LossName, per_context: bool, shapes: list[Shape], seed: int
 ) -> None:
     contexts = draw(shapes, seed)
     leaves = [leaf for context in contexts for leaf in context.leaves]
-    whole = step_loss([contexts], kl, per_context)
-    cut = step_loss([[context] for context in contexts], kl, per_context)
+    whole = step_loss([contexts], loss, per_context)
+    cut = step_loss([[context] for context in contexts], loss, per_context)
     for one, many in zip(whole, cut, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
     gradients = (torch.autograd.grad(total, leaves) for _, _, total in (whole, cut))
@@ -216,9 +224,9 @@ def test_one_micro_batch_or_many_give_the_same_losses_and_gradients(
 
 
 @every_mode
-def test_a_step_without_labels_has_a_loss_of_zero_and_a_graph(kl: bool, per_context: bool) -> None:
+def test_a_step_without_labels_has_a_loss_of_zero_and_a_graph(loss: LossName, per_context: bool) -> None:
     contexts = draw([(1, [[False, False], [True]]), (2, [[False]])])
-    task, l1, total = step_loss([contexts], kl, per_context)
+    task, l1, total = step_loss([contexts], loss, per_context)
     assert task.item() == 0
     total.backward()
     assert not l1.isnan()
@@ -227,8 +235,8 @@ def test_a_step_without_labels_has_a_loss_of_zero_and_a_graph(kl: bool, per_cont
 
 def test_a_micro_batch_without_labels_takes_no_part_in_the_token_mean() -> None:
     labelled, mute = draw([(1, [[False, True]]), (1, [[False, False]])])
-    task, _, _ = step_loss([[labelled], [mute]], kl=False, per_context=False)
-    torch.testing.assert_close(task, step_loss([[labelled]], kl=False, per_context=False)[0])
+    task, _, _ = step_loss([[labelled], [mute]], loss="ce", per_context=False)
+    torch.testing.assert_close(task, step_loss([[labelled]], loss="ce", per_context=False)[0])
 
 
 def test_the_counts_of_a_step() -> None:
@@ -241,10 +249,10 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     contexts = draw(HARD)
     logits, batch, lora = packed(contexts)
     normalizer = Normalizer.of([batch], RANK)
-    for kl in (False, True):
-        half = compute_loss(logits.bfloat16(), batch, lora, normalizer, loss="kl" if kl else "ce").task
+    for loss in get_args(LossName):
+        half = compute_loss(logits.bfloat16(), batch, lora, normalizer, loss=loss).task
         assert half.dtype == torch.float32
-        same = compute_loss(logits.bfloat16().float(), batch, lora, normalizer, loss="kl" if kl else "ce").task
+        same = compute_loss(logits.bfloat16().float(), batch, lora, normalizer, loss=loss).task
         torch.testing.assert_close(half, same, rtol=0, atol=0)
 
 

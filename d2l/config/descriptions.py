@@ -5,6 +5,8 @@ Groups and keys stand in the order of `RunConfig`; types, defaults and ranges ar
 
 from dataclasses import dataclass
 
+from d2l.config.schema import LOSSES
+
 ALWAYS = "always"
 SAME_NAME = "the same"
 ABSENT = "not in the reference"
@@ -156,8 +158,7 @@ GROUPS: dict[str, dict[str, Description]] = {
     },
     "Loss": {
         "loss": Description(
-            "Loss of a label token: cross-entropy with the answer (`ce`), or the divergence from a teacher's "
-            "probabilities (`kl`), which `d2l data teacher` adds to the data",
+            f"Loss of a label token: {', or '.join(f'{meaning} (`{name}`)' for name, meaning in LOSSES.items())}",
             reference="`use_kl_loss`: false for ce, true for kl",
         ),
         "use_per_ctx_average_loss": Description(

@@ -26,9 +26,11 @@ NEEDLE = "needle"
 REMARKS = "remarks"  # the one field that is no key
 
 LossName = Literal["ce", "kl"]
-TAUGHT_LOSSES: frozenset[LossName] = frozenset(
-    {"kl"}
-)  # they compare with a teacher's log-probabilities, kept in the data
+LOSSES: dict[LossName, str] = {  # what each is; `d2l.train.losses` computes them
+    "ce": "cross-entropy with the answer",
+    "kl": "the divergence from a teacher's probabilities, which `d2l data teacher` adds to the data",
+}
+TEACHER_LOSSES: frozenset[LossName] = frozenset({"kl"})  # need a teacher's log-probabilities in the data
 
 
 class CurriculumStage(BaseModel):
@@ -198,7 +200,7 @@ class RunConfig(BaseModel):
     @property
     def needs_teacher(self) -> bool:
         """Return whether the loss compares with a teacher's log-probabilities, which the data has to carry."""
-        return self.loss in TAUGHT_LOSSES
+        return self.loss in TEACHER_LOSSES
 
     @property
     def stages(self) -> tuple[CurriculumStage, ...]:

@@ -324,7 +324,7 @@ def test_options_of_init_take_the_place_of_the_preset(tmp_path: Path, monkeypatc
 def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     probe = f"""
 import atexit, sys, cli
-heavy = ("torch", "transformers", "datasets", "pyarrow", "numpy", "rich.table")
+heavy = ("torch", "transformers", "datasets", "pyarrow", "numpy")
 atexit.register(lambda: print("HEAVY", [name for name in heavy if name in sys.modules]))
 sys.argv = ["d2l", *{arguments!r}]
 cli.main()

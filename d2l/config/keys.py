@@ -152,7 +152,12 @@ def range_in_words(schema: Mapping[str, Any]) -> str:
         "minItems": "at least {} entry",
         "pattern": "matching `{}`",
     }
-    parts = [words.format(schema[word]) for word, words in signs.items() if word in schema]
+    parts = [words.format(_number(schema[word])) for word, words in signs.items() if word in schema]
     if isinstance(values := schema.get("additionalProperties"), dict) and (inner := range_in_words(values)):
         parts.append(f"values {inner}")
     return ", ".join(parts)
+
+
+def _number(limit: Any) -> str:
+    """Write a limit: 0 and not 0.0, as which some releases of pydantic hand on the bound of a float."""
+    return f"{limit:g}" if isinstance(limit, int | float) else str(limit)

@@ -33,11 +33,14 @@ def preflight(
         D2LError: the configuration, the base model or the data cannot be used, or a check or stage does not exist.
     """
     from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
+    from checks.result import UsageError
     from checks.rules import RULES
     from checks.runner import run_checks
     from d2l.config.load import load_config
     from d2l.config.schema import RunConfig
 
+    if isinstance(stages, str) or isinstance(select, str):
+        raise UsageError("stages and select are lists of names: write select=['ATT201']")
     name = "" if isinstance(config, RunConfig) else str(config or "")
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
     with one_thread():

@@ -1,6 +1,7 @@
 """The commands about configuration files: list and explain their keys, write a new one. Heavy imports come late."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,7 @@ from commands.console import Format, FormatOption, console
 if TYPE_CHECKING:
     from d2l.config.keys import Key
 
+WIDE = 100  # columns from which a table has room for meanings
 Preset = Literal["tiny", "gpt-oss-20b", "gpt-oss-20b-recommended", "needle"]
 
 
@@ -32,7 +34,7 @@ def config(
 ) -> None:
     """List the configuration's keys, or explain one.
 
-    A file that `d2l init` writes begins with how an editor uses the schema.
+    The first lines of a file that `d2l init` wrote say how an editor completes and checks keys by the schema.
     """
     if schema and key is not None:
         raise UsageError(f"--schema describes all keys: leave {key} or --schema out")
@@ -66,6 +68,11 @@ def init(
     from d2l.config.template import render_template
     from d2l.io.atomic import require_new_file, write_new_file
 
+    if preset == "needle" and data is not None:
+        raise UsageError("--preset needle generates its documents: leave --data out, or choose another preset")
+    for option, value in (("--model", model), ("--data", data)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} is empty: name one, or leave the option out")
     if str(file) == "-":
         typer.echo(render_template(preset, "run.yaml", model=model, data=data), nl=False)
         return
@@ -73,7 +80,7 @@ def init(
     text = render_template(preset, str(file), model=model, data=data)
     with write_new_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
-    typer.echo(f"configuration  {file}\npreset         {preset}\nnext           d2l preflight {file}")
+    typer.echo(f"configuration  {file}\npreset         {preset}\nnext           d2l preflight {shlex.quote(str(file))}")
 
 
 def _explanation(name: str, form: Format) -> str:
@@ -95,7 +102,7 @@ def _list(form: Format) -> None:
     screen = console()
     if form == "json":
         typer.echo(_json([key.to_json() for key in keys]))
-    elif screen.is_terminal and not screen.is_dumb_terminal:
+    elif screen.is_terminal and not screen.is_dumb_terminal and screen.width >= WIDE:
         _table(keys)
     else:
         typer.echo(as_lines(keys))

@@ -23,6 +23,7 @@ from commands.console import (
     waited,
 )
 from commands.preflight import checks_progress
+from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,8 @@ def train(
     options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
     reasons = pairs("--ignore", ignore or ())
     resolved = read_config(config, settings or (), **options)
+    if not resolved.train_ds_names:
+        raise DataError("no training data: pass --data FILE, or set train_ds_names")
     quiet = os.environ.get("RANK", "0") != "0"  # one of several processes prints, each one checks
     load_libraries(quiet=quiet)
 

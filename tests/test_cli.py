@@ -43,12 +43,13 @@ class World:
     train_error: Exception | None = None
     asked: list = field(default_factory=list)
     remarks: tuple = ()
+    train_ds_names: tuple = ("needle",)
 
     def load_config(self, path, overrides, **options):
         if self.load_error:
             raise self.load_error
         self.loaded.append((path, overrides, options))
-        return SimpleNamespace(remarks=self.remarks, max_steps=2)
+        return SimpleNamespace(remarks=self.remarks, max_steps=2, train_ds_names=self.train_ds_names)
 
     def new_folder(self, config, *, numbered):
         self.asked.append(numbered)
@@ -374,6 +375,14 @@ RECORDS = [
     {"step": 1, "ce_loss": 5.5, "grad_norm": 0.5, "gen_lora_l1_norm": 0.25, "tokens": 700, "seconds": 0.5},
     {"step": 2, "ce_loss": 5.25, "grad_norm": 0.4, "gen_lora_l1_norm": 0.125, "tokens": 800, "seconds": 0.5},
 ]
+
+
+def test_train_without_data_is_refused_before_anything_is_checked(world):
+    world.train_ds_names = ()
+    result = d2l("train", "x.yaml")
+    assert result.exit_code == 2
+    assert "no training data" in result.stderr
+    assert "TOY201" not in result.stdout
 
 
 def test_train_checks_first_then_shows_steps_and_what_came_out(world):

@@ -78,3 +78,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert result.exit_code == 2
     assert f"cannot write {tmp_path / 'needles.jsonl'}: No space left on device" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_no_file_is_called_after_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = d2l("-o", "-")
+    assert result.exit_code == 2
+    assert "not to standard output" in result.stderr
+    assert not list(tmp_path.iterdir())

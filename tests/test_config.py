@@ -203,3 +203,48 @@ def test_a_folder_and_standard_input_are_no_missing_file(tmp_path: Path) -> None
         find_config(tmp_path)
     with pytest.raises(ConfigError, match="not read from standard input"):
         find_config(Path("-"))
+
+
+def test_the_schedulers_options_become_keys_with_a_note(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "lr_scheduler_kwargs: {min_lr: 1.0e-6, num_decay_steps: 30}\n"))
+    assert (config.min_lr, config.decay_steps) == (1e-6, 30)
+    assert sum(remark.startswith("lr_scheduler_kwargs: ") for remark in config.remarks) == 2
+    assert load_config(write(tmp_path, "lr_scheduler_kwargs: null\n")).min_lr == RunConfig().min_lr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "lr_scheduler_kwargs: {power: 2}",
+            "line 1: lr_scheduler_kwargs: expected min_lr, num_decay_steps only, found power",
+        ),
+        ("lr_scheduler_kwargs: 5", "lr_scheduler_kwargs: expected a mapping of min_lr, num_decay_steps, found 5"),
+        (
+            "min_lr: 0\nlr_scheduler_kwargs: {min_lr: 1.0e-6}",
+            "line 2: lr_scheduler_kwargs: min_lr is set too; keep one",
+        ),
+        ("num_train_epochs: 3", "num_train_epochs: 3 of the reference is not supported"),
+        ("seed: 99999999999999999999", "line 1: seed: must be less than 4294967296"),
+    ],
+)
+def test_what_has_no_place_here_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, f"{text}\n"))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["current_date: 2025-08-05", "current_date: '2025-08-05'"])
+def test_a_day_is_read_with_and_without_quotes(tmp_path: Path, text: str) -> None:
+    assert load_config(write(tmp_path, f"{text}\n")).current_date == "2025-08-05"
+
+
+def test_epochs_have_no_effect_beside_a_number_of_steps(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "num_train_epochs: 3\nmax_steps: 10\n"))
+    assert config.max_steps == 10
+    assert "num_train_epochs: 3 has no effect: max_steps is set" in config.remarks
+
+
+def test_overrides_from_python_may_be_values(tmp_path: Path) -> None:
+    config = load_config(None, {"max_steps": 10, "cache": False, "target_modules": ["o_proj"], "seed": "3"})
+    assert (config.max_steps, config.cache, config.target_modules, config.seed) == (10, False, ("o_proj",), 3)

@@ -313,8 +313,10 @@ def test_options_of_init_take_the_place_of_the_preset(tmp_path: Path, monkeypatc
     assert "the folder no does not exist" in d2l("init", "no/run.yaml").stderr
     refused = d2l("init", "other.yaml", "--preset", "needle", "--data", "x.jsonl")
     assert refused.exit_code == 2
-    assert "curriculum" in refused.stderr
+    assert "--preset needle generates its documents" in refused.stderr
+    assert "--model is empty" in d2l("init", "other.yaml", "--model", " ").stderr
     assert not Path("other.yaml").exists()
+    assert d2l("init", "my run.yaml").stdout.splitlines()[-1].endswith("d2l preflight 'my run.yaml'")
 
 
 # What is imported, and options given twice

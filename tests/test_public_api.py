@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(d2l, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'internalise'"):
         _ = d2l.internalise
+
+
+def test_a_text_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(d2l.DataError, match="expected a list of paths"):
+        d2l.read_records("heldout.jsonl")
+    with pytest.raises(d2l.D2LError, match="lists of names"):
+        preflight(d2l.RunConfig(), select="TGT101")
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert d2l.__version__ == version("d2l-preflight")
+    assert dir(d2l) == d2l.__all__
 
 
 def test_type_checkers_see_the_same_names() -> None:

@@ -24,7 +24,7 @@ BASE_MODEL = "model_name_or_path"
 
 def load_config(
     path: Path | str | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     *,
     model: str | None = None,
     tokenizer: str | None = None,
@@ -37,7 +37,7 @@ def load_config(
     Args:
         path: the YAML file; `None` for the embedded tiny GPT-OSS. A relative path that does not exist below the working
             directory may name a shipped config (`configs/gpt_oss_20b.yaml`).
-        overrides: `key → value` from `--set`, values in YAML.
+        overrides: key → value, as `--set` takes them: a text is read as YAML.
         model, tokenizer, data, max_steps, output: the command line's own options; they win over `overrides`.
 
     Raises:
@@ -47,7 +47,7 @@ def load_config(
     values, lines, problems = read_yaml(path)
     for key, text in (overrides or {}).items():
         try:
-            values[key], lines[key] = yaml.safe_load(text), "--set"
+            values[key], lines[key] = yaml.safe_load(text) if isinstance(text, str) else text, "--set"
         except (yaml.YAMLError, ValueError) as error:
             problems.append(f"--set {key}: {text!r} is not a YAML value ({str(error).splitlines()[0]})")
     options = {

@@ -29,6 +29,7 @@ REAL = BeforeValidator(_not_a_boolean)
 Whole = Annotated[int, WHOLE]
 Count = Annotated[int, Field(ge=1), WHOLE]
 NonNegative = Annotated[int, Field(ge=0), WHOLE]
+Seed = Annotated[int, Field(ge=0, lt=2**32), WHOLE]  # as wide as every generator of random numbers takes
 Length = Annotated[int, Field(ge=-1), WHOLE]  # tokens; -1 means no limit
 Digits = Annotated[int, Field(ge=1, le=4), WHOLE]
 MultipleOfFour = Annotated[int, Field(ge=4, multiple_of=4), WHOLE]

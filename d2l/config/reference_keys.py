@@ -33,7 +33,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "full_determinism": ((False,), "set it through torch.use_deterministic_algorithms; remove it"),
     "label_smoothing_factor": ((0, 0.0), "labels are not smoothed; set it to 0"),
     "lora_dropout": ((0, 0.0, None), "generated adapters have no dropout; set it to 0"),
-    "lr_scheduler_kwargs": ((None, {}), "write its min_lr as the key min_lr"),
     "neftune_noise_alpha": ((0, 0.0, None), "embedding noise is not implemented; set it to 0"),
     "no_cuda": ((False,), "hide the devices with the environment variable CUDA_VISIBLE_DEVICES instead; remove it"),
     "num_train_epochs": ((None,), "a run's length is given in steps; use max_steps"),

@@ -3,6 +3,7 @@
 What is in it is what runs and what is saved; nothing changes it later. `d2l.config.load` reads it.
 """
 
+from datetime import date
 from typing import Any, Literal
 
 import yaml
@@ -19,6 +20,7 @@ from d2l.config.numbers import (
     Positive,
     PositiveShare,
     Probability,
+    Seed,
     Whole,
 )
 
@@ -137,7 +139,7 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=lambda: {"use_reentrant": False})
-    seed: NonNegative = 42
+    seed: Seed = 42
 
     # Output
     output_dir: str = "runs"
@@ -152,6 +154,11 @@ class RunConfig(BaseModel):
         if value is not None and info.data.get("ctx_encoder_type", "early_exit") != "early_exit":
             raise ValueError("only used with ctx_encoder_type: early_exit; remove it or change the type")
         return value
+
+    @field_validator("current_date", mode="before")
+    @classmethod
+    def _a_day_is_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value  # YAML reads 2025-08-05 without quotes as a date
 
     @field_validator("target_modules", "train_ds_names", mode="before")
     @classmethod

@@ -63,6 +63,8 @@ def read_records(paths: Sequence[str | Path], limit: int | None = None) -> list[
     Raises:
         DataError: for every path that cannot be read or holds an unusable record, with file and line.
     """
+    if isinstance(paths, str):
+        raise DataError(f"expected a list of paths, found the text {paths!r}: write [{paths!r}]")
     records: list[Record] = []
     failures: list[str] = []
     for name in paths:

@@ -128,6 +128,8 @@ def _draw_other_documents(records: Sequence[Record], generator: random.Random) -
         DataError: all records have the same text.
     """
     others = []
+    if not records:
+        raise DataError("evaluation needs at least two different documents, found no record")
     for record in records:
         candidates = [index for index, other in enumerate(records) if other.context != record.context]
         if not candidates:

@@ -51,8 +51,10 @@ def require_new_file(path: Path) -> None:
     """Refuse a path that exists, or whose folder does not.
 
     Raises:
-        DataError: the message names which of the two.
+        DataError: the message names which of the two; or the path is `-`, which would become a file of that name.
     """
+    if str(path) == "-":
+        raise DataError("the output goes to a file, not to standard output: name one")
     if path.exists():
         raise DataError(f"{path} exists and is never written over: remove it or choose another name")
     if not path.parent.is_dir():

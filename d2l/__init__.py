@@ -3,8 +3,8 @@
 The names below are the public interface; each is imported when it is first used, so that `import d2l` takes no time.
 `checks.preflight` diagnoses a configuration.
 
-The floors of the house, from the ground up. A room (a folder or module here) imports from the floors below its own
-only; `make layers` draws what is imported, and a test holds it against this list.
+The layers of this package, from the ground up. A folder or module here imports from the layers below its own only;
+`make layers` prints what is imported, and a test holds it against this list.
 
     errors
     io

@@ -26,6 +26,7 @@ from commands.console import (
     read_config,
     waited,
 )
+from d2l.io.atomic import require_new_file, write_new_file
 
 if TYPE_CHECKING:
     from checks.runner import Observer
@@ -73,7 +74,7 @@ def preflight(
     if selftest and reasons:
         raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
     if output is not None:
-        _require_new_file(output)
+        require_new_file(output)
     resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
@@ -129,24 +130,14 @@ def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
             )
 
 
-def _require_new_file(path: Path) -> None:
-    if path.exists():
-        raise UsageError(f"{path} exists and is not overwritten: move it away or give -o another name")
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder of {path} does not exist: make it or give -o another name")
-
-
 def _deliver(report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel) -> None:
     """Print pure JSON on stdout where it is requested; with -o, write that format and print text."""
     from checks.report import json_text, plain_text, print_report
 
     text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level)
     if output is not None:
-        try:
-            with output.open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-        except OSError as error:
-            raise UsageError(f"the report cannot be written to {output}: {error.strerror}") from None
+        with write_new_file(output) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     if form == "json" and output is None:
         typer.echo(text, nl=False)
     else:

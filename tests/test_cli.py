@@ -156,7 +156,7 @@ def test_version():
         (["preflight", "--select", "TOY202"], "did you mean TOY201"),
         (["preflight", "--stage", "twins"], "no stage 'twins'"),
         (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
-        (["preflight", "-o", "no/such/folder/report.json"], "folder of"),
+        (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
         (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
         (["train"], "CONFIG"),
     ],
@@ -317,7 +317,7 @@ def test_an_existing_file_is_refused_before_anything_runs(world, tmp_path):
     (tmp_path / "mine").write_text("precious")
     result = d2l("preflight", "-o", str(tmp_path / "mine"))
     assert result.exit_code == 2
-    assert "not overwritten" in result.stderr
+    assert "never written over" in result.stderr
     assert (tmp_path / "mine").read_text() == "precious"
     assert world.loaded == []
 

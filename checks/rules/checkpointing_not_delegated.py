@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
 from checks.probes import alone, gradients, probe_rows
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def check(subject: "Subject") -> Result:
     """Count the runs of every target Linear in one forward and backward pass."""
     if not subject.config.gradient_checkpointing:
-        return Skip("gradient_checkpointing is off in the configuration")
+        return Inapplicable("gradient_checkpointing is off in the configuration")
     model: Any = subject.twin()
     model.train()
     model.gradient_checkpointing_enable(subject.config.gradient_checkpointing_kwargs)

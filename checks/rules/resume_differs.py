@@ -21,16 +21,16 @@ Write tensors to safetensors and everything else to JSON; save and restore optim
 """
 
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checks.faults import override
+from checks.faults import Override, override
 from checks.probes import difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, changed
-from d2l.errors import CheckpointError
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Stepper, Subject
@@ -48,10 +48,10 @@ def check(subject: "Subject") -> Result:
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / "step-000001"
         try:
-            subject.implementation.save(stopped.checkpoint(), path)
+            stopped.save(path)
             resumed = _trainer(subject, seed=1)
-            resumed.restore(subject.implementation.load(path))
-        except CheckpointError as error:
+            resumed.resume(path)
+        except (D2LError, OSError, RuntimeError, TypeError, ValueError) as error:
             expectation = "a folder that is written and read back"
             return Fail(
                 message="a checkpoint cannot be saved and loaded",
@@ -89,23 +89,49 @@ def _trainer(subject: "Subject", seed: int) -> "Stepper":
     return subject.implementation.trainer(subject.twin(seed), rows, config)
 
 
-def _with_config_object(healthy: Implementation, checkpoint: Any, folder: Path) -> None:
-    """Put the configuration object among the tensors, as in the reference."""
-    tensors: Any = {**checkpoint.hypernet, "hypernet_config": checkpoint.state["config"]}
-    healthy.save(replace(checkpoint, hypernet=tensors), folder)
+def _stepper(change: Callable[[Any], None]) -> Override:
+    """Make a fault of a run that is changed right after it was made."""
+
+    def trainer(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
+        run = healthy.trainer(model, rows, config)
+        change(run)
+        return run
+
+    return override(trainer=trainer)
 
 
-def _without_moments(healthy: Implementation, folder: Path) -> Any:
-    """Return the optimizer's moments as zeros."""
-    loaded = healthy.load(folder)
-    trainer = {name: value * 0 if "exp_avg" in name else value for name, value in loaded.trainer.items()}
-    return replace(loaded, trainer=trainer)
+def _truncate(run: Any) -> None:
+    """Save a folder whose largest file lacks its end, as a full disk or a state that cannot be read back leaves it."""
+    save = run.save
+
+    def truncated(folder: Path) -> None:
+        save(folder)
+        largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-16])
+
+    run.save = truncated
 
 
-def _from_the_start(healthy: Implementation, folder: Path) -> Any:
-    """Lose the position in the data."""
-    loaded = healthy.load(folder)
-    return replace(loaded, state={**loaded.state, "epoch": 0, "position": 0})
+def _lose_moments(run: Any) -> None:
+    """Resume with an optimizer that has seen nothing."""
+    resume = run.resume
+
+    def forgetful(folder: Path) -> None:
+        resume(folder)
+        run.optimizer.state.clear()
+
+    run.resume = forgetful
+
+
+def _lose_position(run: Any) -> None:
+    """Resume at the first batch of the first epoch."""
+    resume = run.resume
+
+    def forgetful(folder: Path) -> None:
+        resume(folder)
+        run.epoch = run.position = 0
+
+    run.resume = forgetful
 
 
 RULE = Rule(
@@ -117,8 +143,8 @@ RULE = Rule(
     requires=("STP201",),
     check=check,
     faults=(
-        Fault("config-in-state-dict", "a configuration object among the tensors", override(save=_with_config_object)),
-        Fault("moments-lost", "the optimizer starts anew", override(load=_without_moments)),
-        Fault("position-lost", "the data starts from the beginning", override(load=_from_the_start)),
+        Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
+        Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
+        Fault("position-lost", "the data starts from the beginning", _stepper(_lose_position)),
     ),
 )

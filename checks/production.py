@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checks.subject import Subject
+from checks.subject import Implementation, Offered, Subject
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
 from d2l.build import Components, build_chat, fitted_base_config, tokenize
-from d2l.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from d2l.checkpoint import load_checkpoint, save_checkpoint
+from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.data.cache import cached_rows
 from d2l.data.chat.format import ChatFormat
@@ -83,18 +84,16 @@ class Production:
         task = torch.stack([loss.task for loss in losses]).sum()
         return task, config.gen_lora_l1_reg_coef * torch.stack([loss.l1 for loss in losses]).sum()
 
-    def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Trainer:
-        return Trainer(model, rows, config, OneProcess(model.base.device))
+    def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
+        return Run(model, rows, config, OneProcess(model.base.device))
 
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)
         return [float(schedule.base_lrs[-1]) * schedule.lr_lambdas[-1](step) for step in steps]
 
-    def save(self, checkpoint: Checkpoint, folder: Path) -> None:
-        save_checkpoint(folder, checkpoint)
-
-    def load(self, folder: Path) -> Checkpoint:
-        return load_checkpoint(folder)
+    def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
+        checkpoint = load_checkpoint(folder)
+        return saved_config(dict(checkpoint.state["config"])), checkpoint.hypernet
 
     def export(self, lora: Lora, base: PreTrainedModel, folder: Path) -> None:
         export_adapter(lora, base, folder, base.config.name_or_path or "")
@@ -110,6 +109,16 @@ class Production:
         return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
+class Run(Trainer):
+    """The trainer, with checkpoints as folders."""
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(folder, self.checkpoint())
+
+    def resume(self, folder: Path) -> None:
+        self.restore(load_checkpoint(folder))
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread meanwhile: a twin's operations are too small to share, and waiting threads cost time."""
@@ -121,10 +130,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = lambda done, total: None) -> Subject:
+def make_subject(
+    config: RunConfig,
+    name: str = "",
+    on_tokenize: OnProgress = lambda done, total: None,
+    implementation: Implementation | None = None,
+) -> Subject:
     """Make the subject of a configuration, with whatever of the run's inputs is available here.
 
     Args:
+        implementation: what would run it; default: d2l.
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.
 
     Raises:
@@ -154,10 +169,34 @@ def make_subject(config: RunConfig, name: str = "", on_tokenize: OnProgress = la
         name=name or config.model_name_or_path,
         config=config,
         base_config=base_config,
-        implementation=Production(on_tokenize),
+        implementation=Production(on_tokenize) if implementation is None else Offered(implementation),
         tokenizer=tokenizer,
         tokenizer_absent=tokenizer_absent,
         records=records,
         records_absent=records_absent,
+        judged=_judged(config, tokenizer, tokenizer_absent, records, implementation),
         fingerprint=run_fingerprint(config, base_config, chat, records, versions).total,
     )
+
+
+def _judged(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer_absent: str,
+    records: Sequence[Record] | None,
+    implementation: Implementation | None,
+) -> dict[str, str]:
+    """Describe what a verdict is about."""
+    named = "model_name_or_path" in config.model_fields_set
+    packages = ("torch", "transformers", "peft", "accelerate")
+    judged = {
+        "base model": config.model_name_or_path
+        + ("" if named else " (the configuration names none: the embedded tiny GPT-OSS stands in)"),
+        "tokenizer": tokenizer_absent if tokenizer is None else str(tokenizer.name_or_path),
+        "data": "none named" if records is None else f"{', '.join(config.train_ds_names)}: {len(records):,} records",
+        "versions": ", ".join(f"{package} {metadata.version(package)}" for package in packages),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
+    }
+    if implementation is not None:
+        judged["implementation"] = f"{type(implementation).__module__}.{type(implementation).__qualname__}"
+    return judged

@@ -18,14 +18,16 @@ STYLES = {
     "pass": "green",
     "warn": "yellow",
     "fail": "bold red",
-    "skip": "dim",
+    "skip": "yellow",
+    "inapplicable": "dim",
     "blocked": "dim",
     "crash": "bold magenta",
     "caught": "green",
     "missed": "bold red",
     "not_applied": "bold yellow",
 }
-QUIET = {"pass", "skip", "blocked", "caught"}  # written small; everything else is in capitals
+QUIET = {"pass", "skip", "inapplicable", "blocked", "caught"}  # written small; everything else is in capitals
+SHORT = {"inapplicable": "n/a"}
 WIDE = 100  # columns from which the table has room for the seconds
 MOST_LINES = 6  # of one piece of evidence; JSON has all of it
 LONGEST = 400  # characters of one line of evidence
@@ -45,7 +47,7 @@ class _Line:
 
     @property
     def word(self) -> str:
-        word = self.kind.replace("_", " ")
+        word = SHORT.get(self.kind, self.kind.replace("_", " "))
         return word if self.kind in QUIET else word.upper()
 
 
@@ -61,6 +63,7 @@ class _Block:
 @dataclass(frozen=True)
 class _Page:
     title: str
+    judged: Sequence[tuple[str, str]]
     lines: Sequence[_Line]
     blocks: Sequence[_Block]
     summary: str
@@ -100,13 +103,9 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
         )
         for outcome in findings
     ]
-    not_run = [outcome for outcome in report.outcomes if outcome.outcome in ("skip", "blocked")]
-    if not_run:
-        codes: dict[str, list[str]] = {}
-        for outcome in not_run:
-            codes.setdefault(_clean(outcome.message), []).append(outcome.code)
-        rows = [("", f"{reason}: {', '.join(who)}") for reason, who in codes.items()]
-        blocks.append(_Block("Not checked", "bold", rows))
+    blocks += _by_reason(report, "Not judged", ("skip", "blocked")) + _by_reason(
+        report, "Not applicable", ("inapplicable",)
+    )
     if report.unused_ignores:
         rows = [("", f"--ignore {code} is not needed: the check passes") for code in report.unused_ignores]
         blocks.append(_Block("Unused ignores", "yellow", rows))
@@ -116,6 +115,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
     code = report.exit_code(fail_level)
     return _Page(
         title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
+        judged=[(what, _clean(value)) for what, value in report.judged.items()],
         lines=[
             _Line(each.stage, each.outcome, each.code, each.name, _clean(each.message), each.seconds)
             for each in report.outcomes
@@ -124,6 +124,16 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
         summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})",
         good=code == 0,
     )
+
+
+def _by_reason(report: Report, heading: str, kinds: Sequence[Kind]) -> list[_Block]:
+    """Return a block that lists the reasons of these outcomes, each once with the checks that it concerns."""
+    codes: dict[str, list[str]] = {}
+    for outcome in report.outcomes:
+        if outcome.outcome in kinds:
+            codes.setdefault(_clean(outcome.message), []).append(outcome.code)
+    rows = [("", f"{reason}: {', '.join(who)}") for reason, who in codes.items()]
+    return [_Block(heading, "bold", rows)] if rows else []
 
 
 def _page_of_selftest(selftest: Selftest) -> _Page:
@@ -142,6 +152,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
     count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
     return _Page(
         title=f"d2l {selftest.version} selftest on {selftest.config}, fingerprint {selftest.fingerprint[:12]}",
+        judged=(),
         lines=[
             _Line("planted faults", each.result, each.code, each.fault, _clean(each.detail), each.seconds)
             for each in selftest.trials
@@ -156,6 +167,8 @@ def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
     """Return the labelled rows below a finding's heading."""
     evidence = dict(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
+    if outcome.judged_with:
+        rows.append(("judged with", ", ".join(f"{key}: {value}" for key, value in outcome.judged_with.items())))
     frames = str(evidence.pop("traceback", "")).rstrip().splitlines()
     if frames:
         rows.append(("traceback", "\n".join(line.strip() for line in frames[-TRACEBACK_LINES:])))
@@ -196,15 +209,17 @@ def _counts(report: Report) -> str:
         "crash": "crashed",
         "blocked": "blocked",
         "skip": "skipped",
+        "inapplicable": "not applicable",
     }
     return ", ".join(f"{report.count(kind)} {word}" for kind, word in words.items() if report.count(kind))
 
 
 def _verdict(report: Report, code: int, fail_level: FailLevel) -> str:
-    """Put the exit code into words; warnings that it lets pass are counted."""
-    warnings = report.count("warn")
+    """Put the exit code into words; what was not judged and warnings that it lets pass are counted."""
+    warnings, left_out = report.count("warn"), report.count("skip") + report.count("blocked")
+    found = f"{warnings} warning{'s' if warnings > 1 else ''}" if warnings else "nothing found"
     return {
-        0: f"{warnings} warning{'s' if warnings > 1 else ''}" if warnings else "nothing found",
+        0: f"{found} in what was judged, {left_out} not judged" if left_out else found,
         1: f"findings at or above fail level {fail_level}",
         3: "a check crashed",
         4: "a requested check did not run",
@@ -214,7 +229,8 @@ def _verdict(report: Report, code: int, fail_level: FailLevel) -> str:
 def _plain(page: _Page) -> str:
     width = max((len(line.name) for line in page.lines), default=0)
     words = max((len(line.word) for line in page.lines), default=0)
-    text = [page.title, ""]
+    margin = max((len(what) for what, _ in page.judged), default=0)
+    text = [page.title, *(f"  {what:<{margin}}  {value}" for what, value in page.judged), ""]
     for line in page.lines:
         text.append(f"{line.code} {line.name:<{width}}  {line.word:<{words}}  {' '.join(line.message.split())}")
     for block in page.blocks:
@@ -229,6 +245,8 @@ def _plain(page: _Page) -> str:
 
 def _coloured(page: _Page, width: int) -> RenderableType:
     parts: list[RenderableType] = [Text(page.title, style="bold")]
+    if page.judged:
+        parts.append(Padding(_rows(_Block("", "", page.judged)), (0, 0, 0, 2)))
     names = max((len(line.name) for line in page.lines), default=0)
     words = max((len(line.word) for line in page.lines), default=0)
     for section, lines in groupby(page.lines, key=lambda line: line.section):
@@ -248,7 +266,7 @@ def _table(lines: Iterable[_Line], words: int, names: int, *, wide: bool) -> Tab
     if wide:
         table.add_column(width=7, justify="right", no_wrap=True, style="dim")
     for line in lines:
-        dim = "dim" if line.kind in ("skip", "blocked") else ""
+        dim = "dim" if line.kind in ("skip", "inapplicable", "blocked") else ""
         cells = [
             Text(f"  {line.word}", style=STYLES[line.kind]),
             Text(line.code, style=dim),

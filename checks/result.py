@@ -9,7 +9,7 @@ from d2l.errors import D2LError
 
 Stage = Literal["static", "twin", "data", "device"]
 Severity = Literal["error", "warning"]
-Kind = Literal["pass", "warn", "fail", "skip", "blocked", "crash"]
+Kind = Literal["pass", "warn", "fail", "skip", "inapplicable", "blocked", "crash"]
 FailLevel = Literal["warn", "error"]
 
 STAGES: tuple[str, ...] = get_args(Stage)
@@ -22,6 +22,13 @@ class UsageError(D2LError):
 
 class NotApplicable(Exception):
     """Raised by `Fault.plant`: this subject has nothing that the fault could spoil; `str(error)` gives the reason."""
+
+
+class NotOffered(AttributeError):
+    """The implementation lacks a part of the protocol: what needs the part is skipped, with this as the reason."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"the implementation does not offer {part}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Fail:
     """A finding. A rule of severity `warning` cannot fail a run: the runner makes it a warning.
 
     `evidence["where"]`, if present, names the file, line, layer or row; otherwise the report names stage and config.
+    `settings` are values of the configuration that remedy it: with them, the checks that this one would block still run.
     """
 
     message: str
@@ -44,6 +52,7 @@ class Fail:
     actual: str
     remedy: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +62,19 @@ class Warn(Fail):
 
 @dataclass(frozen=True)
 class Skip:
-    """The check could not look (no data file, no GPU, nothing of that kind in the model); never printed as a pass."""
+    """The check could not look: the reason names what it takes (data, a tokenizer, a GPU); never printed as a pass."""
 
     reason: str
 
 
-Result = Pass | Fail | Warn | Skip
+@dataclass(frozen=True)
+class Inapplicable:
+    """There is nothing to look at: the run has nothing of the kind that the check judges."""
+
+    reason: str
+
+
+Result = Pass | Fail | Warn | Skip | Inapplicable
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,8 @@ class Outcome:
     """What became of one rule: one line of a report.
 
     Args:
+        settings: values of the configuration that remedy the finding.
+        judged_with: settings that earlier findings proposed and with which this check ran, since it could not without.
         ignored: whether the user ignored this finding, so that it is a warning that fails nothing.
         seconds: wall time of this check; plays no part in `==`.
     """
@@ -80,6 +98,8 @@ class Outcome:
     actual: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
     remedy: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    judged_with: Mapping[str, Any] = field(default_factory=dict)
     blocked_by: str | None = None
     ignored: bool = False
     seconds: float = field(default=0.0, compare=False)
@@ -99,6 +119,7 @@ class Report:
     """Every requested rule with its outcome, in the order of the rules.
 
     Args:
+        judged: what the verdict is about, for people: base model, tokenizer, data, versions, device.
         required: codes that the user selected by name or stage; they must have run (exit code 4). Not part of the JSON,
             whose recorded `exit_code` already holds the verdict.
         twin_cannot_show: faults that no twin can show; empty where no check ran on one.
@@ -110,6 +131,7 @@ class Report:
     fingerprint: str
     outcomes: tuple[Outcome, ...]
     unused_ignores: tuple[str, ...] = ()
+    judged: Mapping[str, str] = field(default_factory=dict)
     required: frozenset[str] = field(default=frozenset(), compare=False)
     twin_cannot_show: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
@@ -137,7 +159,10 @@ class Report:
         return sum(outcome.outcome == kind for outcome in self.outcomes)
 
     def exit_code(self, fail_level: FailLevel = "error") -> int:
-        """Return 0 if nothing is found, 3 if a check crashed, 1 with a finding, 4 if a required check did not run."""
+        """Return 0 if nothing is found, 3 if a check crashed, 1 with a finding, 4 if a required check could not run.
+
+        A required check that has nothing to look at in this run is no loss.
+        """
         if self.count("crash"):
             return 3
         if any(outcome.is_finding(fail_level) for outcome in self.outcomes):
@@ -153,6 +178,7 @@ class Report:
             "version": self.version,
             "config": self.config,
             "fingerprint": self.fingerprint,
+            "judged": dict(self.judged),
             "outcomes": [_outcome_to_json(outcome) for outcome in self.outcomes],
             "twin_cannot_show": list(self.twin_cannot_show),
             "summary": {

@@ -8,8 +8,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from checks.json_values import jsonable
-from checks.result import STAGES, Fail, Kind, Outcome, Pass, Report, Skip, UsageError, Warn
+from checks.processes import available_cores, in_processes
+from checks.result import STAGES, Fail, Inapplicable, Kind, NotOffered, Outcome, Pass, Report, Skip, UsageError, Warn
 from checks.rule import Rule, find_rule
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -42,7 +44,7 @@ def run_checks(
     start = time.perf_counter()
     reasons = resolve_ignores(rules, ignore or {})
     chosen = choose(rules, stages, select)
-    outcomes = examine(subject, chosen, reasons, observe)
+    outcomes = examine(subject, chosen, reasons, observe, workers=available_cores())
     passed = {outcome.code for outcome in outcomes if outcome.outcome == "pass"}
     return Report(
         version=installed_version(),
@@ -50,6 +52,7 @@ def run_checks(
         fingerprint=subject.fingerprint,
         outcomes=outcomes,
         unused_ignores=tuple(code for code in reasons if code in passed),
+        judged=dict(subject.judged),
         required=frozenset(rule.code for rule in chosen) if stages or select else frozenset(),
         twin_cannot_show=_twin_cannot_show(outcomes),
         seconds=time.perf_counter() - start,
@@ -98,26 +101,81 @@ def resolve_ignores(rules: Sequence[Rule], ignore: Mapping[str, str]) -> dict[st
 
 
 def examine(
-    subject: "Subject", rules: Sequence[Rule], reasons: Mapping[str, str], observe: Observer
+    subject: "Subject",
+    rules: Sequence[Rule],
+    reasons: Mapping[str, str],
+    observe: Observer,
+    workers: int = 1,
 ) -> tuple[Outcome, ...]:
     """Run the rules and return one outcome for each, in order.
 
-    Only a failure or a crash blocks what requires it, and what is blocked names the first cause, not the last link.
-    A skipped requirement blocks nothing: nothing is known against it, and the dependent names best itself what it lacks.
+    Only a failure or a crash blocks what requires it, and what is blocked names the first cause, not the last link. A
+    failure that proposes settings blocks nothing: what requires it runs with these settings, and says so. A skipped
+    requirement blocks nothing: nothing is known against it, and the dependent names best itself what it lacks.
+
+    Args:
+        workers: processes that share the rules of stage twin, each of which measures something of its own.
     """
     outcomes: list[Outcome] = []
     cause: dict[str, str | None] = {}  # code of every rule so far -> what stands in the way of those that require it
-    for rule in rules:
+    settings: dict[str, dict[str, Any]] = {}  # code -> settings with which those that require it have to run
+    ahead: dict[str, Outcome] = {}  # code -> its outcome on the subject as it is, where that was measured ahead
+    for index, rule in enumerate(rules):
+        needed = {key: value for code in rule.requires for key, value in settings.get(code, {}).items()}
         root = next((cause[code] for code in rule.requires if cause.get(code)), None)
+        own: dict[str, Any] = {}
         if root:
             outcome = _outcome(rule, "blocked", message=f"blocked by {root}", blocked_by=root)
         else:
-            observe(rule)
-            outcome = _ignored(_measure(rule, subject), reasons.get(rule.code))
-            root = rule.code if outcome.outcome in ("fail", "crash") else None
+            if rule.stage == "twin" and workers > 1 and not needed and not ahead and _is_ready(subject, index, rules):
+                ahead = _measure_ahead(subject, rules[index:], observe, workers)
+            if needed or rule.code not in ahead:
+                observe(rule)
+                outcome = _measure(rule, _with_settings(subject, needed))
+            else:
+                outcome = ahead[rule.code]
+            outcome = _ignored(replace(outcome, judged_with=needed), reasons.get(rule.code))
+            if outcome.outcome in ("fail", "crash"):
+                own = _remedy(rule, subject, needed, outcome)
+                root = None if own else rule.code
         outcomes.append(outcome)
-        cause[rule.code] = root
+        cause[rule.code], settings[rule.code] = root, needed | own
     return tuple(outcomes)
+
+
+def _with_settings(subject: "Subject", settings: Mapping[str, Any]) -> "Subject":
+    """Return the subject with other values in its configuration; itself where there are none."""
+    if not settings:
+        return subject
+    from checks.subject import changed  # here: it imports torch
+
+    return replace(subject, config=changed(subject.config, **settings))
+
+
+def _remedy(rule: Rule, subject: "Subject", needed: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """Return the settings that a finding proposes, if its rule passes with them; else nothing."""
+    settings = dict(outcome.settings)
+    remedied = bool(settings) and _measure(rule, _with_settings(subject, {**needed, **settings})).outcome == "pass"
+    return settings if remedied else {}
+
+
+def _is_ready(subject: "Subject", index: int, rules: Sequence[Rule]) -> bool:
+    """Tell whether this is the place to farm out what follows: behind the first rule that builds a twin.
+
+    That rule fills what a subject computes once, and a forked process inherits it.
+    """
+    return index > 0 and rules[index - 1].stage == "twin" and hasattr(subject, "twin")
+
+
+def _measure_ahead(subject: "Subject", rules: Sequence[Rule], observe: Observer, workers: int) -> dict[str, Outcome]:
+    """Measure every rule of stage twin among `rules` in forked processes, each rule by itself."""
+    chosen = [rule for rule in rules if rule.stage == "twin"]
+    outcomes = in_processes(lambda index: _measure(chosen[index], subject), len(chosen), workers)
+    ahead = {}
+    for rule, outcome in zip(chosen, outcomes, strict=True):
+        observe(rule)
+        ahead[rule.code] = outcome
+    return ahead
 
 
 def installed_version() -> str:
@@ -130,7 +188,9 @@ def installed_version() -> str:
 
 def _twin_cannot_show(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     """Return the limits of a twin, where any check measured on one."""
-    if not any(outcome.stage == "twin" and outcome.outcome not in ("skip", "blocked") for outcome in outcomes):
+    if not any(
+        outcome.stage == "twin" and outcome.outcome not in ("skip", "inapplicable", "blocked") for outcome in outcomes
+    ):
         return ()
     from d2l.base.twin import TWIN_CANNOT_SHOW  # here: it imports transformers, as whatever runs a twin does
 
@@ -138,10 +198,14 @@ def _twin_cannot_show(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 def _measure(rule: Rule, subject: "Subject") -> Outcome:
-    """Run one rule; whatever it raises is a crash of the rule, never a finding about the subject."""
+    """Run one rule. What d2l refuses is a finding; anything else that is raised is a crash of the rule and no finding."""
     start = time.perf_counter()
     try:
         outcome = _judge(rule, rule.check(subject))
+    except NotOffered as absent:
+        outcome = _judge(rule, Skip(str(absent)))
+    except D2LError as refusal:
+        outcome = _judge(rule, _refused(refusal))
     except Exception as error:
         outcome = _outcome(
             rule,
@@ -154,6 +218,18 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
     return replace(outcome, seconds=time.perf_counter() - start)
 
 
+def _refused(refusal: D2LError) -> Fail:
+    """Return the finding that a run with this configuration would end with an error that its user can remedy."""
+    first, *rest = str(refusal).splitlines() or [type(refusal).__name__]
+    return Fail(
+        message="the run would refuse this configuration",
+        expected="a run that starts",
+        actual=first,
+        remedy="\n".join(rest) or "change what the message names",
+        evidence={"error": type(refusal).__name__},
+    )
+
+
 def _judge(rule: Rule, result: object) -> Outcome:
     """Turn the result of a check into the outcome of its rule."""
     match result:
@@ -161,6 +237,8 @@ def _judge(rule: Rule, result: object) -> Outcome:
             return _outcome(rule, "pass", message=result.message, evidence=jsonable(result.evidence))
         case Skip():
             return _outcome(rule, "skip", message=result.reason)
+        case Inapplicable():
+            return _outcome(rule, "inapplicable", message=result.reason)
         case Fail():
             milder = isinstance(result, Warn) or rule.severity == "warning"
             return _outcome(
@@ -171,8 +249,9 @@ def _judge(rule: Rule, result: object) -> Outcome:
                 actual=result.actual,
                 remedy=result.remedy,
                 evidence=jsonable(result.evidence),
+                settings=jsonable(result.settings),
             )
-    raise TypeError(f"a check must return Pass, Fail, Warn or Skip. Got {type(result).__name__}")
+    raise TypeError(f"a check must return Pass, Fail, Warn, Skip or Inapplicable. Got {type(result).__name__}")
 
 
 def _outcome(rule: Rule, outcome: Kind, **rest: Any) -> Outcome:

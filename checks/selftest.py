@@ -3,23 +3,20 @@
 A check that nobody saw fail is no check.
 """
 
-import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_all_start_methods, get_context
 from typing import TYPE_CHECKING, Any, Literal
 
-from checks.result import SCHEMA, FailLevel, NotApplicable, Outcome
+from checks.processes import available_cores, in_processes
+from checks.result import SCHEMA, FailLevel, NotApplicable, NotOffered, Outcome
 from checks.rule import Fault, Rule
 from checks.runner import Observer, choose, examine, installed_version
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-Verdict = Literal["caught", "missed", "not_applied"]
+Verdict = Literal["caught", "missed", "not_applied", "inapplicable"]
 STAGES_WITHOUT_DEVICE = ("static", "twin", "data")
 
 
@@ -50,8 +47,13 @@ class Selftest:
         return sum(trial.result == verdict for trial in self.trials)
 
     def exit_code(self, fail_level: FailLevel = "error") -> int:
-        """Return 0 if every fault was caught, else 5 at any fail level: a fault that was not planted proves nothing."""
-        return 0 if self.count("caught") == len(self.trials) else 5
+        """Return 0 if every fault that this run can have was caught, else 5 at any fail level.
+
+        A fault that could not be planted for want of data proves nothing; one of a kind that the run cannot have is no
+        loss, as long as there are others.
+        """
+        caught, inapplicable = self.count("caught"), self.count("inapplicable")
+        return 0 if caught and caught + inapplicable == len(self.trials) else 5
 
     def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
         """Return the selftest as JSON values."""
@@ -74,6 +76,7 @@ class Selftest:
                 "caught": self.count("caught"),
                 "missed": self.count("missed"),
                 "not_applied": self.count("not_applied"),
+                "inapplicable": self.count("inapplicable"),
                 "left_out": list(self.left_out),
                 "exit_code": self.exit_code(fail_level),
                 "seconds": round(self.seconds, 3),
@@ -146,41 +149,10 @@ def _trials(
         verdict, detail = _try(subject, rule, fault, concerned, clean[rule.code])
         return Trial(rule.code, fault.name, verdict, detail, time.perf_counter() - start)
 
-    workers = min(len(planted), available_cores())
-    if workers < 2 or "fork" not in get_all_start_methods():
-        results = map(trial, range(len(planted)))
-        yield from _observed(results, planted, observe)
-        return
     # A fork has everything that was read and computed so far; only the number of a trial and its result are sent.
-    with _inherited(trial), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        yield from _observed(pool.map(_inherited_trial, range(len(planted))), planted, observe)
-
-
-def _observed(results: Iterable[Trial], planted: Sequence[tuple[Rule, Fault]], observe: Observer) -> Iterator[Trial]:
-    for (rule, _), result in zip(planted, results, strict=True):
+    for (rule, _), result in zip(planted, in_processes(trial, len(planted), available_cores()), strict=True):
         observe(rule)
         yield result
-
-
-def available_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_trial_of_parent: list[Callable[[int], Trial]] = []  # what forked workers find here
-
-
-@contextmanager
-def _inherited(trial: Callable[[int], Trial]) -> Iterator[None]:
-    _trial_of_parent.append(trial)
-    try:
-        yield
-    finally:
-        _trial_of_parent.pop()
-
-
-def _inherited_trial(index: int) -> Trial:
-    return _trial_of_parent[-1](index)
 
 
 def _try(
@@ -189,12 +161,14 @@ def _try(
     """Plant one fault and run the rules that it could change."""
     if clean.outcome == "skip":
         return "not_applied", f"{rule.code} is skipped on the clean subject: {clean.message}"
+    if clean.outcome == "inapplicable":
+        return "inapplicable", clean.message
     if clean.outcome != "pass":
         return "missed", f"{rule.code} does not pass on the clean subject: {clean.outcome}: {clean.message}"
     try:
         planted = fault.plant(subject)
-    except NotApplicable as reason:
-        return "not_applied", str(reason)
+    except (NotApplicable, NotOffered) as reason:
+        return "inapplicable", str(reason)
     except Exception as error:
         return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
     outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None)}

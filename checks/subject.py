@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from d2l.base.load import LoadPlan
-    from d2l.checkpoint import Checkpoint
     from d2l.data.chat.format import ChatFormat
     from d2l.data.packing import PackedBatch
     from d2l.data.records import Record
@@ -40,8 +40,8 @@ class Model(Protocol):
     def hypernet(self) -> nn.Module:
         """Return the module that trains."""
 
-    def latents(self, batch: "PackedBatch") -> Tensor:
-        """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+    def features(self, batch: "PackedBatch") -> Tensor:
+        """Return what the context encoder makes of all chunks, `[1, layers, Tc, hidden]` or `[1, Tc, features]`."""
 
     def lora(self, batch: "PackedBatch") -> "Lora":
         """Return the merged LoRA of every context of a packed row."""
@@ -61,17 +61,25 @@ class Stepper(Protocol):
         """Return the model in training."""
 
     def step(self) -> Any:
-        """Take one guarded optimizer step and return its metrics."""
+        """Take one optimizer step and return its metrics, `task_loss` and `grad_norm` among them.
 
-    def checkpoint(self, **evidence: Any) -> "Checkpoint":
-        """Return all that is needed to continue elsewhere."""
+        Raises:
+            Exception: of any kind, before anything is changed, where the step is not finite or has no label.
+        """
 
-    def restore(self, checkpoint: "Checkpoint") -> None:
-        """Continue from a checkpoint."""
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to continue elsewhere into a new folder."""
+
+    def resume(self, folder: Path) -> None:
+        """Continue from such a folder."""
 
 
 class Implementation(Protocol):
-    """The functions through which an implementation is diagnosed. Twins are tiny, random, float32 and on the CPU."""
+    """The functions through which an implementation is diagnosed. Twins are tiny, random, float32 and on the CPU.
+
+    Only `build` is necessary. What an implementation, its model or its stepper lacks is `NotOffered`, and the checks
+    that need it are skipped. `checks.foreign` has defaults for an implementation other than d2l.
+    """
 
     def plan(self, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
         """Return how the base would be loaded."""
@@ -114,11 +122,8 @@ class Implementation(Protocol):
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
 
-    def save(self, checkpoint: "Checkpoint", folder: Path) -> None:
-        """Write a checkpoint folder."""
-
-    def load(self, folder: Path) -> "Checkpoint":
-        """Read a checkpoint folder."""
+    def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
+        """Return the configuration and the trained tensors, by name, of a folder of `save` or `import_reference`."""
 
     def export(self, lora: "Lora", base: "PreTrainedModel", folder: Path) -> None:
         """Write one document's LoRA as an adapter folder of PEFT."""
@@ -133,6 +138,29 @@ class Implementation(Protocol):
         """Return the free bytes where the run's folder would be."""
 
 
+class Offered:
+    """An implementation whose missing methods raise `NotOffered`."""
+
+    def __init__(self, implementation: Any) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := getattr(self._implementation, name, None)) is None:
+            raise NotOffered(name)
+        return found
+
+
+def offered(part: Any, name: str) -> Any:
+    """Return an attribute of a model or a stepper.
+
+    Raises:
+        NotOffered: it has none of that name.
+    """
+    if (found := getattr(part, name, None)) is None:
+        raise NotOffered(f"{name} of its {'model' if hasattr(part, 'hypernet') else 'trainer'}")
+    return found
+
+
 @dataclass(frozen=True)
 class Subject:
     """One run, before it starts.
@@ -145,6 +173,7 @@ class Subject:
         tokenizer: the run's tokenizer, or `None` with the reason in `tokenizer_absent`.
         records: the run's data, or `None` with the reason in `records_absent`.
         fingerprint: sha256 over all that shapes the run.
+        judged: what a verdict is about, for people: base model, tokenizer, data, versions, device.
     """
 
     name: str
@@ -156,6 +185,7 @@ class Subject:
     records: "tuple[Record, ...] | None" = field(default=None, repr=False)
     records_absent: str = ""
     fingerprint: str = ""
+    judged: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def plan(self) -> "LoadPlan":

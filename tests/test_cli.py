@@ -29,6 +29,7 @@ class Subject:
     defects: frozenset[str] = frozenset()
     name: str = "toy.yaml"
     fingerprint: str = "f" * 64
+    judged: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass

@@ -32,6 +32,7 @@ CRASH = Outcome(
     remedy="report it",
 )
 BLOCKED = Outcome(*("ATT203", "future-visible", "twin", "error", "blocked", "blocked by ATT201"), blocked_by="ATT201")
+EXPORT = Outcome("EXP201", "export-differs", "twin", "error", "inapplicable", "no adapter format")
 SKIPS = [
     Outcome(code, name, "data", "error", "skip", "no data file: give --data FILE")
     for code, name in (("DAT301", "labels-lost"), ("DAT302", "rows-dropped"))
@@ -43,7 +44,8 @@ def report(*outcomes, **rest):
 
 
 FULL = report(
-    *(PASS, WARN, FAIL, CRASH, BLOCKED, *SKIPS),
+    *(PASS, WARN, FAIL, CRASH, BLOCKED, EXPORT, *SKIPS),
+    judged={"base model": "tiny", "data": "none named"},
     unused_ignores=("CFG101",),
     twin_cannot_show=("running out of memory: a twin is small", "CUDA kernels"),
     seconds=4.26,
@@ -65,12 +67,15 @@ def test_plain_text_word_for_word():
         plain_text(FULL)
         == """\
 d2l 0.1.0 preflight of configs/tiny.yaml, fingerprint abcdef012345
+  base model  tiny
+  data        none named
 
 CFG101 targets-match-nothing  pass     q_proj [4 Linears] in every layer
 QNT102 experts-in-bf16        WARN     ignored (fits): kernels [missing]
 ATT201 packed-documents-leak  FAIL     document 2 sees document 1 in layer 3
 HYP202 document-ignored       CRASH    crashed: KeyError: 'x'
 ATT203 future-visible         blocked  blocked by ATT201
+EXP201 export-differs         n/a      no adapter format
 DAT301 labels-lost            skip     no data file: give --data FILE
 DAT302 rows-dropped           skip     no data file: give --data FILE
 
@@ -108,9 +113,12 @@ HYP202 document-ignored: crashed: KeyError: 'x'
   fix        report it
              (d2l explain HYP202)
 
-Not checked
+Not judged
   blocked by ATT201: ATT203
   no data file: give --data FILE: DAT301, DAT302
+
+Not applicable
+  no adapter format: EXP201
 
 Unused ignores
   --ignore CFG101 is not needed: the check passes
@@ -118,7 +126,7 @@ Unused ignores
 A twin cannot show
   running out of memory; CUDA kernels
 
-1 passed, 1 warned, 1 failed, 1 crashed, 1 blocked, 2 skipped in 4.3 s: a check crashed (exit code 3)
+1 passed, 1 warned, 1 failed, 1 crashed, 1 blocked, 2 skipped, 1 not applicable in 4.3 s: a check crashed (exit code 3)
 """
     )
 

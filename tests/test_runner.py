@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks.json_values import jsonable
-from checks.result import Fail, NotApplicable, Outcome, Pass, Skip, UsageError, Warn
+from checks.result import Fail, Inapplicable, NotApplicable, NotOffered, Outcome, Pass, Skip, UsageError, Warn
 from checks.rule import Fault, Rule, find_rule
-from checks.runner import run_checks
+from checks.runner import examine, run_checks
 from checks.selftest import Trial, run_selftest
 from d2l.base.twin import TWIN_CANNOT_SHOW
+from d2l.config.schema import RunConfig
+from d2l.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Subject:
     defects: frozenset[str] = frozenset()
     name: str = "toy.yaml"
     fingerprint: str = "f" * 64
+    judged: tuple[tuple[str, str], ...] = ()
 
 
 def defect(name):
@@ -94,6 +98,9 @@ def test_everything_runs_in_order_and_values_compare():
         (FAIL, "warning", "warn"),
         (Warn(message="odd", expected="even", actual="odd", remedy="round it"), "error", "warn"),
         (Skip("no data"), "error", "skip"),
+        (Inapplicable("no experts"), "error", "inapplicable"),
+        (ModelError("no such layer"), "error", "fail"),
+        (NotOffered("export"), "error", "skip"),
         (ValueError("boom"), "error", "crash"),
         (None, "error", "crash"),
         (Pass("fine", {"module": math}), "error", "crash"),
@@ -146,7 +153,13 @@ def test_dependents_are_blocked_by_the_root_cause(root):
 
 
 @pytest.mark.parametrize(
-    "harmless", [Pass("fine"), Skip("no data"), Warn(message="odd", expected="even", actual="odd", remedy="round it")]
+    "harmless",
+    [
+        Pass("fine"),
+        Skip("no data"),
+        Inapplicable("no experts"),
+        Warn(message="odd", expected="even", actual="odd", remedy="round it"),
+    ],
 )
 def test_what_did_not_fail_blocks_nothing(harmless):
     report = run_checks(CLEAN, [says("ONE101", harmless), looks_for("TWO102", requires=("ONE101",))])
@@ -289,16 +302,19 @@ def test_the_observer_hears_of_every_rule_that_runs():
     assert heard == ["CFG101", "HYP201", "LOG203"]
 
 
+REST = ("twin_cannot_show", "summary")
+
+
 def test_json_has_exactly_the_agreed_keys():
     report = run_checks(Subject(frozenset({"rank"})), RULES, ignore={"CFG101": "why"})
     document = report.to_json()
-    assert list(document) == ["schema", "version", "config", "fingerprint", "outcomes", "twin_cannot_show", "summary"]
+    assert list(document) == ["schema", "version", "config", "fingerprint", "judged", "outcomes", *REST]
     assert list(document["outcomes"][1]) == [
         *("code", "name", "stage", "severity", "outcome", "message", "expected", "actual", "evidence", "remedy"),
-        *("blocked_by", "ignored", "seconds"),
+        *("settings", "judged_with", "blocked_by", "ignored", "seconds"),
     ]
     assert {key: value for key, value in document["summary"].items() if key != "seconds"} == {
-        **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "blocked": 1, "crash": 0},
+        **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "inapplicable": 0, "blocked": 1, "crash": 0},
         "exit_code": 1,
         "unused_ignores": ["CFG101"],
     }
@@ -389,18 +405,125 @@ def test_selftest_verdicts(rule, result, words):
     assert selftest.exit_code() == (0 if result == "caught" else 5)
 
 
-@pytest.mark.parametrize(
-    ("error", "words"), [(NotApplicable("one layer only"), "one layer only"), (KeyError("x"), "planting crashed")]
-)
-def test_a_fault_that_cannot_be_planted_is_an_error(error, words):
+def fault_that_raises(error):
     def plant(subject):
         raise error
 
-    rule = looks_for("TOY204", faults=(Fault("own", "", plant),))
+    return Fault("own", "", plant)
+
+
+def test_a_fault_that_crashes_when_it_is_planted_is_an_error():
+    rule = looks_for("TOY204", "typo", faults=(defect("typo"), fault_that_raises(KeyError("x"))))
     trial = trials([rule])["TOY204", "own"]
     assert trial.result == "not_applied"
-    assert words in trial.detail
+    assert "planting crashed" in trial.detail
     assert run_selftest(CLEAN, [rule]).exit_code() == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(NotApplicable("one layer only"), "one layer only"), (NotOffered("its masks"), "offer its masks")],
+)
+def test_a_fault_that_the_run_cannot_have_is_no_loss_beside_another(error, words):
+    rule = looks_for("TOY204", "typo", faults=(defect("typo"), fault_that_raises(error)))
+    trial = trials([rule])["TOY204", "own"]
+    assert trial.result == "inapplicable"
+    assert words in trial.detail
+    assert run_selftest(CLEAN, [rule]).exit_code() == 0
+
+
+def test_a_selftest_that_planted_nothing_is_no_all_clear():
+    rule = looks_for("TOY204", faults=(fault_that_raises(NotApplicable("one layer only")),))
+    assert run_selftest(CLEAN, [rule]).exit_code() == 5
+
+
+class TestSettingsThatRemedy:
+    """A finding that names a working setting blocks nothing: what requires it runs with that setting."""
+
+    @dataclass(frozen=True)
+    class Configured(Subject):
+        config: RunConfig = field(default_factory=lambda: RunConfig(lora_r=5))
+
+    @staticmethod
+    def wants(code, rank, *, offers=None, requires=()):
+        def check(subject):
+            if subject.config.lora_r == rank:
+                return Pass(f"rank {rank}")
+            settings = {} if offers is None else {"lora_r": offers}
+            return Fail(message="rank", expected=str(rank), actual="other", remedy="", settings=settings)
+
+        return Rule(code, f"toy-{code.lower()}", "static", "error", ("fix 1",), check, requires)
+
+    def test_what_requires_it_runs_with_them(self):
+        report = run_checks(
+            self.Configured(),
+            [
+                self.wants("ONE101", 3, offers=3),
+                self.wants("TWO102", 3, requires=("ONE101",)),
+                self.wants("TRE103", 3, requires=("TWO102",)),
+                self.wants("FOR104", 5),
+            ],
+        )
+        assert [outcome.outcome for outcome in report] == ["fail", "pass", "pass", "pass"]
+        assert [outcome.judged_with for outcome in report] == [{}, {"lora_r": 3}, {"lora_r": 3}, {}]
+        assert report.exit_code() == 1
+
+    def test_settings_with_which_it_still_fails_block(self):
+        rules = [self.wants("ONE101", 3, offers=4), self.wants("TWO102", 4, requires=("ONE101",))]
+        assert kinds(run_checks(self.Configured(), rules)) == {"ONE101": "fail", "TWO102": "blocked"}
+
+
+def test_what_d2l_refuses_is_a_finding_and_no_crash():
+    refusal = ModelError("layer_idx: expected less than 24\nlower it")
+    (outcome,) = run_checks(CLEAN, [says("TOY101", refusal)])
+    assert (outcome.outcome, outcome.actual, outcome.remedy) == ("fail", "layer_idx: expected less than 24", "lower it")
+
+
+def test_what_the_implementation_does_not_offer_is_skipped():
+    (outcome,) = run_checks(CLEAN, [says("TOY101", NotOffered("export"))])
+    assert (outcome.outcome, outcome.message) == ("skip", "the implementation does not offer export")
+
+
+@pytest.mark.parametrize(("result", "code"), [(Skip("no data"), 4), (Inapplicable("no experts"), 0)])
+def test_what_has_nothing_to_look_at_is_not_what_could_not_run(result, code):
+    report = run_checks(CLEAN, [says("TOY101", result)], select=["TOY101"])
+    assert report.exit_code() == code
+
+
+class TestSeveralProcesses:
+    """Rules of stage twin are shared by processes, with the outcomes of one process."""
+
+    @dataclass(frozen=True)
+    class WithTwin(Subject):
+        twin: str = "made"
+
+    def test_outcomes_are_those_of_one_process(self):
+        rules = [
+            CFG,
+            looks_for("ONE201"),
+            HYP,
+            ATT,
+            LOG,
+            says("CRS202", KeyError("x")),
+            looks_for("DAT301", stage="data"),
+        ]
+        for defects in (set(), {"rank"}, {"leak", "noise"}):
+            subject = self.WithTwin(frozenset(defects))
+            alone, shared = (examine(subject, rules, {}, lambda rule: None, workers) for workers in (1, 3))
+            assert [self.without_frames(outcome) for outcome in shared] == [self.without_frames(o) for o in alone]
+
+    def test_they_run_elsewhere(self):
+        def check(subject):
+            return Pass(str(os.getpid()))
+
+        rules = [replace(HYP, code=f"HYP20{i}", check=check) for i in range(4)]
+        first, *rest = examine(self.WithTwin(), rules, {}, lambda rule: None, 2)
+        assert first.message == str(os.getpid())
+        assert str(os.getpid()) not in {outcome.message for outcome in rest}
+
+    @staticmethod
+    def without_frames(outcome):
+        return replace(outcome, evidence={} if outcome.outcome == "crash" else outcome.evidence)
 
 
 def test_blocked_others_do_not_spoil_a_trial():

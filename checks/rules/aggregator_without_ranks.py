@@ -1,8 +1,8 @@
-"""The aggregator gives one latent for each rank, and the ranks differ.
+"""Every rank of a generated LoRA is generated, and the ranks differ.
 
 What it does
 ------------
-Runs the aggregator of the tiny twin on packed documents and looks at the shape and content of its output.
+Generates the LoRAs of packed documents on the tiny twin and looks at their shapes and rows.
 
 Why it matters
 --------------
@@ -13,14 +13,15 @@ rank 8 has the strength of rank 1, and nothing is reported.
 
 How it is detected
 ------------------
-The output must have five dimensions (chunks, layers, modules, rank, latent) of the configured sizes, and no rank may
-equal the first one.
+A LoRA must come out, with `lora_r` rows for every chunk in every layer and target, and no row of a chunk's A may equal
+its first one.
 
 How to fix
 ----------
 Set `per_rank_gen: true` (and `per_layer_processing: true`, as published).
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from checks.probes import probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -39,23 +41,36 @@ REMEDY = "set per_rank_gen: true"
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Look at the shape of the latents, then at the smallest distance of a rank from the first."""
+    """Look at the shapes of the LoRAs, then at the smallest distance of a row from the first."""
     config = subject.twin_config
-    latents = subject.twin().latents(probe_batch(subject))
-    expected = f"[chunks, layers, {len(config.target_modules)}, {config.lora_r}, latent]"
-    if latents.ndim != 5 or latents.shape[2:4] != (len(config.target_modules), config.lora_r):
+    settings = {} if config.per_rank_gen else {"per_rank_gen": True}
+    try:
+        lora = subject.twin().lora(probe_batch(subject))
+    except (D2LError, RuntimeError, ValueError) as error:
         return Fail(
-            message="the aggregator's output has lost its ranks",
-            expected=expected,
-            actual=str(list(latents.shape)),
+            message="no LoRA comes out of the hypernetwork",
+            expected=f"A and B for {', '.join(config.target_modules)}, {config.lora_r} rows for every chunk",
+            actual=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             remedy=REMEDY,
-            evidence={"rank": latents.ndim},
+            settings=settings,
+        )
+    expected = f"[contexts, {subject.twin_base_config.num_hidden_layers} layers, {config.lora_r} or more rows, inputs]"
+    shapes = {name: list(a.shape) for name, a in lora.A.items()}
+    rows = {name: a[:, :, : config.lora_r] for name, a in lora.A.items()}
+    evidence: dict[str, Any] = {"shapes": shapes}
+    if set(rows) != set(config.target_modules) or any(x.ndim != 4 or x.shape[2] < config.lora_r for x in rows.values()):
+        return Fail(
+            message="the generated LoRA has lost its ranks",
+            expected=expected,
+            actual=str(shapes),
+            remedy=REMEDY,
+            evidence=evidence,
+            settings=settings,
         )
     if config.lora_r == 1:
-        return Pass(f"latents have the shape {expected}; there is one rank")
-    distances = (latents[..., 1:, :] - latents[..., :1, :]).norm(dim=-1) / latents[..., :1, :].norm(dim=-1)
-    smallest = float(distances.min())
-    evidence = {"smallest_distance_of_ranks": smallest, "shape": list(latents.shape)}
+        return Pass(f"A has the shape {expected}; there is one rank", evidence)
+    distances = [((x[:, :, 1:] - x[:, :, :1]).norm(dim=-1) / x[:, :, :1].norm(dim=-1)).min() for x in rows.values()]
+    evidence["smallest_distance_of_ranks"] = smallest = float(torch.stack(distances).min())
     if not smallest > 1e-3:
         return Fail(
             message="the ranks of a generated adapter are copies of each other",
@@ -64,18 +79,26 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
-    return Pass(f"latents have the shape {expected}; ranks differ by {smallest:.2g} or more", evidence)
+    return Pass(f"A has the shape {expected}; ranks differ by {smallest:.2g} or more", evidence)
 
 
 def _broadcast_rank(healthy: Implementation, base: Any, config: Any) -> Model:
-    """Let the aggregator generate one rank, and stretch it to all."""
+    """Generate one rank of every chunk, and stretch it to all."""
     model: Any = healthy.build(base, config)
+    generate = model.lora
 
-    def stretch(module: Any, inputs: Any, latents: Any) -> Any:
-        return latents[..., :1, :].expand_as(latents)
+    def stretched(batch: Any) -> Any:
+        lora = generate(batch)
+        A, B = ({name: _first_row(x, config.lora_r) for name, x in side.items()} for side in (lora.A, lora.B))
+        return replace(lora, A=A, B=B)
 
-    model.hypernet.aggregator.register_forward_hook(stretch)
+    model.lora = stretched
     return model
+
+
+def _first_row(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """Replace each row of [n, L, R, d] by the first of its block of `rank` rows."""
+    return rows.unflatten(2, (-1, rank))[:, :, :, :1].expand(-1, -1, -1, rank, -1).flatten(2, 3)
 
 
 def _one_rank(subject: "Subject") -> str:

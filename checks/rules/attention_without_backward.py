@@ -59,6 +59,7 @@ def check(subject: "Subject") -> Result:
             actual=f"{choice.value} ({choice.reason})",
             remedy="set attn_implementation: auto",
             evidence=evidence,
+            settings={"attn_implementation": "auto"},
         )
     return Pass(f"{choice.value}: {choice.reason}", evidence)
 

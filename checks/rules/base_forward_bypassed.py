@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from checks.faults import override
 from checks.probes import TOLERANCE, difference, probe_batch
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 
@@ -49,7 +49,7 @@ def check(subject: "Subject") -> Result:
     """Compare overridden forwards with doubled weights."""
     plain = subject.twin()
     if not _linears(subject.implementation, plain, subject.config):
-        return Skip(f"no target is a Linear: {', '.join(subject.config.target_modules)}")
+        return Inapplicable(f"no target is a Linear: {', '.join(subject.config.target_modules)}")
     batch = probe_batch(subject)
     lora = plain.lora(batch)
     for linear in _linears(subject.implementation, plain, subject.config):

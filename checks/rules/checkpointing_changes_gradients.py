@@ -29,7 +29,7 @@ import torch
 
 from checks.faults import configure, override
 from checks.probes import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 from d2l.hypernet.model import checkpoint_layers
@@ -43,7 +43,7 @@ REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass con
 def check(subject: "Subject") -> Result:
     """Compare the task gradients of one joint backward, checkpointing off and on."""
     if not subject.config.gradient_checkpointing:
-        return Skip("gradient_checkpointing is off in the configuration")
+        return Inapplicable("gradient_checkpointing is off in the configuration")
     expected = _task_gradients(subject, checkpointing=False)
     try:
         with warnings.catch_warnings():  # what libraries warn of is measured here

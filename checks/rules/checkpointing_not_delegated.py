@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.short_run import PLAN, unique_rows
 from checks.steps import light_config, light_model
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 def check(subject: "Subject") -> Result:
     """Count the runs of every target in a trainer's step, with checkpointing and without."""
     if not subject.config.gradient_checkpointing:
-        return Skip("gradient_checkpointing is off in the configuration")
-    without, runs = (_runs(subject, checkpointing=on) for on in (False, True))
+        return Inapplicable("gradient_checkpointing is off in the configuration")
+    model = light_model(subject)
+    without, runs = (_runs(subject, model, checkpointing=on) for on in (False, True))
     once = [place for place in without if runs[place] <= without[place]]
     if once:
         return Fail(
@@ -52,7 +53,7 @@ def check(subject: "Subject") -> Result:
     return Pass(f"all {len(without)} targets are recomputed in the backward pass of a step", {"runs": dict(runs)})
 
 
-def _runs(subject: "Subject", *, checkpointing: bool) -> Counter[str]:
+def _runs(subject: "Subject", model: Model, *, checkpointing: bool) -> Counter[str]:
     """Count how often each target runs in one step of a trainer, encoder pass included."""
     config = light_config(
         subject,
@@ -60,7 +61,6 @@ def _runs(subject: "Subject", *, checkpointing: bool) -> Counter[str]:
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs=subject.config.gradient_checkpointing_kwargs,
     )
-    model: Any = light_model(subject, config)
     trainer = subject.implementation.trainer(model, unique_rows(1), config)
     runs: Counter[str] = Counter()
     with ExitStack() as hooks:

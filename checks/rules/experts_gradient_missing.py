@@ -27,7 +27,7 @@ from torch import Tensor
 
 from checks.faults import override
 from checks.probes import probe_batch
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def check(subject: "Subject") -> Result:
     """Compare each layer's gradient by cosine and norm."""
     if subject.twin_plan.experts.value == "dense":
-        return Skip(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
+        return Inapplicable(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
     dense_plan = replace(subject.twin_plan, experts=replace(subject.twin_plan.experts, value="dequantize"))
     dense = subject.implementation.build_base(subject.twin_base_config, dense_plan, 0)
     pairs = list(zip(_layer_gradients(subject, subject.twin_base()), _layer_gradients(subject, dense), strict=True))

@@ -22,7 +22,7 @@ Set `expert_weights: packed` (13 GB for gpt-oss-20b) or `expert_weights: dequant
 from typing import TYPE_CHECKING
 
 from checks.faults import configure
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def check(subject: "Subject") -> Result:
     """Look at how the plan holds the experts."""
     experts, quantization = subject.plan.experts, subject.plan.quantization
     if experts.value == "dense":
-        return Skip(f"{experts.reason}: there are no experts to hold in MXFP4")
+        return Inapplicable(f"{experts.reason}: there are no experts to hold in MXFP4")
     evidence = {"experts": experts.value, "reason": experts.reason, "quantization": quantization.value}
     if experts.value not in ("packed", "dequantize"):
         return Fail(
@@ -42,6 +42,7 @@ def check(subject: "Subject") -> Result:
             actual=f"{experts.value} ({experts.reason})",
             remedy="set expert_weights: packed, or dequantize where there is memory for it",
             evidence=evidence,
+            settings={"expert_weights": "auto"},
         )
     return Pass(f"experts are held as {experts.value}: {experts.reason}", evidence)
 

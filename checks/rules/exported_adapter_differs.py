@@ -32,7 +32,7 @@ import torch
 
 from checks.faults import override
 from checks.probes import TOLERANCE, difference, probe_batch
-from checks.result import Fail, NotApplicable, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, NotApplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 from d2l.errors import D2LError
@@ -52,7 +52,7 @@ REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = sc
 def check(subject: "Subject") -> Result:
     """Compare the logits under the bound LoRA with those under PEFT."""
     if MLP_BLOCK in subject.config.target_modules:
-        return Skip(NO_FORMAT)
+        return Inapplicable(NO_FORMAT)
     model = subject.twin()
     batch = probe_batch(subject, documents=(DOCUMENT,), questions=(QUESTION,), chunks=(CHUNKS,))
     lora = model.lora(batch)

@@ -50,7 +50,7 @@ def check(subject: "Subject") -> Result:
                 message=f"gradients are not clipped as configured, with max_grad_norm {where}",
                 expected=f"norm {min(limit, size):.4g}: {size:.4g} without a limit, {limit:.4g} the limit",
                 actual=f"norm {norm(actual):.4g}; off by {error:.2g} of the largest in {name}",
-                remedy="clip by the norm of all gradients together, once a step, before optimizer.step()",
+                remedy="clip by the norm of all gradients together, before optimizer.step(), and zero them before a step",
                 evidence={"errors": errors, "norm": size},
             )
     return Pass(f"gradients of norm {size:.3g} stay under a limit above it, and are scaled to one below it", errors)

@@ -20,26 +20,26 @@ Import with `d2l import-reference`; it reads the file without unpickling, and re
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from checks.faults import override
+from checks.faults import Override, override
 from checks.probes import TOLERANCE, difference, probe_batch
 from checks.reference_file import reference_state, write_reference_file
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
+from checks.subject import Implementation, changed
 from d2l.config.schema import RunConfig
-from d2l.errors import CheckpointError, D2LError
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.checkpoint import Checkpoint
     from d2l.hypernet.lora import Lora
+
+Tensors = Mapping[str, torch.Tensor]
 
 REMEDY = "import with `d2l import-reference`, every tensor under its own name, and keep the folder's config"
 
@@ -48,31 +48,33 @@ REMEDY = "import with `d2l import-reference`, every tensor under its own name, a
 def check(subject: "Subject") -> Result:
     """Compare tensors and LoRAs, before and after."""
     if own := _beyond_the_reference(subject.config):
-        return Skip(f"the reference has no {own}, so no checkpoint of it could be imported into this configuration")
+        return Inapplicable(
+            f"the reference has no {own}, so no checkpoint of it could be imported into this configuration"
+        )
     model = subject.twin()
     tensors = dict(model.hypernet.state_dict())
     batch = probe_batch(subject)
     expected = model.lora(batch)
     sizes = {name: (expected.A[name].shape[-1], expected.B[name].shape[-1]) for name in expected.A}
+    import_reference = subject.implementation.import_reference
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         file, imported = Path(folder) / "pytorch_model.bin", Path(folder) / "imported"
         write_reference_file(file, reference_state(tensors, subject.twin_config, subject.twin_base_config, sizes))
         try:
-            subject.implementation.import_reference(file, imported)
-            checkpoint = subject.implementation.load(imported)
-        except CheckpointError as error:
+            import_reference(file, imported)
+            config, found = subject.implementation.read(imported)
+        except D2LError as error:
             return Fail(
                 message="a checkpoint of the reference cannot be imported",
                 expected="a folder",
                 actual=str(error),
                 remedy=REMEDY,
             )
-    found = dict(checkpoint.hypernet)
     names = sorted(tensors.keys() | found.keys())
-    changed = [name for name in names if not _is_same(found.get(name), tensors.get(name))]
-    evidence = {"tensors": len(tensors), "changed": changed}
-    if changed:
-        actual = f"{len(changed)} of {len(tensors)} tensors changed or missing; first: {changed[0]}"
+    differing = [name for name in names if not _is_same(found.get(name), tensors.get(name))]
+    evidence = {"tensors": len(tensors), "changed": differing}
+    if differing:
+        actual = f"{len(differing)} of {len(tensors)} tensors changed or missing; first: {differing[0]}"
         return Fail(
             message="the import changes the weights",
             expected="every tensor equal in every bit",
@@ -81,7 +83,7 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     try:
-        fresh = subject.implementation.build(subject.twin_base(), RunConfig(**checkpoint.state["config"]))
+        fresh = subject.implementation.build(subject.twin_base(), config)
         fresh.hypernet.load_state_dict(found)
         distance = _difference(fresh.lora(batch), expected)
     except (RuntimeError, D2LError) as problem:
@@ -128,43 +130,31 @@ def _difference(actual: "Lora", expected: "Lora") -> float:
     return max(difference(*pair) for pair in [*pairs, (scales[0], scales[1])])
 
 
-def _spoilt(change: Callable[["Checkpoint"], "Checkpoint"]) -> Any:
-    """Make a fault of an import that writes a changed folder."""
+def _read(change: Callable[[RunConfig, Tensors], tuple[RunConfig, Tensors]]) -> Override:
+    """Make a fault of a folder that holds something else than was imported."""
 
-    def import_reference(healthy: Implementation, file: Path, folder: Path) -> None:
-        whole = folder.with_name("whole")
-        healthy.import_reference(file, whole)
-        healthy.save(change(healthy.load(whole)), folder)
+    def read(healthy: Implementation, folder: Path) -> tuple[RunConfig, Tensors]:
+        return change(*healthy.read(folder))
 
-    return override(import_reference=import_reference)
+    return override(read=read)
 
 
-def _skipped(checkpoint: "Checkpoint") -> "Checkpoint":
-    """Leave out the last scaler, which starts at zero."""
-    last = max(name for name in checkpoint.hypernet if name.startswith("scaler_B"))
-    kept = {name: value for name, value in checkpoint.hypernet.items() if name != last}
-    return replace(checkpoint, hypernet=kept)
+def _skipped(config: RunConfig, tensors: Tensors) -> tuple[RunConfig, Tensors]:
+    """Leave out the last tensor."""
+    *kept, _ = sorted(tensors)
+    return config, {name: tensors[name] for name in kept}
 
 
-def _halved(checkpoint: "Checkpoint") -> "Checkpoint":
+def _rounded(config: RunConfig, tensors: Tensors) -> tuple[RunConfig, Tensors]:
     """Round the weights through bfloat16."""
-    rounded = {name: value.bfloat16().to(value.dtype) for name, value in checkpoint.hypernet.items()}
-    return replace(checkpoint, hypernet=rounded)
+    return config, {name: value.bfloat16().to(value.dtype) for name, value in tensors.items()}
 
 
-def _with_config(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[["Checkpoint"], "Checkpoint"]:
-    def spoilt(checkpoint: "Checkpoint") -> "Checkpoint":
-        config = checkpoint.state["config"]
-        return replace(checkpoint, state={**checkpoint.state, "config": {**config, **change(config)}})
-
-    return spoilt
-
-
-def _another_encoder(config: dict[str, Any]) -> dict[str, Any]:
+def _another_encoder(config: RunConfig, tensors: Tensors) -> tuple[RunConfig, Tensors]:
     """Take features of another place in the encoder; where there is but one set of them, shapes do not show it."""
-    if config["ctx_encoder_type"] == "embed_only":
-        return {"ctx_encoder_type": "early_exit", "layer_idx": 1}
-    return {"ctx_encoder_type": "embed_only", "layer_idx": None}
+    if config.ctx_encoder_type == "embed_only":
+        return changed(config, ctx_encoder_type="early_exit", layer_idx=1), tensors
+    return changed(config, ctx_encoder_type="embed_only", layer_idx=None), tensors
 
 
 RULE = Rule(
@@ -176,13 +166,13 @@ RULE = Rule(
     requires=("LOR202",),
     check=check,
     faults=(
-        Fault("tensor-skipped", "a tensor stays at its initial value", _spoilt(_skipped)),
-        Fault("rounded", "weights go through bfloat16", _spoilt(_halved)),
+        Fault("tensor-skipped", "a tensor stays at its initial value", _read(_skipped)),
+        Fault("rounded", "weights go through bfloat16", _read(_rounded)),
         Fault(
             "rank-wrong",
             "another rank, and with it another scale",
-            _spoilt(_with_config(lambda config: {"lora_r": config["lora_r"] + 1})),
+            _read(lambda config, tensors: (changed(config, lora_r=config.lora_r + 1), tensors)),
         ),
-        Fault("encoder-wrong", "features of other layers", _spoilt(_with_config(_another_encoder))),
+        Fault("encoder-wrong", "features of other layers", _read(_another_encoder)),
     ),
 )

@@ -41,6 +41,7 @@ def check(subject: "Subject") -> Result:
             actual=choice.reason,
             remedy="set quantize_ctx_encoder: false",
             evidence=evidence,
+            settings={"quantize_ctx_encoder": False},
         )
     return Pass(f"quantization: {choice.value} ({choice.reason})", evidence)
 

@@ -24,23 +24,25 @@ and RNG.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from checks.faults import override
+from checks.faults import Override, override
 from checks.probes import difference
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.short_run import CHUNK, QUESTION, unique_rows
-from checks.steps import light_config, light_model
+from checks.steps import light_config, light_model, shared
 from checks.subject import Implementation
 from d2l.config.schema import CurriculumStage
 from d2l.data.packing import collate
 from d2l.data.tokenize import Row
-from d2l.errors import CheckpointError
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Model, Stepper, Subject
@@ -79,10 +81,10 @@ def check(subject: "Subject") -> Result:
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / f"step-{BEFORE:06d}"
         try:
-            subject.implementation.save(straight.checkpoint(), path)
+            straight.save(path)
             resumed = _trainer(subject, seed=1)
-            resumed.restore(subject.implementation.load(path))
-        except CheckpointError as error:
+            resumed.resume(path)
+        except (D2LError, OSError, RuntimeError, TypeError, ValueError) as error:
             expectation = "a folder that is written and read back"
             return Fail(
                 message="a checkpoint cannot be saved and loaded",
@@ -118,46 +120,79 @@ def _trainer(subject: "Subject", seed: int) -> "Stepper":
     """Make a trainer of a light twin, whose rows the twin of seed 0 answers right."""
     config = light_config(subject, **PLAN)
     model = light_model(subject, config, seed)
-    return subject.implementation.trainer(model, _answered(subject, light_model(subject, config)), config)
+    rows = shared(subject, "answered", lambda: _answered(model))
+    return subject.implementation.trainer(model, rows, config)
 
 
 @torch.no_grad()
-def _answered(subject: "Subject", model: "Model") -> list[Row]:
-    """Make the rows of all stages, whose labels are the likeliest tokens."""
-    rows = []
-    for row in unique_rows(PER_STAGE * len(STAGES)):
-        batch = collate([row])
-        likeliest = model.logits(batch, model.lora(batch)).argmax(-1).tolist()
-        query = row.queries[0]
-        labels = tuple(-100 if label == -100 else likeliest[place - 1] for place, label in enumerate(query.labels))
-        rows.append(replace(row, queries=(replace(query, labels=labels),)))
-    return rows
+def _answered(model: "Model") -> list[Row]:
+    """Make the rows of all stages, whose labels are the model's likeliest tokens."""
+    rows = unique_rows(PER_STAGE * len(STAGES))
+    batch = collate(rows)
+    likeliest = model.logits(batch, model.lora(batch)).argmax(-1).tolist()
+    answered = []
+    for index, row in enumerate(rows):
+        (query,), start = row.queries, index * QUESTION
+        labels = tuple(
+            -100 if label == -100 else likeliest[start + place - 1] for place, label in enumerate(query.labels)
+        )
+        answered.append(replace(row, queries=(replace(query, labels=labels),)))
+    return answered
 
 
-def _with_config_object(healthy: Implementation, checkpoint: Any, folder: Path) -> None:
-    """Put the configuration object among the tensors, as in the reference."""
-    tensors: Any = {**checkpoint.hypernet, "hypernet_config": checkpoint.state["config"]}
-    healthy.save(replace(checkpoint, hypernet=tensors), folder)
+def _stepper(change: Callable[[Any], None]) -> Override:
+    """Make a fault of a run that is changed right after it was made."""
+
+    def trainer(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
+        run = healthy.trainer(model, rows, config)
+        change(run)
+        return run
+
+    return override(trainer=trainer)
 
 
-def _without_moments(healthy: Implementation, folder: Path) -> Any:
-    """Return the optimizer's moments as zeros."""
-    loaded = healthy.load(folder)
-    trainer = {name: value * 0 if "exp_avg" in name else value for name, value in loaded.trainer.items()}
-    return replace(loaded, trainer=trainer)
+def _truncate(run: Any) -> None:
+    """Save a folder whose largest file lacks its end, as a full disk or a state that cannot be read back leaves it."""
+    save = run.save
+
+    def truncated(folder: Path) -> None:
+        save(folder)
+        largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-16])
+
+    run.save = truncated
 
 
-def _without_curriculum(healthy: Implementation, folder: Path) -> Any:
-    """Lose how near the stage is to its end."""
-    loaded = healthy.load(folder)
-    curriculum = {**loaded.state.get("curriculum", {}), "average": 0.0}  # an imported model has none
-    return replace(loaded, state={**loaded.state, "curriculum": curriculum})
+def _lose_moments(run: Any) -> None:
+    """Resume with an optimizer that has seen nothing: its state is emptied before its next step."""
+    resume, step = run.resume, run.step
+
+    def forgetful(folder: Path) -> None:
+        resume(folder)
+        run.step = first
+
+    def first() -> Any:
+        run.step = step
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: optimizer.state.clear())
+        try:
+            return step()
+        finally:
+            hook.remove()
+
+    run.resume = forgetful
 
 
-def _from_the_start(healthy: Implementation, folder: Path) -> Any:
-    """Lose the position in the data."""
-    loaded = healthy.load(folder)
-    return replace(loaded, state={**loaded.state, "epoch": 0, "position": 0})
+def _lose_weights(run: Any) -> None:
+    """Resume with the weights that were there before."""
+    resume = run.resume
+
+    def forgetful(folder: Path) -> None:
+        before = {name: value.detach().clone() for name, value in run.model.hypernet.named_parameters()}
+        resume(folder)
+        for name, value in run.model.hypernet.named_parameters():
+            value.data.copy_(before[name])
+
+    run.resume = forgetful
 
 
 RULE = Rule(
@@ -166,12 +201,11 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 6", "failure mode F6", "failure mode 27", "failure mode 28"),
-    requires=("STP201",),
+    requires=("STP201", "OPT202"),
     check=check,
     faults=(
-        Fault("config-in-state-dict", "a configuration object among the tensors", override(save=_with_config_object)),
-        Fault("moments-lost", "the optimizer starts anew", override(load=_without_moments)),
-        Fault("average-lost", "the curriculum's average is lost", override(load=_without_curriculum)),
-        Fault("position-lost", "the data starts from the beginning", override(load=_from_the_start)),
+        Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
+        Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
+        Fault("weights-lost", "the weights are not restored", _stepper(_lose_weights)),
     ),
 )

@@ -2,9 +2,9 @@
 
 What it does
 ------------
-Takes two optimizer steps with the run's own trainer on the tiny twin, at a learning rate of the probe's. Then it requests a
-step over rows without any supervised token, plants a NaN in a parameter, requests another step, and looks whether both are
-refused with nothing changed.
+Takes two optimizer steps with the run's own trainer on a twin, with the run's losses and optimizer, at a learning rate of the
+probe's. Then it requests a step over rows without any supervised token, plants a NaN in a parameter, requests another step, and
+looks whether both are refused with nothing changed.
 
 Why it matters
 --------------
@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override_step
-from checks.probes import probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import changed
+from checks.steps import light_config, light_model, loss_rows
 from d2l.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -42,21 +41,28 @@ GUARD = "require a supervised token, a finite loss and a finite gradient norm be
 MUON = 1e-2  # where the run uses it
 PLAN: dict[str, Any] = {  # at the run's own learning rate OPT204 looks
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant_with_warmup",
-    "max_steps": 10,
-    "gradient_accumulation_steps": 1,
-    "curriculum": (),
-    "max_packed_inp_len": 100,
-    "max_packed_ctx_len": 100,
 }
+OWN = (
+    "loss",
+    "use_per_ctx_average_loss",
+    "gen_lora_l1_reg_coef",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
 
 
 def check(subject: "Subject") -> Result:
     """Take two steps, then two that have to be refused."""
-    model: Any = subject.twin()
     muon = None if subject.config.muon_learning_rate is None else MUON
-    config = changed(subject.twin_config, **PLAN, muon_learning_rate=muon)
-    rows = probe_rows(subject)
+    own = {name: getattr(subject.config, name) for name in OWN}
+    config = light_config(subject, **own, **PLAN, muon_learning_rate=muon)
+    model: Any = light_model(subject, config, dtype=torch.float32)
+    rows = loss_rows(subject)
     trainer = subject.implementation.trainer(model, rows, config)
     before = _values(model)
     try:

@@ -33,6 +33,8 @@ from d2l.errors import ModelError
 from d2l.hypernet.targets import MLP_BLOCK
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from checks.subject import Subject
 
 REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v_proj, o_proj; or mlp, the whole block"
@@ -49,7 +51,11 @@ def check(subject: "Subject") -> Result:
         found = subject.implementation.targets(base, names)
     except ModelError as error:
         return Fail(
-            message="a target module does not exist in every layer", expected=expected, actual=str(error), remedy=REMEDY
+            message="a target module does not exist in every layer",
+            expected=expected,
+            actual=str(error),
+            remedy=REMEDY,
+            settings=_matching(subject, base),
         )
     kinds: dict[str, type[nn.Module]] = {name: nn.Module if name == MLP_BLOCK else nn.Linear for name in names}
     modules = {name: [item for item in found.get(name, ()) if isinstance(item, kinds[name])] for name in names}
@@ -65,6 +71,20 @@ def check(subject: "Subject") -> Result:
             evidence={"found": counts},
         )
     return Pass(f"{', '.join(names)}: {sum(counts.values())} modules in {layers} layers", {"found": counts})
+
+
+def _matching(subject: "Subject", base: "PreTrainedModel") -> dict[str, list[str]]:
+    """Choose targets that exist: those of the configured names that do, else one that carries much (TGT102)."""
+
+    def exists(name: str) -> bool:
+        try:
+            return bool(subject.implementation.targets(base, [name]).get(name))
+        except ModelError:
+            return False
+
+    found = [name for name in subject.config.target_modules if exists(name)]
+    found = found or [name for name in ("v_proj", "o_proj") if exists(name)][:1]
+    return {"target_modules": found} if found else {}
 
 
 def _partial(healthy: Implementation, base: Any, names: Any) -> Any:

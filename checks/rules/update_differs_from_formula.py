@@ -127,7 +127,8 @@ def _worst_update(steps: Sequence[Observed], config: "RunConfig") -> tuple[float
                     update.gradient,
                     states.get(name),
                     number,
-                    lr=update.options["lr"],  # of this step; OPT203 compares it with the schedule
+                    # of this step, where a schedule changes it: OPT203 compares it with the formula
+                    lr=config.learning_rate if config.muon_learning_rate else update.options["lr"],
                     betas=(config.adam_beta1, config.adam_beta2),
                     eps=config.adam_epsilon,
                     weight_decay=decay,

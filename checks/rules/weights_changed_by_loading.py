@@ -28,7 +28,7 @@ import torch
 
 from checks.faults import override
 from checks.probes import TOLERANCE, difference, probe_batch
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 from d2l.errors import ModelError
@@ -43,7 +43,7 @@ REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_o
 def check(subject: "Subject") -> Result:
     """Compare every tensor and the logits, before and after the disk."""
     if subject.twin_plan.experts.value == "dense":
-        return Skip(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
+        return Inapplicable(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
     written = subject.twin_base()
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / "base"

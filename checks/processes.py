@@ -1,0 +1,44 @@
+"""Work shared by forked processes, which inherit whatever was read and computed before."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_all_start_methods, get_context
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(task: Callable[[int], Value], count: int, workers: int) -> Iterator[Value]:
+    """Yield `task(0)`, `task(1)`, …, `task(count - 1)`, in order; in this process where no other can be forked.
+
+    Only the number of a task and its value, which pickle has to take, are sent between processes.
+    """
+    workers = min(count, workers)
+    if workers < 2 or "fork" not in get_all_start_methods():
+        yield from map(task, range(count))
+        return
+    with _inherited(task), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        yield from pool.map(_inherited_task, range(count))
+
+
+_tasks: list[Callable[[int], Any]] = []  # what forked workers find here
+
+
+@contextmanager
+def _inherited(task: Callable[[int], Any]) -> Iterator[None]:
+    _tasks.append(task)
+    try:
+        yield
+    finally:
+        _tasks.pop()
+
+
+def _inherited_task(index: int) -> Any:
+    return _tasks[-1](index)

@@ -52,6 +52,22 @@ def override(unless: Callable[[Subject], str] = lambda subject: "", **methods: C
     return Override(methods, unless)
 
 
+def override_step(around: Callable[[Callable[[], Any], Any], Any]) -> Override:
+    """Make a fault in every step of a trainer.
+
+    Args:
+        around: called instead of the step, with the step and the trainer; returns what the step returns.
+    """
+
+    def trainer(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+        made: Any = healthy.trainer(model, rows, config)
+        step = made.step
+        made.step = lambda: around(step, made)
+        return made
+
+    return override(trainer=trainer)
+
+
 class _Overlay:
     """An implementation with some of its methods replaced."""
 

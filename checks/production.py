@@ -32,6 +32,7 @@ from d2l.inference.adapter import export_adapter
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss
 from d2l.train.losses import Normalizer
+from d2l.train.optimizer import make_optimizer, make_schedule
 from d2l.train.processes import OneProcess
 
 
@@ -85,6 +86,10 @@ class Production:
 
     def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
         return Run(model, rows, config, OneProcess(model.base.device))
+
+    def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
+        schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)
+        return [float(schedule.base_lrs[-1]) * schedule.lr_lambdas[-1](step) for step in steps]
 
     def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
         checkpoint = load_checkpoint(folder)

@@ -119,6 +119,9 @@ class Implementation(Protocol):
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
         """Make a run at its start."""
 
+    def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
+        """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
+
     def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
         """Return the configuration and the trained tensors, by name, of a folder of `save` or `import_reference`."""
 
@@ -242,15 +245,20 @@ class Subject:
         Args:
             seed: of the hypernetwork; the base is always the same.
         """
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = self.implementation.build(base or self.twin_base(), self.twin_config)
-        with torch.no_grad():
-            for parameter in model.hypernet.parameters():
-                if not parameter.any():
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        return model
+        return build_drawn(self.implementation, base or self.twin_base(), self.twin_config, seed)
+
+
+def build_drawn(implementation: Implementation, base: "PreTrainedModel", config: RunConfig, seed: int) -> Model:
+    """Build a model from a seed, and draw the parameters that start at zero at random, so that its LoRA is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = implementation.build(base, config)
+    with torch.no_grad():
+        for parameter in model.hypernet.parameters():
+            if not parameter.any():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def trained_values(subject: Subject) -> tuple[int, int]:

@@ -1,19 +1,20 @@
-"""One batch of four contexts and batches of one and of three give the same gradient.
+"""A step of several micro-batches applies the gradient that one whole batch would.
 
 What it does
 ------------
-Takes the gradient of a step's whole loss on the tiny twin, with rows of unequal length and documents of unequal numbers
-of chunks: packed into one row, and as micro-batches of one context and of three. A mean over contexts is spoilt by
-micro-batches of unequal numbers of contexts only.
+Lets the run's own trainer take one step on a twin over three contexts: packed into one batch, and as two micro-batches of
+unequal numbers of contexts, questions, chunks and label tokens; with the mean over tokens and with the mean over contexts.
 
 Why it matters
 --------------
 A loss that every micro-batch divides by its own number of tokens weighs short rows more, and the size of the gradient
-depends on `gradient_accumulation_steps`: settings found with one value are wrong with another.
+depends on `gradient_accumulation_steps`: settings found with one value are wrong with another. A trainer that ignores the
+key takes steps of a fraction of the batch that was planned.
 
 How it is detected
 ------------------
-The two gradients, computed in float64, must agree to 1e-4 of the largest entry.
+The gradients that the optimizer gets must agree, parameter by parameter, to 1e-4 of the parameter's largest entry, in
+float64.
 
 How to fix
 ----------
@@ -23,47 +24,55 @@ Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.probes import TOLERANCE, difference, flat, gradients, norm, probe_rows
+from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
+from checks.steps import CHUNKS, TOLERANCE, TWO_BATCHES, loss_step, worst_parameter
 from checks.subject import changed
-from d2l.data.packing import collate
 
 if TYPE_CHECKING:
     from checks.subject import Implementation, Subject
 
+MEANS = {False: "mean over tokens", True: "mean over contexts"}
+
 
 def check(subject: "Subject") -> Result:
     """Compare the gradients of a whole step, packed and accumulated."""
-    rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
-    config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
-    model = subject.twin()
-    for part in (model.base, model.hypernet):
-        part.double()  # in float32 a sharp softmax (perceiver_query_scale: 10) rounds by more than the tolerance
-    whole, accumulated = (
-        gradients(model, sum(subject.implementation.loss(model, batches, config)))  # type: ignore[arg-type]
-        for batches in ([collate(rows)], [collate(rows[:1]), collate(rows[1:])])
-    )
-    error = difference(flat(accumulated), flat(whole))
-    evidence = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
-    if error > TOLERANCE:
-        return Fail(
-            message="gradients depend on how a step is cut into micro-batches",
-            expected=f"entries within {TOLERANCE:g} of the largest",
-            actual=f"{error:.2g} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in two)",
-            remedy="divide losses by counts of the whole optimizer step, not of one micro-batch",
-            evidence=evidence,
-        )
+    evidence: dict[str, Any] = {}
+    for per_context, label in MEANS.items():
+        mean = {"loss": "ce", "use_per_ctx_average_loss": per_context}
+        whole = loss_step(subject, **mean).gradients
+        accumulated = loss_step(subject, **mean, **TWO_BATCHES).gradients
+        error, name = worst_parameter(accumulated, whole)
+        evidence[label] = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
+        if not error <= TOLERANCE:
+            return Fail(
+                message=f"gradients depend on how a step is cut into micro-batches ({label})",
+                expected=f"entries within {TOLERANCE:g} of the largest of each parameter",
+                actual=f"{error:.2g} in {name} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in two)",
+                remedy="take gradient_accumulation_steps micro-batches for every optimizer step, and divide losses by "
+                "counts of the whole step, not of one micro-batch",
+                evidence=evidence,
+            )
+    errors = [found["relative_error"] for found in evidence.values()]
     return Pass(
-        f"{len(rows)} contexts in one batch and in batches of 1 and {len(rows) - 1} agree to {error:.1g} of the largest entry",
+        f"{len(CHUNKS)} contexts in one batch and in two micro-batches agree to {max(errors):.1g} of each parameter's largest",
         evidence,
     )
 
 
-def _mean_of_means(healthy: "Implementation", model: Any, batches: Any, config: Any) -> Any:
-    """Divide every micro-batch by its own counts, and take the mean."""
-    losses = [healthy.loss(model, [batch], config) for batch in batches]
-    return tuple(sum(terms) / len(losses) for terms in zip(*losses, strict=True))
+def _ignored(healthy: "Implementation", model: Any, rows: Any, config: Any) -> Any:
+    """Take a step for every micro-batch."""
+    return healthy.trainer(model, rows, changed(config, gradient_accumulation_steps=1))
+
+
+def _weighed(healthy: "Implementation", model: Any, rows: Any, config: Any) -> Any:
+    """Weigh every micro-batch by itself: a sum of two means."""
+    if config.gradient_accumulation_steps > 1:
+        for parameter in model.hypernet.parameters():
+            weights = iter([0.5, 1.5] * 1000)
+            parameter.register_hook(lambda gradient, weights=weights: gradient * next(weights))
+    return healthy.trainer(model, rows, config)
 
 
 RULE = Rule(
@@ -72,7 +81,10 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode 11", "huggingface/transformers#34191"),
-    requires=("ATT201",),
+    requires=("LSS201",),
     check=check,
-    faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),
+    faults=(
+        Fault("ignored", "a step takes one micro-batch", override(trainer=_ignored)),
+        Fault("weighed-by-itself", "each micro-batch is weighed by itself", override(trainer=_weighed)),
+    ),
 )

@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Switches the run's checkpointing on for the tiny twin and counts how often each target Linear runs in one forward and
-backward pass.
+Lets the run's own trainer take a step on a twin with the run's checkpointing on, and one without, and counts how often each
+target runs.
 
 Why it matters
 --------------
@@ -13,59 +13,64 @@ then needs several times the activation memory that was planned.
 
 How it is detected
 ------------------
-Every target Linear must run at least twice: once in the forward pass, once in the recomputation.
+Every target must run once more in the step with checkpointing: in the recomputation.
 
 How to fix
 ----------
-Hand `gradient_checkpointing_enable` on to the base, and call `train()` on it.
+Call `gradient_checkpointing_enable` where the trainer is made, hand it on to the base, and call `train()` on the base.
 """
 
 from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.probes import alone, gradients, probe_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
+from checks.short_run import PLAN, unique_rows
+from checks.steps import light_config, light_model
+from checks.subject import Implementation, Model, changed
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
 
 def check(subject: "Subject") -> Result:
-    """Count the runs of every target Linear in one forward and backward pass."""
+    """Count the runs of every target in a trainer's step, with checkpointing and without."""
     if not subject.config.gradient_checkpointing:
         return Inapplicable("gradient_checkpointing is off in the configuration")
-    model: Any = subject.twin()
-    model.train()
-    model.gradient_checkpointing_enable(subject.config.gradient_checkpointing_kwargs)
-    runs: Counter[str] = Counter()
-    linears = {
-        f"{name} of layer {layer}": linear
-        for name, found in subject.implementation.targets(model.base, subject.config.target_modules).items()
-        for layer, linear in enumerate(found)
-    }
-    batch = alone(probe_rows(subject))[0]
-    lora = model.lora(batch)
-    hooks = [
-        linear.register_forward_hook(lambda *_, place=place: runs.update([place])) for place, linear in linears.items()
-    ]
-    try:
-        gradients(model, model.logits(batch, lora).float().logsumexp(-1).sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    once = [place for place in linears if runs[place] < 2]
+    model = light_model(subject)
+    without, runs = (_runs(subject, model, checkpointing=on) for on in (False, True))
+    once = [place for place in without if runs[place] <= without[place]]
     if once:
         return Fail(
-            message="gradient checkpointing does not reach the base's layers",
-            expected="every target runs twice: forward and recomputation",
-            actual=f"{len(once)} of {len(linears)} ran {runs[once[0]]} time(s), {once[0]} first",
-            remedy="hand gradient_checkpointing_enable on to the base and call train() on it",
-            evidence={"runs": dict(runs)},
+            message="gradient checkpointing does not reach the base's layers in a step of the trainer",
+            expected="every target runs once more with it, in the recomputation",
+            actual=f"{len(once)} of {len(without)} do not: {once[0]} ran {runs[once[0]]} time(s), {without[once[0]]} without",
+            remedy="hand gradient_checkpointing_enable on to the base where the trainer is made, and call train() on the base",
+            evidence={"runs": dict(runs), "runs_without": dict(without)},
         )
-    return Pass(f"all {len(linears)} targets are recomputed in the backward pass", {"runs": dict(runs)})
+    return Pass(f"all {len(without)} targets are recomputed in the backward pass of a step", {"runs": dict(runs)})
+
+
+def _runs(subject: "Subject", model: Model, *, checkpointing: bool) -> Counter[str]:
+    """Count how often each target runs in one step of a trainer, encoder pass included."""
+    config = light_config(
+        subject,
+        **{**PLAN, "gradient_accumulation_steps": 1},
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs=subject.config.gradient_checkpointing_kwargs,
+    )
+    trainer = subject.implementation.trainer(model, unique_rows(1), config)
+    runs: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name, found in subject.implementation.targets(model.base, subject.config.target_modules).items():
+            for layer, target in enumerate(found):
+                place = f"{name} of layer {layer}"
+                hook = target.register_forward_hook(lambda *_, place=place: runs.update([place]))
+                hooks.callback(hook.remove)
+        trainer.step()
+    return runs
 
 
 def _not_handed_on(healthy: Implementation, base: Any, config: Any) -> Model:
@@ -83,16 +88,22 @@ def _base_in_eval(healthy: Implementation, base: Any, config: Any) -> Model:
     return model
 
 
+def _ignored(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+    """Make a trainer that does not look at the key."""
+    return healthy.trainer(model, rows, changed(config, gradient_checkpointing=False))
+
+
 RULE = Rule(
     code="GRD202",
     name="checkpointing-not-delegated",
     stage="twin",
     severity="error",
     sources=("fix 7", "failure mode F7"),
-    requires=("GRD201",),
+    requires=("GRD201", "STP201"),
     check=check,
     faults=(
         Fault("not-handed-on", "gradient_checkpointing_enable does nothing", override(build=_not_handed_on)),
         Fault("base-in-eval", "the frozen base is kept in eval mode", override(build=_base_in_eval)),
+        Fault("ignored", "the trainer never switches checkpointing on", override(trainer=_ignored)),
     ),
 )

@@ -1,19 +1,21 @@
-"""An optimizer step on the twin is finite and moves the weights; a step that is not finite is refused.
+"""An optimizer step on the twin is finite and moves the weights; a step that would spoil them or teach nothing is refused.
 
 What it does
 ------------
-Takes two optimizer steps with the run's own trainer on the tiny twin. Then it plants a NaN in a parameter, requests
-another step, and looks whether that is refused with nothing changed.
+Takes two optimizer steps with the run's own trainer on a twin, with the run's losses and optimizer, at a learning rate of the
+probe's. Then it requests a step over rows without any supervised token, plants a NaN in a parameter, requests another step, and
+looks whether both are refused with nothing changed.
 
 Why it matters
 --------------
 One NaN in a gradient turns every weight to NaN in the step that follows. Trainers that log NaN as 0.0, or compare it
-with a threshold (`nan > t` is false), go on for hours and save checkpoints without a usable number in them.
+with a threshold (`nan > t` is false), go on for hours and save checkpoints without a usable number in them. Where no token is
+supervised the loss is a quiet 0.0, and weight decay alone moves the weights.
 
 How it is detected
 ------------------
-Loss and gradient norm of the steps must be finite and the weights must move; with the planted NaN the trainer must raise
-before the optimizer runs, and no other weight may change.
+Loss and gradient norm of the steps must be finite and the weights must move; without labels, and with the planted NaN, the
+trainer must raise before the optimizer runs, and no weight may change.
 
 How to fix
 ----------
@@ -21,29 +23,57 @@ Before every `optimizer.step()`, require a finite loss, a finite gradient norm a
 """
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from checks.faults import override
-from checks.probes import probe_rows
+from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
+from checks.steps import light_config, light_model, loss_rows
 from d2l.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-GUARD = "require a finite loss and gradient norm before every optimizer.step()"
+GUARD = "require a supervised token, a finite loss and a finite gradient norm before every optimizer.step()"
+MUON = 1e-2  # where the run uses it
+PLAN: dict[str, Any] = {  # at the run's own learning rate OPT204 looks
+    "learning_rate": 1e-3,
+}
+OWN = (
+    "loss",
+    "use_per_ctx_average_loss",
+    "gen_lora_l1_reg_coef",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
 
 
 def check(subject: "Subject") -> Result:
-    """Take two steps, then one that has to be refused."""
-    model: Any = subject.twin()
-    trainer = subject.implementation.trainer(model, probe_rows(subject), subject.twin_config)
+    """Take two steps, then two that have to be refused."""
+    muon = None if subject.config.muon_learning_rate is None else MUON
+    own = {name: getattr(subject.config, name) for name in OWN}
+    config = light_config(subject, **own, **PLAN, muon_learning_rate=muon)
+    model: Any = light_model(subject, config, dtype=torch.float32)
+    rows = loss_rows(subject)
+    trainer = subject.implementation.trainer(model, rows, config)
     before = _values(model)
-    steps = [trainer.step(), trainer.step()]
+    try:
+        steps = [trainer.step(), trainer.step()]
+    except Exception as error:  # whatever stops a run at its first step is a finding about it
+        return Fail(
+            message="an optimizer step on the twin cannot be taken",
+            expected="two steps",
+            actual=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            remedy="run the step where the message says; the twin has the run's settings and random weights",
+        )
     evidence = {"task_loss": [step.task_loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
     after = _values(model)
     if not all(math.isfinite(number) for numbers in evidence.values() for number in numbers):
@@ -64,66 +94,88 @@ def check(subject: "Subject") -> Result:
             remedy=GUARD,
             evidence=evidence,
         )
-    return _refusal(trainer, evidence)
-
-
-def _refusal(trainer: Any, evidence: dict[str, Any]) -> Result:
-    """Look at what the trainer does with a NaN in its first parameter."""
-    name, parameter = next(iter(trainer.model.hypernet.named_parameters()))
+    unlabelled = subject.implementation.trainer(model, [_without_labels(row) for row in rows], config)
+    if finding := _refusal(unlabelled, "without a supervised token", evidence):
+        return finding
     with torch.no_grad():
-        parameter.view(-1)[0] = math.nan
+        next(iter(model.hypernet.parameters())).view(-1)[0] = math.nan
+    if finding := _refusal(trainer, "that is not finite", evidence):
+        return finding
+    losses = " → ".join(f"{loss:.3g}" for loss in evidence["task_loss"])
+    return Pass(f"two steps: loss {losses}; a step without labels and one with NaN are refused", evidence)
+
+
+def _without_labels(row: Any) -> Any:
+    """Return a row none of whose tokens is supervised."""
+
+    def bare(query: Any) -> Any:
+        teacher = {} if query.logprobs_vals is None else {"logprobs_vals": (), "logprobs_indices": ()}
+        return replace(query, labels=(-100,) * len(query.labels), **teacher)
+
+    return replace(row, queries=tuple(map(bare, row.queries)))
+
+
+def _refusal(trainer: Any, what: str, evidence: dict[str, Any]) -> Result | None:
+    """Request a step that has to be refused; return what is wrong with the refusal."""
     before = _values(trainer.model)
     try:
         trainer.step()
-    except NonFiniteError as error:
-        evidence["refused_with"] = str(error).splitlines()[0]
+    except Exception as error:  # an implementation has errors of its own
+        evidence[f"a step {what}"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     else:
         return Fail(
-            message="a step that is not finite is taken",
-            expected="NonFiniteError before the step",
+            message=f"a step {what} is taken",
+            expected="an error before the step",
             actual="the step",
             remedy=GUARD,
             evidence=evidence,
         )
-    changed = [key for key, value in _values(trainer.model).items() if not value.equal(before[key]) and key != name]
-    if changed:
+    changes = [name for name, value in _values(trainer.model).items() if not _same(value, before[name])]
+    if changes:
         return Fail(
-            message="a refused step changed weights",
+            message=f"a refused step {what} changed weights",
             expected="no change",
-            actual=f"{changed[0]} changed",
+            actual=f"{changes[0]} changed",
             remedy=GUARD,
             evidence=evidence,
         )
-    return Pass(
-        f"two steps: loss {evidence['task_loss'][0]:.3g} → {evidence['task_loss'][1]:.3g}; NaN is refused", evidence
-    )
+    return None
+
+
+def _same(value: torch.Tensor, before: torch.Tensor) -> bool:
+    """Return whether two tensors are equal, NaN at the same places included."""
+    return torch.equal(value.nan_to_num(0.0), before.nan_to_num(0.0)) and torch.equal(value.isnan(), before.isnan())
 
 
 def _values(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.hypernet.named_parameters()}
 
 
-def _unguarded(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Make a trainer whose NaN is logged as zero and stepped on."""
-    trainer: Any = healthy.trainer(model, rows, config)
-    step = trainer.step
-
-    def careless() -> Any:
-        try:
-            return step()
-        except NonFiniteError:
-            trainer.optimizer.step()
-
-    trainer.step = careless
-    return trainer
+def _unguarded(step: Any, trainer: Any) -> Any:
+    """Log a step without a number as zero."""
+    try:
+        return step()
+    except NonFiniteError:
+        return None
 
 
-def _frozen_optimizer(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
-    """Make a trainer whose optimizer holds no parameter of the hypernetwork."""
-    trainer: Any = healthy.trainer(model, rows, config)
-    for group in trainer.optimizer.param_groups:
-        group["params"] = []
-    return trainer
+def _too_late(step: Any, trainer: Any) -> Any:
+    """Let the weights decay before a step is refused."""
+    try:
+        return step()
+    except NonFiniteError:
+        for parameter in trainer.model.hypernet.parameters():
+            parameter.data.mul_(1 - 1e-3)
+        raise
+
+
+def _undone(step: Any, trainer: Any) -> Any:
+    """Restore the weights after every step."""
+    before = _values(trainer.model)
+    metrics = step()
+    for name, parameter in trainer.model.hypernet.named_parameters():
+        parameter.data.copy_(before[name])
+    return metrics
 
 
 RULE = Rule(
@@ -135,7 +187,8 @@ RULE = Rule(
     requires=("GRD201", "GRD204"),
     check=check,
     faults=(
-        Fault("no-guard", "a non-finite step is swallowed and taken", override(trainer=_unguarded)),
-        Fault("empty-optimizer", "the optimizer holds no parameter", override(trainer=_frozen_optimizer)),
+        Fault("no-guard", "a step without labels or numbers passes", override_step(_unguarded)),
+        Fault("refused-too-late", "a refused step has changed weights", override_step(_too_late)),
+        Fault("nothing-moves", "a step leaves the weights as they were", override_step(_undone)),
     ),
 )

@@ -1,0 +1,157 @@
+"""Trainers as the checks examine them: light float64 twins, rows whose tokens say whose they are, settings of their own.
+
+No setting here is the run's where it could hide a fault: a run's own schedule, clipping, loss or accumulation decides
+nothing. What decides which code runs (kind of base, encoder, targets, shape of the hypernetwork) is the run's.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from checks.observed import Observed, observed_step
+from checks.subject import build_drawn, changed
+from d2l.data.tokenize import Query, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from checks.subject import Model, Subject
+    from d2l.config.schema import RunConfig
+
+Value = TypeVar("Value")
+
+# Equal computations in float64 twins differ by float32 rounding inside the model library (norms, softmax, rope), about
+# 1e-7 of the largest; a term that is lost or counted twice changes values by 1e-2 and more.
+TOLERANCE = 1e-4
+TEACHER = 3  # tokens that the probes' teacher names for every label
+
+# The learning rate is so small that no weight moves: several steps can be compared from the same weights.
+STILL: dict[str, Any] = {
+    "learning_rate": 1e-30,
+    "muon_learning_rate": None,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1e30,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0,
+    "max_steps": 1000,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "loss": "ce",
+    "use_per_ctx_average_loss": False,
+    "gen_lora_l1_reg_coef": 0.0,
+    "curriculum": (),
+    "max_packed_inp_len": 1000,
+    "max_packed_ctx_len": 1000,
+    "seed": 0,
+}
+
+# Three documents of several chunks, and of several questions (tokens, supervised tokens), all of unequal lengths.
+CHUNKS = ((3,), (2, 4, 3), (4, 2))
+QUESTIONS = (((5, 2), (7, 4)), ((6, 3),), ((4, 1), (8, 5), (5, 3)))
+# Room for the first two rows together and for the third alone: micro-batches of unequal numbers of contexts and chunks.
+TWO_BATCHES: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_packed_inp_len": 18, "max_packed_ctx_len": 12}
+
+
+def shared(subject: "Subject", key: str, compute: Callable[[], Value]) -> Value:
+    """Return what several checks need of one subject, computed once."""
+    kept: dict[str, Any] = subject.__dict__.setdefault("_shared", {})
+    if key not in kept:
+        kept[key] = compute()
+    return kept[key]
+
+
+def light_config(subject: "Subject", **values: Any) -> "RunConfig":
+    """Return the twin's configuration with a smaller hypernetwork, settings for still weights, and other values."""
+    small = {"num_blocks": 1, "perceiver_heads": 4, "perceiver_head_dim": 4, "lora_r": 2, "n_latent_queries": 3}
+    exit_at = {"layer_idx": 1} if subject.config.layer_idx is not None else {}
+    return changed(subject.twin_config, **{**small, **exit_at, **STILL, **values})
+
+
+def light_model(
+    subject: "Subject", config: "RunConfig | None" = None, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> "Model":
+    """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
+    config = light_config(subject) if config is None else config
+    base_config = _light_base_config(subject.twin_base_config)
+    plan = replace(subject.implementation.plan(config, base_config), device=subject.twin_plan.device)
+    base = subject.implementation.build_base(base_config, plan, seed=0)
+    model = build_drawn(subject.implementation, base, config, seed)
+    for part in (model.base, model.hypernet):
+        part.to(dtype)
+    return model
+
+
+def still_model(subject: "Subject") -> "Model":
+    """Return the light twin that the steps of `loss_step` leave as it is; made once for all checks."""
+    return shared(subject, "still_model", lambda: light_model(subject))
+
+
+def loss_step(subject: "Subject", **values: Any) -> Observed:
+    """Return one step over the loss rows, of a new trainer on the still model; taken once for the same values."""
+
+    def take() -> Observed:
+        config = light_config(subject, **values)
+        return observed_step(subject.implementation.trainer(still_model(subject), loss_rows(subject), config))
+
+    return shared(subject, f"loss_step {sorted(values.items())}", take)
+
+
+def _light_base_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return the twin's base config with two layers, of two types where it has two, and two experts, both of them taken.
+
+    With all experts taken nothing jumps where the routing changes, so the loss has a derivative everywhere.
+    """
+    values = config.to_dict()
+    layers = min(2, config.num_hidden_layers)
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            kinds = list(dict.fromkeys(value)) if name == "layer_types" else []
+            values[name] = kinds[:layers] if len(kinds) >= layers else value[:layers]
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
+    for name, size in {"num_hidden_layers": layers, **dict.fromkeys(experts, 2)}.items():
+        own_name = config.attribute_map.get(name, name)
+        if values.get(own_name) is not None:
+            values[own_name] = size
+    return type(config).from_dict(values)
+
+
+def loss_rows(subject: "Subject") -> list[Row]:
+    """Make the rows of `CHUNKS` and `QUESTIONS`, of random ids; every label has a teacher whose top-k do not sum to 1."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = subject.twin_base_config.vocab_size
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (length,), generator=generator).tolist())
+
+    def query(length: int, labels: int) -> Query:
+        tokens = ids(length)
+        likely = torch.rand(labels, TEACHER, generator=generator) * 0.3 + 0.01
+        return Query(
+            input_ids=tokens,
+            labels=(*[-100] * (length - labels), *tokens[length - labels :]),
+            logprobs_vals=tuple(map(tuple, likely.log().tolist())),
+            logprobs_indices=tuple(ids(TEACHER) for _ in range(labels)),
+        )
+
+    return [
+        Row(record=index, chunks=tuple(map(ids, chunks)), queries=tuple(query(*shape) for shape in questions))
+        for index, (chunks, questions) in enumerate(zip(CHUNKS, QUESTIONS, strict=True))
+    ]
+
+
+def worst_parameter(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest error of any parameter's gradient, over that gradient's largest entry, and the parameter.
+
+    A gradient that is as good as zero beside the others (1e-6 of the largest) is measured by that share of the largest.
+    """
+    largest = max(float(value.abs().max()) for value in expected.values())
+    errors = {name: float("inf") for name in expected if name not in actual}
+    for name in expected.keys() & actual.keys():
+        scale = max(float(expected[name].abs().max()), 1e-6 * largest, 1e-300)
+        error = float((actual[name] - expected[name]).abs().max()) / scale
+        errors[name] = error if error == error else float("inf")
+    name = max(errors, key=lambda key: errors[key])
+    return errors[name], name

@@ -56,6 +56,21 @@ def probe_rows(
     return rows
 
 
+def packed_rows(subject: "Subject") -> list[Row]:
+    """Make three contexts as a run packs them: unequal lengths and numbers of chunks, the first with two questions."""
+    rows = probe_rows(subject, documents=(9, 5, 7), questions=(12, 7, 10), chunks=(1, 1, 2))
+    more = probe_rows(subject, documents=(4, 5, 6), questions=(6, 5, 9), seed=1)
+    first = replace(rows[0], chunks=rows[0].chunks + more[0].chunks, queries=rows[0].queries + more[0].queries)
+    return [first, rows[1], replace(rows[2], chunks=rows[2].chunks + more[2].chunks)]
+
+
+def in_double(model: "Model") -> "Model":
+    """Turn a twin into float64, in place, and return it: where rounding could decide, it must not."""
+    model.base.double()
+    model.hypernet.double()
+    return model
+
+
 def _with_teacher(query: Query, vocabulary: int) -> Query:
     """Add a teacher to a query, which names two tokens for every label, as a run with the KL loss has it."""
     labels = [label for label in query.labels if label != -100]

@@ -40,6 +40,9 @@ class Model(Protocol):
     def hypernet(self) -> nn.Module:
         """Return the module that trains."""
 
+    def features(self, batch: "PackedBatch") -> Tensor:
+        """Return what the context encoder gives for all chunks, `[1, layers, Tc, hidden]` or `[1, Tc, features]`."""
+
     def latents(self, batch: "PackedBatch") -> Tensor:
         """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
 

@@ -89,8 +89,8 @@ def _without_backward(healthy: Implementation, base_config: Any, plan: Any, seed
     """Let the experts compute the same values and cut the graph."""
     base = healthy.build_base(base_config, plan, seed)
     if plan.experts.value != "dequantize":
-        for layer in base.get_decoder().layers:
-            layer.mlp.experts.register_forward_hook(lambda module, inputs, output: output.detach())
+        for module in (layer.mlp for layer in base.get_decoder().layers if hasattr(layer.mlp, "experts")):
+            module.experts.register_forward_hook(lambda module, inputs, output: output.detach())
     return base
 
 
@@ -104,7 +104,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 1", "failure mode F1", "failure mode 16", "failure mode 18"),
-    requires=("QNT101", "LOR202"),
+    requires=("LOR204", "QNT204"),
     check=check,
     faults=(
         Fault(

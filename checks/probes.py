@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +69,16 @@ def in_double(model: "Model") -> "Model":
     model.base.double()
     model.hypernet.double()
     return model
+
+
+def large_inputs(hidden: int, seed: int = 0) -> Tensor:
+    """Draw inputs [10, hidden] of a twin's MLP, float64, so large that its projections go several times past a clamp at 7."""
+    return 8 * torch.randn(10, hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hidden_states(output: Any) -> Tensor:
+    """Return the hidden states [T, H] of a block's output for one row; a router's scores may come with them."""
+    return (output[0] if isinstance(output, tuple) else output)[0]
 
 
 def _with_teacher(query: Query, vocabulary: int) -> Query:

@@ -72,7 +72,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode 11", "huggingface/transformers#34191"),
-    requires=("ATT201",),
+    requires=("HYP202",),
     check=check,
     faults=(Fault("mean-of-means", "each micro-batch is divided by its own counts", override(loss=_mean_of_means)),),
 )

@@ -62,7 +62,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("sanity run", "failure mode 13", "failure mode 31"),
-    requires=("LOR202", "LOR203"),
+    requires=("LOR203", "HYP202"),
     check=check,
     faults=(Fault("detached-latents", "the aggregator's output is detached", override(build=_detached_aggregator)),),
 )

@@ -67,7 +67,7 @@ def check(subject: "Subject") -> Result:
     distances: dict[str, float] = {}
     for case in stored_cases():
         model = _of_case(subject.implementation, case)
-        if problem := _other_names(model, case):
+        if problem := _other_parameters(model, case):
             return problem
         model.hypernet.load_state_dict(dict(case.weights))
         query = Query(input_ids=(1, 2), labels=(-100, 2))
@@ -79,7 +79,10 @@ def check(subject: "Subject") -> Result:
         if finding := _finding(found, "the reference's stored numbers", f"case {case.name}"):
             return finding
         distances |= {f"{case.name}: {part}": distance for part, distance in found.items()}
-    found = _distances(*_of_twin(subject))
+    lora, formulas = _of_twin(subject)
+    if isinstance(formulas, Fail):
+        return formulas
+    found = _distances(lora, formulas)
     if finding := _finding(found, "the formulas in float64", "the run's switches"):
         return finding
     stored_worst, worst = max(distances.values()), max(found.values())
@@ -100,26 +103,30 @@ def _of_case(implementation: Implementation, case: StoredCase) -> Model:
     return implementation.build(base, config)
 
 
-def _other_names(model: Model, case: StoredCase) -> Result | None:
-    """Compare the names of the parameters; an implementation with names of its own cannot be given the stored weights."""
-    own = {name for name, _ in model.hypernet.named_parameters()}
-    if own == case.weights.keys():
+def _other_parameters(model: Model, case: StoredCase) -> Result | None:
+    """Compare names and shapes of the parameters; what has names of its own cannot be given the stored weights."""
+    own = {name: list(parameter.shape) for name, parameter in model.hypernet.named_parameters()}
+    true = {name: list(weight.shape) for name, weight in case.weights.items()}
+    if own == true:
         return None
-    missing, more = sorted(case.weights.keys() - own), sorted(own - case.weights.keys())
-    if not own & case.weights.keys():
-        return Skip(f"no parameter has a name of the reference, such as {missing[0]}: stored weights fit none")
+    if not own.keys() & true.keys():
+        return Skip(f"no parameter has a name of the reference, such as {min(true)}: stored weights fit none")
+    missing, more = sorted(true.keys() - own.keys()), sorted(own.keys() - true.keys())
+    other = sorted(name for name in own.keys() & true.keys() if own[name] != true[name])
+    kinds = (("no", missing), ("more", more), ("of another shape", other))
     return Fail(
         message="the hypernetwork has other parameters than the reference",
-        expected=f"the {len(case.weights)} parameters of case {case.name}",
-        actual="; ".join(
-            f"{what}: {', '.join(names[:3])}" for what, names in (("no", missing), ("more", more)) if names
-        ),
+        expected=f"the {len(true)} parameters of case {case.name}",
+        actual="; ".join(f"{what}: {', '.join(names[:3])}" for what, names in kinds if names),
         remedy=REMEDY,
     )
 
 
-def _of_twin(subject: "Subject") -> "tuple[Lora, _Expected]":
-    """Return the twin's LoRAs and those of the formulas, from the same features; no parameter has a special value."""
+def _of_twin(subject: "Subject") -> "tuple[Lora, _Expected | Fail]":
+    """Return the twin's LoRAs and those of the formulas, from the same features; no parameter has a special value.
+
+    Where the formulas lack a parameter, or find one of another shape, that is the finding.
+    """
     config, model = subject.twin_config, in_double(subject.twin())
     generator = torch.Generator().manual_seed(1)
     for parameter in model.hypernet.parameters():
@@ -137,10 +144,19 @@ def _of_twin(subject: "Subject") -> "tuple[Lora, _Expected]":
     )
     n_chunks = tuple(len(row.chunks) for row in rows)
     weights = dict(model.hypernet.named_parameters())
-    merged = hypernetwork.loras(weights, switches, model.features(batch)[0].split(lengths, dim=-2), n_chunks)
+    lora, features = model.lora(batch), model.features(batch)[0].split(lengths, dim=-2)
+    try:
+        merged = hypernetwork.loras(weights, switches, features, n_chunks)
+    except (KeyError, IndexError, RuntimeError) as error:
+        return lora, Fail(
+            message="the hypernetwork has other parameters than its configuration describes",
+            expected="those of the reference for the run's switches",
+            actual=f"{type(error).__name__} in the formulas: {error}".splitlines()[0],
+            remedy=REMEDY,
+        )
     A = {name: torch.stack([it.A[name] for it in merged]) for name in merged[0].A}
     B = {name: torch.stack([it.B[name] for it in merged]) for name in merged[0].B}
-    return model.lora(batch), _Expected(A, B, switches.scale, n_chunks, config.lora_r)
+    return lora, _Expected(A, B, switches.scale, n_chunks, config.lora_r)
 
 
 def _distances(actual: "Lora", expected: _Expected) -> dict[str, float]:

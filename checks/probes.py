@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +54,31 @@ def probe_rows(
             query = _with_teacher(query, vocabulary)
         rows.append(Row(record=index, chunks=pieces, queries=(query,)))
     return rows
+
+
+def packed_rows(subject: "Subject") -> list[Row]:
+    """Make three contexts as a run packs them: unequal lengths and numbers of chunks, the first with two questions."""
+    rows = probe_rows(subject, documents=(9, 5, 7), questions=(12, 7, 10), chunks=(1, 1, 2))
+    more = probe_rows(subject, documents=(4, 5, 6), questions=(6, 5, 9), seed=1)
+    first = replace(rows[0], chunks=rows[0].chunks + more[0].chunks, queries=rows[0].queries + more[0].queries)
+    return [first, rows[1], replace(rows[2], chunks=rows[2].chunks + more[2].chunks)]
+
+
+def in_double(model: "Model") -> "Model":
+    """Turn a twin into float64, in place, and return it: where rounding could decide, it must not."""
+    model.base.double()
+    model.hypernet.double()
+    return model
+
+
+def large_inputs(hidden: int, seed: int = 0) -> Tensor:
+    """Draw inputs [10, hidden] of a twin's MLP, float64, so large that its projections go several times past a clamp at 7."""
+    return 8 * torch.randn(10, hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hidden_states(output: Any) -> Tensor:
+    """Return the hidden states [T, H] of a block's output for one row; a router's scores may come with them."""
+    return (output[0] if isinstance(output, tuple) else output)[0]
 
 
 def _with_teacher(query: Query, vocabulary: int) -> Query:

@@ -13,6 +13,7 @@ from support.golden import OUTPUTS, Case, assert_close, load_case
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GptOssConfig,
     LlamaConfig,
@@ -27,6 +28,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from checks.oracles import edited_weights, experts, features, hypernetwork, loss, mxfp4, optimizer, schedule
 from checks.oracles.fill import filled
 from checks.oracles.hypernetwork import Switches
+from checks.oracles.stored import StoredCase, stored_cases
+from checks.rules import mxfp4_decoded_wrong
 
 FOLDER = Path(__file__).resolve().parents[1] / "checks" / "oracles"
 MAY_IMPORT = {"torch", "transformers", "math", "json", "zlib", "collections", "contextlib", "dataclasses", "functools"}
@@ -328,6 +331,57 @@ def golden_loras(case: Case, base: PreTrainedModel) -> list[hypernetwork.Merged]
     )
     assert switches.scale == pytest.approx(config["lora_alpha"])
     return hypernetwork.loras(weights, switches, golden_features(case, base), case["in.n_ctx_chunks"].tolist())
+
+
+class TestStored:
+    """The numbers that are shipped with HYP202."""
+
+    @pytest.mark.parametrize("stored", stored_cases(), ids=lambda case: case.name)
+    def test_the_formulas_give_the_shipped_numbers(self, stored: StoredCase) -> None:
+        config = AutoConfig.for_model(stored.model_type, **stored.base_config)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+        base.load_state_dict(dict(stored.base_weights))
+        settings = dict(stored.config)
+        encoder, layer, names = (settings.pop(key, None) for key in ("ctx_encoder_type", "layer_idx", "target_modules"))
+        own = {key: settings[key] for key in settings if key in Switches.__dataclass_fields__}
+        switches = Switches(
+            modules=edited_weights.sizes(base, names),
+            n_layers=config.num_hidden_layers,
+            per_layer_features=encoder == "per_layer_activations",
+            **own,
+        )
+        chunks = [features.of_chunk(base, ids, encoder, layer) for context in stored.contexts for ids in context]
+        merged = hypernetwork.loras(stored.weights, switches, chunks, [len(context) for context in stored.contexts])
+        assert switches.scale == pytest.approx(stored.scale)
+        for module in names:
+            for side in "AB":
+                ours = torch.stack([getattr(it, side)[module] for it in merged])
+                assert_close(ours, getattr(stored, side)[module], OUTPUTS, f"{side} of {module}")
+
+    @pytest.mark.golden
+    @pytest.mark.parametrize("stored", stored_cases(), ids=lambda case: case.name)
+    def test_they_are_those_of_the_golden_files(self, shared: Path, stored: StoredCase) -> None:
+        case = load_case(shared, stored.name)
+        for module in case.config["target_modules"]:
+            assert_close(stored.A[module], case[f"out.combined.{module}.A"], 1e-6)
+            assert_close(stored.B[module], case[f"out.combined.{module}.B"], 1e-6)
+        rules = case.meta["hyper_weights_fill"], case.meta["base_weights_fill"]
+        weights, base_weights = filled(rules[0], case.seed), filled(rules[1], case.seed, "base.")
+        for ours, theirs in ((stored.weights, weights), (stored.base_weights, base_weights)):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_bytes_that_qnt203_writes_are_all_there_are() -> None:
+    """In the experts that it compares, in both projections, under every scale of its range."""
+    sizes = SimpleNamespace(hidden_size=64, intermediate_size=96, num_local_experts=8)
+    for name in mxfp4_decoded_wrong.PROJECTIONS:
+        blocks, scales = mxfp4_decoded_wrong._fixed_bytes(SimpleNamespace(twin_base_config=sizes), name)  # type: ignore[arg-type]
+        low, high = mxfp4_decoded_wrong.SCALES
+        for expert in (0, 7):
+            assert len(blocks[expert].unique()) == 256
+            assert scales[expert].unique().tolist() == list(range(low, high + 1))
+        assert not torch.equal(blocks[0], blocks[7])
 
 
 @pytest.mark.golden

@@ -46,6 +46,14 @@ def logits(
     return output.logits[0]
 
 
+def sizes(base: Any, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of each target, from the first layer of a model of transformers."""
+    layer, hidden = base.get_decoder().layers[0], base.config.hidden_size
+    linears = {name: _linear(layer, name) for name in targets if name != BLOCK}
+    found = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    return found | ({BLOCK: (hidden, hidden)} if BLOCK in targets else {})
+
+
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
     """Find the layer's one Linear of that last name."""
     (found,) = (

@@ -5,10 +5,13 @@ router's top-k logits go through a softmax among themselves; gate and up are the
 the gate is clamped from above only, up from both sides; SwiGLU with alpha 1.702 and up + 1; all projections have biases.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from checks.oracles.mxfp4 import decode
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -29,6 +32,24 @@ class Weights:
     gate_up_bias: Tensor
     down: Tensor
     down_bias: Tensor
+
+    @classmethod
+    def of_block(cls, state: Mapping[str, Tensor]) -> "Weights":
+        """Read a block's state dict under the names of the official checkpoints (MXFP4) or of transformers (dequantized)."""
+
+        def projection(name: str) -> Tensor:
+            if f"experts.{name}_blocks" in state:
+                return decode(state[f"experts.{name}_blocks"], state[f"experts.{name}_scales"])
+            return state[f"experts.{name}"].transpose(1, 2)
+
+        return cls(
+            router=state["router.weight"],
+            router_bias=state["router.bias"],
+            gate_up=projection("gate_up_proj"),
+            gate_up_bias=state["experts.gate_up_proj_bias"],
+            down=projection("down_proj"),
+            down_bias=state["experts.down_proj_bias"],
+        )
 
     def double(self) -> "Weights":
         """Return the same weights in float64."""

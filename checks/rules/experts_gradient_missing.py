@@ -3,7 +3,8 @@
 What it does
 ------------
 Takes, on the tiny twin of an MXFP4 model, the gradient of the task loss by the output of every layer, with the run's
-experts and with dense experts that hold the same values.
+experts and with dense experts that hold the same values; and the gradient of whole MLP blocks by inputs so large that
+their clamp acts, against the published formulas.
 
 Why it matters
 --------------
@@ -12,13 +13,15 @@ zero, and every layer below gets a gradient that points elsewhere. Only a compar
 
 How it is detected
 ------------------
-For every layer the cosine of the two gradients must be above 0.999 and their norms within 1%.
+For every layer the cosine of the two gradients must be above 0.999 and their norms within 1%; those of the blocks must
+be, in float64, the formulas' to 1e-4 of the largest value.
 
 How to fix
 ----------
 Set `expert_weights: packed` or `dequantize`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
-from checks.probes import probe_batch
+from checks.oracles import experts
+from checks.probes import TOLERANCE, difference, hidden_states, large_inputs, probe_batch
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -60,9 +64,38 @@ def check(subject: "Subject") -> Result:
             remedy="set expert_weights: packed or dequantize",
             evidence=evidence,
         )
+    beyond = _beyond_the_clamp(subject)
+    layer = max(beyond, key=lambda number: beyond[number])
+    if beyond[layer] > TOLERANCE:
+        return Fail(
+            message="gradients through the experts are wrong where their clamp acts",
+            expected=f"those of the clamped SwiGLU, within {TOLERANCE:g} of the largest value",
+            actual=f"layer {layer}: {beyond[layer]:.2g} off",
+            remedy="set expert_weights: packed or dequantize",
+            evidence={**evidence, "beyond_the_clamp": beyond},
+        )
     return Pass(
         f"gradients of all {len(pairs)} layers agree with dequantized experts (cosine ≥ {min(cosines):.6f})", evidence
     )
+
+
+def _beyond_the_clamp(subject: "Subject") -> dict[int, float]:
+    """Compare the gradient of MLP blocks by large inputs with the formulas': difference by layer."""
+    config, layers = subject.twin_base_config, subject.twin_base().double().get_decoder().layers
+    settings = {
+        "top_k": config.num_experts_per_tok,
+        "alpha": getattr(config, "swiglu_alpha", experts.ALPHA),
+        "limit": getattr(config, "swiglu_limit", experts.LIMIT),
+    }
+    found = {}
+    for number in dict.fromkeys((0, len(layers) - 1)):
+        block, x = layers[number].mlp, large_inputs(config.hidden_size, seed=number).requires_grad_()
+        weights = experts.Weights.of_block(block.state_dict())
+        probe = large_inputs(config.hidden_size, seed=number + 1)
+        outputs = hidden_states(block(x[None])), experts.block(x, weights, **settings)
+        own, true = (torch.autograd.grad((output * probe).sum(), x)[0] for output in outputs)
+        found[number] = difference(own, true)
+    return found
 
 
 def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
@@ -85,13 +118,27 @@ def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
 
 
+def _hooked(base: Any, hook: Callable[[Any, Any, Any], Any]) -> Any:
+    """Let a hook change what the experts of every layer return."""
+    for module in (layer.mlp for layer in base.get_decoder().layers if hasattr(layer.mlp, "experts")):
+        module.experts.register_forward_hook(hook)
+    return base
+
+
 def _without_backward(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
     """Let the experts compute the same values and cut the graph."""
     base = healthy.build_base(base_config, plan, seed)
-    if plan.experts.value != "dequantize":
-        for layer in base.get_decoder().layers:
-            layer.mlp.experts.register_forward_hook(lambda module, inputs, output: output.detach())
-    return base
+    return base if plan.experts.value == "dequantize" else _hooked(base, lambda module, inputs, output: output.detach())
+
+
+def _through_the_clamp(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
+    """Let the experts compute the same values, with a gradient more where inputs are far larger than after a norm."""
+
+    def leak(module: Any, inputs: Any, output: Any) -> Any:
+        beyond = torch.relu(inputs[0].abs() - 6)
+        return output + (beyond - beyond.detach())
+
+    return _hooked(healthy.build_base(base_config, plan, seed), leak)
 
 
 def _dequantized(subject: "Subject") -> str:
@@ -104,13 +151,18 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 1", "failure mode F1", "failure mode 16", "failure mode 18"),
-    requires=("QNT101", "LOR202"),
+    requires=("LOR204", "QNT204"),
     check=check,
     faults=(
         Fault(
             "detached-experts",
             "experts without a backward, grad_norm stays above zero",
             override(build_base=_without_backward, unless=_dequantized),
+        ),
+        Fault(
+            "through-the-clamp",
+            "gradients pass where the clamp should stop them",
+            override(build_base=_through_the_clamp),
         ),
     ),
 )

@@ -163,7 +163,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 6", "failure mode F6", "failure mode 22"),
-    requires=("LOR202",),
+    requires=("HYP202",),
     check=check,
     faults=(
         Fault("tensor-skipped", "a tensor stays at its initial value", _read(_skipped)),

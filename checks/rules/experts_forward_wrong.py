@@ -1,0 +1,103 @@
+"""The Mixture-of-Experts block computes what OpenAI's reference computes, where the clamp acts too.
+
+What it does
+------------
+Runs the whole MLP block of the first and last layer of the tiny twin, as the run holds it, on inputs so large that gate and
+up leave their limits on both sides, and compares the outputs with the published formulas.
+
+Why it matters
+--------------
+Without the clamp, with another alpha or without the `+ 1`, experts differ only where activations are large, as they are in
+the real model: every test on small inputs passes, and quality is lost from the first step.
+
+How it is detected
+------------------
+In float64, outputs must agree to 1e-7 of the largest value: a gate that is clamped from below too differs by 1e-5 only.
+Gradients are QNT202's.
+
+How to fix
+----------
+Clamp the gate from above and up from both sides at 7.0, then `(up + 1) · gate · sigmoid(1.702 · gate)`.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.oracles import experts
+from checks.probes import difference, hidden_states, large_inputs
+from checks.result import Fail, Inapplicable, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+EXACT = 1e-7  # float64 rounds by 1e-15 here
+
+
+@torch.no_grad()
+def check(subject: "Subject") -> Result:
+    """Compare the outputs of two blocks, and make sure that the clamp has an effect on them."""
+    config = subject.twin_base_config
+    if config.model_type != "gpt_oss":
+        return Inapplicable(f"{config.model_type} has no experts of GPT-OSS")
+    layers = subject.twin_base().double().get_decoder().layers
+    top_k, alpha = config.num_experts_per_tok, getattr(config, "swiglu_alpha", experts.ALPHA)
+    limit = getattr(config, "swiglu_limit", experts.LIMIT)
+    evidence = {}
+    for number in dict.fromkeys((0, len(layers) - 1)):
+        block = layers[number].mlp
+        weights = experts.Weights.of_block(block.state_dict())
+        x = large_inputs(config.hidden_size, seed=number)
+        expected, unclamped = (experts.block(x, weights, top_k, alpha=alpha, limit=at) for at in (limit, math.inf))
+        assert difference(unclamped, expected) > EXACT, "the probe does not reach the clamp"
+        evidence[f"layer {number}"] = difference(hidden_states(block(x[None])), expected)
+    worst = max(evidence, key=lambda key: evidence[key])
+    if evidence[worst] > EXACT:
+        return Fail(
+            message="the experts compute another function than GPT-OSS",
+            expected=f"top-{top_k} routing and the clamped SwiGLU, within {EXACT:g} of the largest value",
+            actual=f"{worst}: {evidence[worst]:.2g} off",
+            remedy=f"clamp gate from above and up from both sides at {limit:g}, then (up + 1) · gate · sigmoid({alpha:g} · gate)",
+            evidence=evidence,
+        )
+    return Pass(f"blocks compute the published formulas to {evidence[worst]:.1g}, beyond the clamp too", evidence)
+
+
+def _experts_with(**values: float) -> Any:
+    """Make a fault of experts with another setting of their activation, under transformers' names."""
+
+    def spoilt(base: Any) -> Any:
+        for module in base.modules():
+            if all(hasattr(module, name) for name in values):
+                for name, value in values.items():
+                    setattr(module, name, value)
+        return base
+
+    def build_base(healthy: Implementation, base_config: Any, plan: Any, seed: int) -> Any:
+        return spoilt(healthy.build_base(base_config, plan, seed))
+
+    def load_base(healthy: Implementation, folder: Any, plan: Any) -> Any:
+        return spoilt(healthy.load_base(folder, plan))
+
+    return override(build_base=build_base, load_base=load_base)
+
+
+RULE = Rule(
+    code="QNT204",
+    name="experts-forward-wrong",
+    stage="twin",
+    severity="error",
+    sources=("failure mode C4", "https://github.com/openai/gpt-oss"),
+    requires=("QNT203",),
+    check=check,
+    faults=(
+        Fault("clamp-missing", "gate and up are not clamped", _experts_with(limit=1e9)),
+        Fault("alpha-1", "SwiGLU with the usual alpha of 1", _experts_with(alpha=1.0)),
+        Fault("clamp-early", "the clamp acts at 6 instead of 7", _experts_with(limit=6.0)),
+    ),
+)

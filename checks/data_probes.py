@@ -1,0 +1,89 @@
+"""A few of a run's records under tight limits: what the run's own limits never engage is seen there.
+
+Two epochs: one in which every document is cut into chunks and every question has a row of its own, and one in which a
+question and a document are one size too long and have to be reported.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from checks.expected_data import conversation_format
+from checks.subject import changed
+
+if TYPE_CHECKING:
+    from checks.oracles.conversations import ConversationFormat
+    from checks.subject import Subject
+    from d2l.config.schema import RunConfig
+    from d2l.data.records import Record
+
+AMONG, PICKED = 32, 6  # the records with the shortest documents, among the first rows: a probe costs little
+PIECES = 3  # chunks that the longest of them needs at least
+
+
+def tight_runs(subject: "Subject") -> "Iterator[tuple[str, RunConfig, tuple[Record, ...]]]":
+    """Yield probes: a name, the run's configuration with tight limits, and records."""
+    assert subject.records is not None
+    rows = sorted(subject.rows.rows[:AMONG], key=lambda row: row.size[1])
+    numbers = [*dict.fromkeys(row.record for row in rows)][:PICKED]
+    records = tuple(subject.records[number] for number in numbers)
+    form = conversation_format(subject)
+    lengths = [len(form.encode(record.context)) for record in records]
+    affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
+    longest = records[lengths.index(max(lengths))]
+    config, kept = _refusing(subject.config, form, records, max(lengths) + affixes)
+    yield "cut into chunks", _chunked(subject.config, form, kept, max(lengths), affixes), kept
+    yield "one size too long", config, (*kept, replace(longest, context=f"{longest.context}\n{longest.context}"))
+
+
+def _chunked(
+    config: "RunConfig", form: "ConversationFormat", records: "tuple[Record, ...]", longest: int, affixes: int
+) -> "RunConfig":
+    """Return limits under which the longest document needs several chunks, and a row takes one question."""
+    room = max(math.ceil(longest / PIECES), 1)
+    if config.max_ctx_chunk_len >= 0:
+        room = max(min(room, config.max_ctx_chunk_len - affixes), 1)
+    most = math.ceil(longest / room) + 1
+    return changed(
+        config,
+        max_ctx_len=-1,
+        max_ctx_chunk_len=room + affixes,
+        min_ctx_chunk_len=-1,
+        max_ctx_chunk_num=most,
+        num_chunk_probs={most: 0.25, most + 1: 0.75},  # the larger count is above the limit
+        max_qas_len=-1,
+        max_qas_per_sample=1,
+        max_packed_inp_len=2 * _longest_question(form, records)[0],
+        max_packed_ctx_len=longest + (most + 1) * affixes,
+        cache=False,
+    )
+
+
+def _refusing(
+    config: "RunConfig", form: "ConversationFormat", records: "tuple[Record, ...]", longest: int
+) -> "tuple[RunConfig, tuple[Record, ...]]":
+    """Return limits that hold for these records, and the records, one of them with a question more that is too long."""
+    length, number, place = _longest_question(form, records)
+    record = records[number]
+    prompt = record.prompts[place]
+    more: dict[str, Any] = {
+        "prompts": (*record.prompts, f"{prompt}\n{prompt}"),
+        "responses": (*record.responses, record.responses[place]),
+    }
+    if record.logprobs_vals is not None and record.logprobs_indices is not None:
+        more["logprobs_vals"] = (*record.logprobs_vals, record.logprobs_vals[place])
+        more["logprobs_indices"] = (*record.logprobs_indices, record.logprobs_indices[place])
+    kept = (*records[:number], replace(record, **more), *records[number + 1 :])
+    return changed(config, max_qas_len=length, max_ctx_len=longest, cache=False), kept
+
+
+def _longest_question(form: "ConversationFormat", records: "tuple[Record, ...]") -> tuple[int, int, int]:
+    """Return the tokens of the longest question with its answer, its record, and its place there."""
+    found = [
+        (len(expected.ids), number, place)
+        for number, record in enumerate(records)
+        for place, expected in enumerate(form.expected(list(zip(record.prompts, record.responses, strict=True))))
+        if expected is not None
+    ]
+    return max(found)

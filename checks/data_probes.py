@@ -51,7 +51,7 @@ def _chunked(
         max_ctx_chunk_len=room + affixes,
         min_ctx_chunk_len=-1,
         max_ctx_chunk_num=most,
-        num_chunk_probs={most: 0.25, most + 1: 0.75},  # the larger count is above the limit
+        num_chunk_probs={1: 0.5, most: 0.1, most + 1: 0.4},  # one is too few for the longest, the last above the limit
         max_qas_len=-1,
         max_qas_per_sample=1,
         max_packed_inp_len=2 * _longest_question(form, records)[0],

@@ -19,6 +19,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 QUESTION, ANSWER = "Zebras graze", "Kettles whistle"  # stand in for texts; they occur in no template
 HARMONY_HEADER = "<|channel|>final<|message|>"  # what GPT-OSS writes before an answer; `content` leaves it out
+# Replaces transformers' clock: the day in each format that the template names, since functions cannot be passed to it.
+CLOCK = "{%- macro strftime_now(format) -%}{{- days[format] -}}{%- endmacro +%}"
+FORMATS = re.compile(r"""(["'])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # a text in quotes with a percent sign
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError)  # what rendering raises for a conversation that is refused
 
 
@@ -64,7 +67,7 @@ class ConversationFormat:
         """
         texts: Any = self.tokenizer.apply_chat_template(
             [list(turns) for turns in conversations],
-            chat_template=self.template,
+            chat_template=self._text,
             add_generation_prompt=prompt,
             tokenize=False,
             **self._variables,
@@ -120,8 +123,12 @@ class ConversationFormat:
         return {
             "supervision": self.supervision,
             "current_date": self.day.isoformat(),
-            "strftime_now": self.day.strftime,
+            "days": {name: self.day.strftime(name) for _, name in FORMATS.findall(self.template)},
         }
+
+    @cached_property
+    def _text(self) -> str:
+        return CLOCK + self.template if "strftime_now" in self.template else self.template
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
@@ -168,7 +175,7 @@ class ConversationFormat:
         """Count the characters before and after the answer that the template's generation tags enclose with it."""
         rendered: Any = render_jinja_template(
             conversations=[turns],
-            chat_template=self.template,
+            chat_template=self._text,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self._variables},
         )

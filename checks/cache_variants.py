@@ -155,7 +155,7 @@ def _probe_records(subject: "Subject", form: ConversationFormat) -> "tuple[Recor
     """Return two short records made of the run's own texts: long enough to be cut, with two questions and with one."""
     assert subject.records is not None
     numbers = [*dict.fromkeys(row.record for row in subject.rows.rows[:20])][:2]
-    made = []
+    made: list[Record] = []
     for record in (subject.records[number] for number in numbers):
         context = record.context.strip()[:TEXT]
         while len(form.encode(context)) < TOKENS:

@@ -54,7 +54,7 @@ class ExpectedData:
         self.stops = np.zeros(self.offsets[-1], dtype=np.int32)
         self._places: dict[int, list[int]] = {}
         for offset, record in zip(self.offsets, records, strict=False):
-            for place, expected in enumerate(self._expected(record), offset):
+            for place, expected in enumerate(self._expected(record, each=False), offset):
                 if expected is not None:
                     self.starts[place], self.stops[place] = expected.start, expected.stop
                     self._places.setdefault(id_hash(np.asarray(expected.ids, dtype=np.int64)), []).append(place)
@@ -63,9 +63,20 @@ class ExpectedData:
         """Return the number of questions."""
         return self.offsets[-1]
 
-    def find(self, ids: np.ndarray) -> list[int]:
-        """Return the questions that these token ids are expected for, int64 [T]; none where they are of no question."""
-        return self._places.get(id_hash(ids), [])
+    def find(self, ids: np.ndarray, record: int) -> list[int]:
+        """Return the questions that these token ids, int64 [T], are expected for; none where they are of no question.
+
+        Args:
+            record: where they stand; its questions are rendered one by one where no question is found.
+        """
+        if found := self._places.get(id_hash(ids)):
+            return found
+        wanted = ids.tolist()
+        for place, expected in enumerate(self._expected(self.records[record]), self.offsets[record]):
+            if expected is not None and expected.ids == wanted:
+                self.starts[place], self.stops[place] = expected.start, expected.stop
+                return [place]
+        return []
 
     def record_of(self, place: int) -> int:
         """Return the record of a question."""
@@ -86,8 +97,8 @@ class ExpectedData:
         place = max(_common(nearest, found) - 20, 0)
         return f"{found[place : place + 80]!r} instead of {nearest[place : place + 80]!r}"
 
-    def _expected(self, record: "Record") -> list[Expected | None]:
-        return self.form.expected(list(zip(record.prompts, record.responses, strict=True)))
+    def _expected(self, record: "Record", each: bool = True) -> list[Expected | None]:
+        return self.form.expected(list(zip(record.prompts, record.responses, strict=True)), each=each)
 
 
 def id_hash(ids: np.ndarray) -> int:

@@ -56,7 +56,7 @@ class QuestionReader:
 
     def _place(self, record: int, ids: np.ndarray) -> int | None:
         """Find which question this is, and count it; one of another record is filed under pairing."""
-        places = self.data.find(ids)
+        places = self.data.find(ids, record)
         first, last = self.data.offsets[record], self.data.offsets[record + 1]
         own = [place for place in places if first <= place < last]
         if places and not own:

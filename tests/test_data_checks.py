@@ -1,16 +1,24 @@
 """The checks of stage `data`: green on clean data of every family, red by name for each bug in the real production code."""
 
+import gzip
+import json
 from collections.abc import Callable
 from dataclasses import fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.chat_formats import CHATML, PLAIN, generic
 from support.families import FAMILIES
 
+from checks import preflight
 from checks.cache_variants import variants
 from checks.expected_data import conversation_format
+from checks.oracles.conversations import ConversationFormat
+from checks.oracles.record_files import read_file
 from checks.production import make_subject
 from checks.report import plain_text
 from checks.result import Report
@@ -22,8 +30,11 @@ from d2l.config.descriptions import GROUPS
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.data import cache, epochs, packing, tokenize
+from d2l.data.chat.format import load_tokenizer
 from d2l.data.limits import Limits
-from d2l.data.records import Record
+from d2l.data.records import Record, read_records, write_records
+from d2l.errors import DataError
+from d2l.io.resources import resource
 
 # Text beyond ASCII, control tokens and white space at the edges, several questions, answers that occur twice.
 RECORDS = (
@@ -362,3 +373,108 @@ def test_every_field_that_shapes_rows_has_a_variant_that_changes_them(tmp_path: 
     assert contents - varied == {"context"}  # its variant is called documents
     (outcome,) = run_checks(subject, RULES, select=("CCH301",)).outcomes
     assert outcome.evidence["without_effect"] == []
+
+
+# Oracles
+
+
+@pytest.mark.parametrize("supervision", ["content", "sampled"])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("family", ["gpt_oss", *FAMILIES])
+def test_questions_are_expected_alike_whether_each_is_rendered_or_not(
+    family: str, each: bool, supervision: Any
+) -> None:
+    """The ids are those of the rendered text, and what is supervised decodes to the answer and its end token."""
+    subject = subject_of(family, supervision=supervision)
+    form = conversation_format(subject)
+    pairs = [pair for record in RECORDS for pair in zip(record.prompts, record.responses, strict=True)]
+    for (question, answer), expected in zip(pairs, form.expected(pairs, each=each), strict=True):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        assert expected is not None
+        assert expected.ids == form.encode(form.render([turns])[0])
+        found = form.decode(expected.ids[expected.start : expected.stop])
+        end = "<|return|>" if family == "gpt_oss" else FAMILIES[family].end
+        assert found.endswith(end)
+        control = form.control_tokens.split(found.removesuffix(end))
+        header = "final" if family == "gpt_oss" and supervision == "sampled" else ""
+        assert "".join(control).removeprefix(header).strip() == answer.strip()
+
+
+def test_supervised_text_is_that_of_the_golden_renders(shared: Path) -> None:
+    """Spans of an official render, made without this project; see golden/chat."""
+    lines = (shared / "golden/chat/golden.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = load_tokenizer(str(shared / "tokenizers/gpt-oss"))
+    compared = 0
+    for case in map(json.loads, lines):
+        turns = case["messages"]
+        plain = [[*turn] for turn in turns] == [["role", "content"]] * 2 and not case["tools"] and "error" not in case
+        if not plain or case["kwargs"] not in ({}, {"add_generation_prompt": False}):
+            continue
+        for supervision in ("content", "sampled"):
+            template = resource("chat_templates/openai/gpt-oss-20b.jinja").read_text(encoding="utf-8")
+            form = ConversationFormat(tokenizer, template, supervision, date.fromisoformat(case["date"]))
+            (expected,) = form.expected([(turns[0]["content"], turns[1]["content"])])
+            ((start, stop),) = case[f"{supervision}_spans"]
+            assert expected is not None
+            assert form.decode(expected.ids) == case["rendered"]
+            assert form.decode(expected.ids[expected.start : expected.stop]) == case["rendered"][start:stop]
+            compared += 1
+    assert compared >= 10
+
+
+def test_a_refused_conversation_is_expected_nowhere() -> None:
+    form = conversation_format(subject_of("gpt_oss"))
+    refused = "<|channel|>final<|message|>"
+    first, second = form.expected([("Who?", refused), ("Who?", "Me.")])
+    assert first is None
+    assert second is not None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "folder", "glob"])
+def test_files_are_read_as_the_run_reads_them(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"context": record.context, "prompts": [*record.prompts], "responses": [*record.responses]}
+        for record in RECORDS
+    ]
+    name = str(tmp_path / f"data.{kind}")
+    if kind == "json":
+        Path(name).write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    elif kind == "folder":
+        datasets = pytest.importorskip("datasets")
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(rows).save_to_disk(name)
+    else:
+        text = "\n\n".join(json.dumps(row) for row in rows).encode()
+        data = gzip.compress(text) if kind.endswith("gz") else text
+        for path in (tmp_path / "b.jsonl", tmp_path / "a.jsonl") if kind == "glob" else (Path(name),):
+            path.write_bytes(data)
+        name = str(tmp_path / "*.jsonl") if kind == "glob" else name
+    for limit in (None, 3, 6):
+        expected = [(record.context, record.prompts, record.responses) for record in read_records([name], limit)]
+        assert read_file(name, limit) == expected
+
+
+def test_records_that_differ_from_their_file_are_red(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    write_records(path, [replace(record, context=record.context.replace("{end}", "end")) for record in RECORDS])
+    clean = make_subject(load_config(None, {"train_ds_names": f"[{path}]", "max_packed_inp_len": "4096"}))
+    assert red(clean) == set()
+    assert clean.records is not None
+    first, *others = clean.records
+    for read in (
+        (first, *others[1:]),
+        (replace(first, responses=("forty-two", *first.responses[1:])), *others),
+        (*others, first),
+        (first, *others, first),
+    ):
+        assert red(replace(clean, records=read)) == {"DAT303"}
+
+
+def test_data_is_read_only_where_a_check_of_stage_data_is_requested(tmp_path: Path) -> None:
+    config = changed(load_config(), train_ds_names=(str(tmp_path / "absent.jsonl"),))
+    assert preflight(config, stages=("static",)).exit_code() == 0
+    for stages in ((), ("static", "data")):
+        with pytest.raises(DataError, match=r"train_ds_names\[0\] .*absent.jsonl: does not exist"):
+            preflight(config, stages=stages)

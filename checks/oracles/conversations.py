@@ -42,6 +42,7 @@ class _Frame:
     spans the edge of a control token, so the rest of a conversation is encoded by itself.
     """
 
+    head: str
     opening: str
     opening_ids: list[int]
     middle: str
@@ -82,13 +83,21 @@ class ConversationFormat:
         """Decode token ids as text, control tokens included and white space unchanged."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def expected(self, questions: Sequence[tuple[str, str]]) -> list[Expected | None]:
-        """Return the tokens of each question with its answer; None where the template refuses it."""
-        conversations = [_turns(*pair) for pair in questions]
-        try:
-            texts: list[str | None] = [*self.render(conversations)]
-        except REFUSALS:
-            texts = [self._rendered(turns) for turns in conversations]
+    def expected(self, questions: Sequence[tuple[str, str]], *, each: bool = True) -> list[Expected | None]:
+        """Return the tokens of each question with its answer; None where the template refuses it.
+
+        Args:
+            each: whether every conversation is rendered by the library. Otherwise texts without white space at their
+                edges and without a `<` are put into a conversation that was rendered once, which takes a fifth of the time.
+        """
+        plain = [not each and _is_plain(question) and _is_plain(answer) for question, answer in questions]
+        others = [_turns(*pair) for pair, is_plain in zip(questions, plain, strict=True) if not is_plain]
+        rendered = iter(self._rendered(others))
+        frame = self._frame
+        texts = [
+            f"{frame.head}{question}{frame.middle}{answer}{frame.tail}" if is_plain else next(rendered)
+            for (question, answer), is_plain in zip(questions, plain, strict=True)
+        ]
         return [
             None if text is None else self._tokens(text, answer)
             for text, (_, answer) in zip(texts, questions, strict=True)
@@ -153,7 +162,7 @@ class ConversationFormat:
         lead = self._header(turns, text, place)
         if self._is_empty(middle[len(middle) - tagged_lead :]) and not middle.endswith(HARMONY_HEADER):
             lead = tagged_lead
-        return _Frame(*self._opening(head, text), middle, tail, lead, trail)
+        return _Frame(head, *self._opening(head, text), middle, tail, lead, trail)
 
     def _opening(self, head: str, text: str) -> tuple[str, list[int]]:
         """Return the text before the last control token of `head`, and its tokens; nothing where they depend on the rest."""
@@ -186,11 +195,14 @@ class ConversationFormat:
         """Tell whether a text holds nothing but control tokens and white space."""
         return not self.control_tokens.sub("", text).strip()
 
-    def _rendered(self, turns: list[dict[str, str]]) -> str | None:
+    def _rendered(self, conversations: list[list[dict[str, str]]]) -> list[str | None]:
+        """Render each conversation; None where the template refuses it."""
         try:
-            return self.render([turns])[0]
+            return [*self.render(conversations)] if conversations else []
         except REFUSALS:
-            return None
+            if len(conversations) == 1:
+                return [None]
+            return [text for turns in conversations for text in self._rendered([turns])]
 
     def _tokens(self, text: str, answer: str) -> Expected | None:
         """Encode a rendered conversation, and find the supervised tokens by the place of the answer in the text."""
@@ -212,3 +224,8 @@ class ConversationFormat:
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _is_plain(text: str) -> bool:
+    """Tell whether a template that writes messages as they stand has nothing to do about a text."""
+    return bool(text) and not text[0].isspace() and not text[-1].isspace() and "<" not in text

@@ -1,13 +1,16 @@
 """A few of a run's records under tight limits: what the run's own limits never engage is seen there.
 
-Two epochs: one in which every document is cut into chunks and every question has a row of its own, and one in which a
-question and a document are one size too long and have to be reported.
+Three epochs: one in which every document is cut into chunks and every question has a row of its own, one in which a
+question and a document are one size too long and have to be reported, and one on a base for shorter texts.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers import LlamaConfig
 
 from checks.expected_data import conversation_format
 from checks.subject import changed
@@ -22,19 +25,42 @@ AMONG, PICKED = 32, 6  # the records with the shortest documents, among the firs
 PIECES = 3  # chunks that the longest of them needs at least
 
 
-def tight_runs(subject: "Subject") -> "Iterator[tuple[str, RunConfig, tuple[Record, ...]]]":
-    """Yield probes: a name, the run's configuration with tight limits, and records."""
+@dataclass(frozen=True)
+class TightRun:
+    """A probe: its name, the run's configuration with tight limits, records, and the base's `max_position_embeddings`."""
+
+    name: str
+    config: "RunConfig"
+    records: "tuple[Record, ...]"
+    base_limit: int | None
+
+
+def tight_runs(subject: "Subject", folder: Path) -> Iterator[TightRun]:
+    """Yield the probes.
+
+    Args:
+        folder: an empty folder, for the config of the base for shorter texts.
+    """
     assert subject.records is not None
+    assert subject.tokenizer is not None
     rows = sorted(subject.rows.rows[:AMONG], key=lambda row: row.size[1])
     numbers = [*dict.fromkeys(row.record for row in rows)][:PICKED]
     records = tuple(subject.records[number] for number in numbers)
     form = conversation_format(subject)
     lengths = [len(form.encode(record.context)) for record in records]
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
+    base_limit = getattr(subject.base_config, "max_position_embeddings", None)
+    refusing, more = _refusing(subject.config, form, records, max(lengths) + affixes)
+    yield TightRun("cut into chunks", _chunked(subject.config, form, more, max(lengths), affixes), more, base_limit)
     longest = records[lengths.index(max(lengths))]
-    config, kept = _refusing(subject.config, form, records, max(lengths) + affixes)
-    yield "cut into chunks", _chunked(subject.config, form, kept, max(lengths), affixes), kept
-    yield "one size too long", config, (*kept, replace(longest, context=f"{longest.context}\n{longest.context}"))
+    more = (*more, replace(longest, context=f"{longest.context}\n{longest.context}"))
+    yield TightRun("one size too long", refusing, more, base_limit)
+    limit = max(refusing.max_qas_len, refusing.max_ctx_len)
+    vocabulary = max(len(subject.tokenizer), subject.base_config.vocab_size)
+    LlamaConfig(vocab_size=vocabulary, max_position_embeddings=limit).save_pretrained(folder)
+    unlimited = {"max_ctx_len": -1, "max_qas_len": -1, "max_ctx_chunk_len": -1, "min_ctx_chunk_len": -1}
+    whole = {"max_ctx_chunk_num": None, "num_chunk_probs": None, "model_name_or_path": str(folder)}
+    yield TightRun("a base for shorter texts", changed(refusing, **unlimited, **whole), more, limit)
 
 
 def _chunked(

@@ -5,13 +5,14 @@ sizes. Batches of the run's own data are read, and those of a few of its records
 so that chunks, splits and refusals are seen whatever the run's own limits are.
 """
 
+import tempfile
 import weakref
-from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from checks.data_probes import tight_runs
+from checks.data_probes import TightRun, tight_runs
 from checks.epoch_reading import EpochReading
 from checks.expected_data import conversation_format, expected_data
 from checks.packed_documents import DocumentReader
@@ -21,8 +22,6 @@ from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config.schema import RunConfig
-    from d2l.data.records import Record
     from d2l.data.tokenize import Tokenized
 
 _latest: list[tuple[Any, tuple[EpochReading, ...]]] = []  # the subject that was read last, and its readings
@@ -33,29 +32,30 @@ def readings(subject: "Subject") -> tuple[EpochReading, ...]:
     if _latest and _latest[0][0]() is subject:
         return _latest[0][1]
     assert subject.records is not None
-    made = [_read(subject, "", subject.config, subject.records, subject.rows)]
-    for name, config, records in tight_runs(subject):
-        try:
-            tokenized = subject.implementation.rows(config, subject.chat, records)
-        except D2LError as error:
-            made.append(_refused(EpochReading(f"{name}: ", config, records, None), "the records are refused", error))
-        else:
-            made.append(_read(subject, f"{name}: ", config, records, tokenized))
+    base_limit = getattr(subject.base_config, "max_position_embeddings", None)
+    made = [_read(subject, TightRun("", subject.config, subject.records, base_limit), subject.rows)]
+    with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
+        for run in tight_runs(subject, Path(folder)):
+            try:
+                tokenized = subject.implementation.rows(run.config, subject.chat, run.records)
+            except D2LError as error:
+                reading = EpochReading(f"{run.name}: ", run.config, run.records, None)
+                made.append(_refused(reading, "the records are refused", error))
+            else:
+                made.append(_read(subject, run, tokenized))
     _latest[:] = [(weakref.ref(subject), tuple(made))]
     return tuple(made)
 
 
-def _read(
-    subject: "Subject", name: str, config: "RunConfig", records: "Sequence[Record]", tokenized: "Tokenized"
-) -> EpochReading:
+def _read(subject: "Subject", run: TightRun, tokenized: "Tokenized") -> EpochReading:
     """Read every batch of one epoch."""
-    reading = EpochReading(name, config, records, tokenized)
-    data = expected_data(conversation_format(subject), records)
+    name = run.name and f"{run.name}: "
+    reading = EpochReading(name, run.config, run.records, tokenized)
+    data = expected_data(conversation_format(subject), run.records)
     questions, documents = QuestionReader(reading, data), DocumentReader(reading, data)
-    base_limit = getattr(subject.base_config, "max_position_embeddings", None)
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in data.form.affixes)
     try:
-        batches = subject.implementation.batches(config, tokenized.rows)
+        batches = subject.implementation.batches(run.config, tokenized.rows)
     except D2LError as error:
         return _refused(reading, "no batch can be made", error)
     for batch in batches:
@@ -65,7 +65,7 @@ def _read(
         reading.longest = max(reading.longest[0], lengths[0]), max(reading.longest[1], lengths[1])
         chunks = _segments(batch.ctx_position_ids, sum(batch.n_ctx_chunks))
         asked = _segments(batch.position_ids, sum(batch.n_queries))
-        for problem in size_problems(batch, chunks, asked, config, base_limit, affixes):
+        for problem in size_problems(batch, chunks, asked, run.config, run.base_limit, affixes):
             reading.sizes.add(f"{where}: {problem}")
         if chunks is None:
             reading.documents.add(f"{where}: positions do not restart at each of {sum(batch.n_ctx_chunks)} chunks")

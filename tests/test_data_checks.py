@@ -278,7 +278,14 @@ BUGS: dict[str, tuple[Plant, str]] = {
     ),
     **{
         f"{name} ignored": (unlimited(name), "DAT305")
-        for name in ("max_qas_len", "max_qas_per_sample", "max_ctx_len", "max_ctx_chunk_len", "max_ctx_chunk_num")
+        for name in (
+            "max_position_embeddings",
+            "max_qas_len",
+            "max_qas_per_sample",
+            "max_ctx_len",
+            "max_ctx_chunk_len",
+            "max_ctx_chunk_num",
+        )
     },
 }
 

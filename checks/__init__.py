@@ -44,4 +44,5 @@ def preflight(
     name = "" if isinstance(config, RunConfig) else str(config or "")
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
     with one_thread():
-        return run_checks(make_subject(resolved, name), RULES, stages=stages, select=select, ignore=ignore)
+        subject = make_subject(resolved, name, with_data=not stages or "data" in stages)
+        return run_checks(subject, RULES, stages=stages, select=select, ignore=ignore)

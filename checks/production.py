@@ -135,12 +135,14 @@ def make_subject(
     name: str = "",
     on_tokenize: OnProgress = lambda done, total: None,
     implementation: Implementation | None = None,
+    with_data: bool = True,
 ) -> Subject:
     """Make the subject of a configuration, with whatever of the run's inputs is available here.
 
     Args:
         implementation: what would run it; default: d2l.
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.
+        with_data: whether the data is read; without, it is no part of the fingerprint, and checks of stage `data` skip.
 
     Raises:
         ModelError: there is no such base model.
@@ -155,8 +157,10 @@ def make_subject(
             raise
         tokenizer_absent = f"no tokenizer: {str(error).splitlines()[0]}; pass --tokenizer FOLDER"
     records, records_absent = None, "no data: pass --data FILE, or set train_ds_names"
-    if config.train_ds_names:
+    if config.train_ds_names and with_data:
         records = components.records
+    elif config.train_ds_names:
+        records_absent = "the data was not read: stage data was not requested"
     base_config = fitted_base_config(config, tokenizer)
     chat = None
     if tokenizer is not None:

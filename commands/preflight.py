@@ -85,7 +85,8 @@ def preflight(
 
     report: Report | Selftest
     with checks_progress() as (observe, on_tokenize), one_thread():
-        subject = make_subject(resolved, str(config or ""), on_tokenize)
+        needs_data = not stages or "data" in stages
+        subject = make_subject(resolved, str(config or ""), on_tokenize, with_data=needs_data)
         if selftest:
             report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
         else:

@@ -101,7 +101,9 @@ def world(monkeypatch):
 
     stand_in("checks.rules", RULES=world.rules)
     stand_in(
-        "checks.production", make_subject=lambda config, name, on_tokenize: Subject(name=name), one_thread=nullcontext
+        "checks.production",
+        make_subject=lambda config, name, on_tokenize, **options: Subject(name=name),
+        one_thread=nullcontext,
     )
     for command in ("preflight", "train"):
         monkeypatch.setattr(f"commands.{command}.waited", lambda: 0.0)  # two runs print the same

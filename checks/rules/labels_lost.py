@@ -1,32 +1,36 @@
-"""After truncation and packing, every question of the run still has its whole answer as labels.
+"""After truncation and packing, every question of the run has its whole answer as labels, and nothing else.
 
 What it does
 ------------
-Tokenizes and packs the run's own data, all of it, as the run would, and reads the labels back from the packed batches:
-for each question the labelled text, decoded, against its response.
+Tokenizes and packs the run's own data, all of it, as the run would, and reads the labels of every question back from the
+packed batches. A few records are packed again under tight limits. Where records carry a teacher's logprobs, those beside
+the labels are compared too.
 
 Why it matters
 --------------
 A mask that is right on one conversation proves nothing about the batches. Truncation from the right cuts the answer after
 the mask was checked, and truncation from the left loses later spans; the loss is 0, gradients are NaN, and the token
-counter rises. An answer without its stop token trains a model that never stops.
+counter rises. An answer without its stop token trains a model that never stops; labels on the prompt train to ask.
 
 How it is detected
 ------------------
-Every packed question must have labels, they must equal the input's ids, decode to a text with the whole response in it,
-and end with the end token that the template wrote.
+In each packed question exactly the answer and its end token must be labelled (with `sampled` supervision, all after the
+generation prompt): by the place of the answer in the text that the tokenizer library renders, not by the template's
+mask. A question that is none of the data's must at least have a whole answer of the data with an end token as labels.
 
 How to fix
 ----------
-Raise `max_qas_len` and `max_packed_inp_len`, shorten the questions, and never truncate.
+Raise `max_qas_len` and `max_packed_inp_len`, shorten the questions, and never truncate. Mask labels by the span of the
+answer, its end token included.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from checks.faults import override
+from checks.epoch_reading import gather
+from checks.faults import Override, override
+from checks.packed_data import readings
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -35,66 +39,36 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 IGNORE_INDEX = -100
-REMEDY = "raise max_qas_len and max_packed_inp_len, or shorten the questions; answers must not be truncated"
+REMEDY = "label each answer with its end token and nothing else; where it is truncated, raise max_qas_len"
 
 
 def check(subject: "Subject") -> Result:
-    """Compare the labels of every packed question with its responses."""
+    """Compare the labels of every packed question with the place of its answer."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
-    batches = subject.implementation.batches(subject.config, subject.rows.rows)
-    faults: list[str] = []
-    labels = tokens = questions = 0
-    for batch in batches:
-        labels, tokens = labels + batch.n_labels, tokens + batch.n_tokens
-        questions += len(batch.queries)
-        faults += _faults(subject, batch)
+    found = readings(subject)
+    problems, own = gather(found, "labels"), found[0]
+    questions = sum(reading.questions for reading in found)
     evidence = {
-        "questions": questions,
-        "label_tokens": labels,
-        "tokens": tokens,
-        "batches": len(batches),
-        "faults": faults[:8],
+        "questions": own.questions,
+        "label_tokens": own.label_tokens,
+        "tokens": own.tokens,
+        "batches": own.batches,
+        "faults": problems.examples,
     }
-    if faults:
+    if problems.count:
         return Fail(
-            message=f"labels are lost or wrong in {len(faults)} of {questions} packed questions",
+            message=f"labels are lost or wrong in {problems.count:,} of {questions:,} packed questions",
             expected="each response, whole, with its end token",
-            actual=faults[0],
+            actual=problems.examples[0],
             remedy=REMEDY,
             evidence=evidence,
         )
+    share = own.label_tokens / max(own.tokens, 1)
     return Pass(
-        f"{labels:,} labels ({labels / tokens:.1%} of tokens) in {questions:,} questions of {len(batches)} batches",
+        f"{own.label_tokens:,} labels ({share:.1%} of tokens) in {own.questions:,} questions of {own.batches} batches",
         evidence,
     )
-
-
-def _faults(subject: "Subject", batch: Any) -> list[str]:
-    """List what is wrong with the questions of one batch, a line each."""
-    assert subject.tokenizer is not None
-    assert subject.records is not None
-    stops = set(subject.tokenizer.get_added_vocab().values())
-    contexts = torch.arange(len(batch.n_queries)).repeat_interleave(torch.tensor(batch.n_queries)).tolist()
-    found = []
-    starts = 0
-    for context, length in zip(contexts, batch.queries.lengths, strict=True):
-        piece = slice(starts, starts + length)
-        starts += length
-        ids, labels = batch.input_ids[0, piece], batch.labels[0, piece]
-        record = subject.records[batch.record_ids[context]]
-        kept = labels[labels != IGNORE_INDEX]
-        text = subject.tokenizer.decode(kept)
-        where = f"record {batch.record_ids[context]} ({record.source})"
-        if len(kept) == 0:
-            found.append(f"{where}: no label")
-        elif not torch.equal(kept, ids[labels != IGNORE_INDEX]):
-            found.append(f"{where}: labels are not the input's ids")
-        elif not any(response.strip() in text for response in record.responses):
-            found.append(f"{where}: {text[-60:]!r} holds none of its responses")
-        elif stops and not any(int(token) in stops for token in kept[-2:]):
-            found.append(f"{where}: {text[-60:]!r} does not end with a control token")
-    return found
 
 
 def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) -> Any:
@@ -108,11 +82,23 @@ def _cut_answers(healthy: Implementation, config: Any, chat: Any, records: Any) 
     return _changed_queries(healthy.rows(config, chat, records), cut)
 
 
-def _no_labels(healthy: Implementation, config: Any, chat: Any, records: Any) -> Any:
-    """Lose every label."""
-    return _changed_queries(
-        healthy.rows(config, chat, records), lambda query: replace(query, labels=(IGNORE_INDEX,) * len(query.labels))
+def _with_labels(change: Callable[[tuple[int, ...], list[int]], dict[int, int]]) -> Override:
+    """Make a fault that changes labels: it gets the ids and the labelled places of a question, and returns its labels."""
+
+    def relabelled(query: Any) -> Any:
+        places = [place for place, label in enumerate(query.labels) if label != IGNORE_INDEX]
+        labels = change(query.input_ids, places)
+        made = tuple(labels.get(place, IGNORE_INDEX) for place in range(len(query.input_ids)))
+        return replace(query, labels=made, logprobs_vals=None, logprobs_indices=None)
+
+    return override(
+        rows=lambda healthy, config, chat, records: _changed_queries(healthy.rows(config, chat, records), relabelled)
     )
+
+
+def _label(ids: tuple[int, ...], places: Any) -> dict[int, int]:
+    """Label these places with their own ids."""
+    return {place: ids[place] for place in places}
 
 
 def _changed_queries(tokenized: Any, change: Any) -> Any:
@@ -125,11 +111,36 @@ RULE = Rule(
     name="labels-lost",
     stage="data",
     severity="error",
-    sources=("fix 8", "failure mode F8", "failure mode 4", "failure mode 7", "failure mode 21"),
+    sources=("fix 8", "failure mode F8", "failure mode 4", "failure mode 7", "failure mode 8", "failure mode 21"),
     requires=("LBL101", "DAT301"),
     check=check,
     faults=(
         Fault("answers-truncated", "truncation from the right, after the mask was made", override(rows=_cut_answers)),
-        Fault("labels-all-ignored", "every label is -100", override(rows=_no_labels)),
+        Fault("labels-all-ignored", "every label is -100", _with_labels(lambda ids, places: {})),
+        Fault(
+            "labels-on-the-prompt",
+            "the question is labelled too",
+            _with_labels(lambda ids, places: _label(ids, range(1, len(ids)))),
+        ),
+        Fault(
+            "labels-on-the-header",
+            "what stands before the answer is labelled too",
+            _with_labels(lambda ids, places: _label(ids, [places[0] - 1, *places])),
+        ),
+        Fault(
+            "stop-token-not-trained",
+            "the token that ends an answer has no label",
+            _with_labels(lambda ids, places: _label(ids, places[:-1])),
+        ),
+        Fault(
+            "first-label-lost",
+            "the first token of each answer has no label",
+            _with_labels(lambda ids, places: _label(ids, places[1:])),
+        ),
+        Fault(
+            "labels-shifted",
+            "each label is the id of the token before",
+            _with_labels(lambda ids, places: {place: ids[place - 1] for place in places}),
+        ),
     ),
 )

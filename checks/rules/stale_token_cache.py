@@ -1,45 +1,44 @@
-"""Cached token rows are those of this run's template, data and limits.
+"""Cached token rows are those of this run's template, tokenizer, data, limits and seed.
 
 What it does
 ------------
-Tokenizes a few of the run's records through its cache, in a temporary folder; then again with one byte more in the chat
-template, with the other supervision, with one byte more in a document, and with a lower `max_packed_ctx_len`.
+Tokenizes two short records made of the run's texts through its cache, in a temporary folder; then again with one thing
+changed at a time: each limit, the chunk draw and its seed, the base's longest text, template, supervision, date and
+tokenizer, documents, questions, answers, their order, and a teacher's logprobs.
 
 Why it matters
 --------------
 A cache whose key leaves out the template serves old labels after the template was fixed: the mask is fixed on paper and
-the loss stays what it was. People remedy that by hand (`rm -rf data/processed_datasets`), once they have thought of it.
+the loss stays what it was. One that leaves out answers or limits trains on data that is no longer there. People remedy
+that by hand (`rm -rf data/processed_datasets`), once they have thought of it.
 
 How it is detected
 ------------------
-Each time, rows and reports of what was dropped must equal those of tokenizing anew, without a cache.
+Each time, rows and reports of what was dropped must equal those of tokenizing anew, without a cache. Every change is one
+that changes the rows, whatever the run's own limits are.
 
 How to fix
 ----------
-Key the cache by everything that shapes rows: template, supervision, date, tokenizer, data and limits.
+Key the cache by everything that shapes rows: template, supervision, date, tokenizer, data, limits and seed.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checks.cache_variants import variants
 from checks.faults import override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import Implementation
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config.schema import RunConfig
-    from d2l.data.chat.format import ChatFormat
-    from d2l.data.records import Record
 
-    Inputs = tuple[RunConfig, ChatFormat, tuple[Record, ...]]
-
-RECORDS = 2
+CHUNK_LIMITS = ("max_ctx_chunk_len", "min_ctx_chunk_len", "max_ctx_chunk_num", "num_chunk_probs")
+OTHER_LIMITS = ("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_packed_inp_len", "max_packed_ctx_len")
 REMEDY = "key the cache by everything that shapes rows, or remove its folder and set cache: false"
 
 
@@ -48,42 +47,29 @@ def check(subject: "Subject") -> Result:
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     implementation = subject.implementation
-    compared: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
-        for what, inputs in _variants(subject):
-            fresh = _outcome(implementation.rows, *inputs)
-            if _outcome(implementation.cached_rows, *inputs, Path(folder)) != fresh:
-                return Fail(
-                    message=f"the cache gives stale rows: {what}",
-                    expected="the rows of tokenizing anew",
-                    actual="other rows, or other reports of what was dropped",
-                    remedy=REMEDY,
-                    evidence={"changed": what, "equal": list(compared)},
-                )
-            compared[what] = fresh
-    distinct = len(set(map(repr, compared.values())))
+    results: dict[str, list[Any]] = {}
+    stale: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="d2l-") as cache, tempfile.TemporaryDirectory(prefix="d2l-") as base:
+        for inputs in variants(subject, Path(base)):
+            fresh = _outcome(implementation.rows, *inputs.arguments)
+            results.setdefault(inputs.field, []).append(fresh)
+            if _outcome(implementation.cached_rows, *inputs.arguments, Path(cache)) != fresh:
+                stale.append(inputs.field)
+    first = results["nothing"][0]
+    idle = [field for field, found in results.items() if field != "nothing" and all(it == first for it in found)]
+    evidence = {"changed": list(results), "stale": stale, "without_effect": idle}
+    if stale:
+        return Fail(
+            message=f"the cache gives stale rows where these change: {', '.join(dict.fromkeys(stale))}",
+            expected="the rows of tokenizing anew",
+            actual="other rows, or other reports of what was dropped",
+            remedy=REMEDY,
+            evidence=evidence,
+        )
+    without = f" ({', '.join(idle)}: without effect here)" if idle else ""
     return Pass(
-        f"rows from the cache are always those of tokenizing anew: {len(compared)} inputs with {distinct} results",
-        {"compared": list(compared)},
+        f"rows from the cache are those of tokenizing anew, with {len(results) - 1} things changed{without}", evidence
     )
-
-
-def _variants(subject: "Subject") -> "Iterator[tuple[str, Inputs]]":
-    """Yield the run's own inputs on a few records that have rows, then with one change at a time."""
-    assert subject.records is not None
-    config, chat, rows = subject.config, subject.chat, subject.rows.rows[:RECORDS]
-    records = tuple(subject.records[index] for index in dict.fromkeys(row.record for row in rows))
-    yield "nothing changed", (config, chat, records)
-    yield "nothing changed, the second time", (config, chat, records)
-    yield "one byte more in the chat template", (config, replace(chat, template=f".{chat.template}"), records)
-    other = changed(config, supervision="sampled" if config.supervision == "content" else "content")
-    yield "the other supervision", (other, replace(chat, supervision=other.supervision), records)
-    yield (
-        "one byte more in a document",
-        (config, chat, (replace(records[0], context=f"{records[0].context}."), *records[1:])),
-    )
-    longest = max(row.size[1] for row in rows)
-    yield "a lower max_packed_ctx_len", (changed(config, max_packed_ctx_len=max(longest - 1, 1)), chat, records)
 
 
 def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
@@ -95,15 +81,19 @@ def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
     return tuple(tokenized.rows), tokenized.dropped
 
 
-def _key_without(forgotten: str) -> "Callable[[Subject], Subject]":
-    """Make a fault of a cache whose key leaves one thing out."""
+def _key_without(*forgotten: str) -> "Callable[[Subject], Subject]":
+    """Make a fault of a cache whose key leaves some things out."""
 
     def plant(subject: "Subject") -> "Subject":
         kept: dict[str, Any] = {}
 
         def cached_rows(healthy: Implementation, config: Any, chat: Any, records: Any, folder: Path) -> Any:
-            parts = {"template": chat.template, "supervision": chat.supervision, "data": records, "limits": config}
-            key = repr([folder, *(value for name, value in parts.items() if name != forgotten)])
+            parts = {name: getattr(config, name) for name in (*CHUNK_LIMITS, *OTHER_LIMITS, "seed")}
+            parts |= {name: getattr(chat, name) for name in ("template", "supervision", "current_date")}
+            parts |= {"base": config.model_name_or_path, "tokenizer": id(chat.tokenizer)}
+            for name in ("context", "prompts", "responses", "logprobs_vals", "logprobs_indices"):
+                parts[name] = [getattr(record, name) for record in records]
+            key = repr([folder, *(value for name, value in parts.items() if name not in forgotten)])
             if key not in kept:
                 kept[key] = healthy.cached_rows(config, chat, records, folder)
             return kept[key]
@@ -118,12 +108,25 @@ RULE = Rule(
     name="stale-token-cache",
     stage="data",
     severity="error",
-    sources=("stale cache", "failure mode 5", "failure mode 36"),
-    requires=("LBL101", "DAT301", "LBL301"),
+    sources=("stale cache", "failure mode 5", "failure mode 36", "failure mode C24"),
+    requires=("LBL101", "DAT301", "LBL301", "DAT302", "DAT303", "DAT304", "DAT305"),
     check=check,
     faults=(
         Fault("key-without-template", "another chat template meets the old rows", _key_without("template")),
-        Fault("key-without-data", "another document meets the old rows", _key_without("data")),
-        Fault("key-without-limits", "another limit meets the old rows", _key_without("limits")),
+        Fault("key-without-supervision", "the other supervision meets the old rows", _key_without("supervision")),
+        Fault("key-without-date", "another day meets the old rows", _key_without("current_date")),
+        Fault("key-without-tokenizer", "another tokenizer meets the old rows", _key_without("tokenizer")),
+        Fault("key-without-data", "another document meets the old rows", _key_without("context")),
+        Fault("key-without-questions", "other questions meet the old rows", _key_without("prompts")),
+        Fault("key-without-answers", "other answers meet the old rows", _key_without("responses")),
+        Fault(
+            "key-without-teacher",
+            "another teacher's logprobs meet the old rows",
+            _key_without("logprobs_vals", "logprobs_indices"),
+        ),
+        Fault("key-without-limits", "another limit meets the old rows", _key_without(*OTHER_LIMITS)),
+        Fault("key-without-chunk-limits", "another chunk limit meets the old rows", _key_without(*CHUNK_LIMITS)),
+        Fault("key-without-base", "a base for shorter texts meets the old rows", _key_without("base")),
+        Fault("key-without-seed", "another draw of chunk counts meets the old rows", _key_without("seed")),
     ),
 )

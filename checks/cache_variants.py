@@ -1,0 +1,177 @@
+"""Inputs of a token cache that differ in one thing each, one for every field that shapes rows.
+
+They do not depend on the run's own limits: documents are cut by a draw, so that chunk lengths, counts, probabilities and
+the seed all matter, and the template prints the date and the supervision.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import normalizers
+from transformers import LlamaConfig
+
+from checks.oracles.conversations import ConversationFormat
+from checks.subject import changed
+from d2l.data.chat.format import load_tokenizer
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+    from d2l.config.schema import RunConfig
+    from d2l.data.chat.format import ChatFormat
+    from d2l.data.records import Record
+
+SMALL_TOKENIZER = "configs/models/tiny_gpt_oss"
+LARGE = 20_000  # ids: a tokenizer above takes half a second to fingerprint, which every variant would pay
+TEXT, TOKENS = 300, 12  # at most so many characters of a document, and at least so many tokens
+PIECES = 6  # more chunks than the draw of the base inputs takes
+PRINTED = "{{ supervision }} {{ strftime_now('%Y-%m-%d') }} "
+ROOMY = 1 << 20
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a cache is asked for. `field` names what differs from the first inputs: of the configuration, or the data."""
+
+    field: str
+    config: "RunConfig"
+    chat: "ChatFormat"
+    records: "tuple[Record, ...]"
+
+    @property
+    def arguments(self) -> "tuple[RunConfig, ChatFormat, tuple[Record, ...]]":
+        """Return the arguments of `rows` and `cached_rows`."""
+        return self.config, self.chat, self.records
+
+
+def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
+    """Yield the base inputs, then each variant.
+
+    Args:
+        folder: an empty folder, for the config of a base with another `max_position_embeddings`.
+    """
+    chat = _probe_chat(subject)
+    form = ConversationFormat(chat.tokenizer, chat.template, chat.supervision, date.fromisoformat(chat.current_date))
+    records = _probe_records(subject, form)
+    text = max(len(form.encode(record.context)) for record in records)
+    affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
+    questions = [pair for record in records for pair in zip(record.prompts, record.responses, strict=True)]
+    question = max(len(expected.ids) for expected in form.expected(questions) if expected)
+    draw = dict.fromkeys(range(2, PIECES), 0.25)
+    config = changed(
+        subject.config,
+        loss="ce",
+        max_ctx_len=-1,
+        max_qas_len=-1,
+        max_qas_per_sample=-1,
+        max_ctx_chunk_len=text + affixes,
+        min_ctx_chunk_len=-1,
+        max_ctx_chunk_num=None,
+        num_chunk_probs=draw,
+        max_packed_inp_len=ROOMY,
+        max_packed_ctx_len=ROOMY,
+        cache=False,
+        supervision=chat.supervision,
+    )
+    first = Inputs("nothing", config, chat, records)
+    yield first
+    yield first
+    limits: dict[str, Any] = {
+        "max_ctx_len": text + affixes - 1,
+        "max_ctx_chunk_len": math.ceil(text / PIECES) + affixes,
+        "min_ctx_chunk_len": text + affixes,
+        "max_ctx_chunk_num": 1,
+        "num_chunk_probs": {PIECES: 1.0},
+        "max_qas_len": question - 1,
+        "max_qas_per_sample": 1,
+        "max_packed_inp_len": question - 1,
+        "max_packed_ctx_len": text + affixes,
+        "model_name_or_path": _other_base(len(chat.tokenizer), folder, affixes + text // PIECES),
+    }
+    for field, value in limits.items():
+        yield replace(first, field=field, config=changed(config, **{field: value}))
+    yield from (replace(first, field="seed", config=changed(config, seed=config.seed + step)) for step in (1, 2))
+    yield from _conversations(first)
+    yield from _data(first, subject)
+
+
+def _conversations(first: Inputs) -> Iterator[Inputs]:
+    """Yield another template, supervision, date and tokenizer."""
+    config, chat = first.config, first.chat
+    yield replace(first, field="chat_template", chat=replace(chat, template=f".{chat.template}"))
+    supervision: Any = "sampled" if config.supervision == "content" else "content"
+    yield replace(
+        first,
+        field="supervision",
+        config=changed(config, supervision=supervision),
+        chat=replace(chat, supervision=supervision),
+    )
+    day = "2019-03-07"
+    yield replace(
+        first, field="current_date", config=changed(config, current_date=day), chat=replace(chat, current_date=day)
+    )
+    tokenizer = deepcopy(chat.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    letter = next((letter for letter in first.records[0].context if letter.isalnum()), "e")
+    other = normalizers.Replace(letter, "o" if letter != "o" else "e")
+    backend.normalizer = normalizers.Sequence([*([backend.normalizer] if backend.normalizer else []), other])
+    yield replace(first, field="tokenizer_name_or_path", chat=replace(chat, tokenizer=tokenizer))
+
+
+def _data(first: Inputs, subject: "Subject") -> Iterator[Inputs]:
+    """Yield another document, question and answer, the records in another order, and a teacher's logprobs."""
+    record, *others = first.records
+
+    def changed_record(field: str, **values: Any) -> Inputs:
+        return replace(first, field=field, records=(replace(record, **values), *others))
+
+    yield changed_record("documents", context=f"{record.context} {record.context[:20]}")
+    yield changed_record("prompts", prompts=(f"{record.prompts[0]} {record.prompts[0]}", *record.prompts[1:]))
+    yield changed_record("responses", responses=(f"{record.responses[0]} {record.responses[0]}", *record.responses[1:]))
+    yield replace(first, field="order of records", records=(*others, record))
+    rows = [row for row in subject.implementation.rows(*first.arguments).rows if row.record == 0]
+    labels = [query.n_labels for row in rows for query in row.queries]
+    if len(labels) == len(record.prompts):
+        for field, value, token in (("teacher", -0.5, 1), ("logprobs_vals", -0.7, 1), ("logprobs_indices", -0.7, 2)):
+            values = tuple(tuple((value, -2.0) for _ in range(count)) for count in labels)
+            indices = tuple(tuple((token, 3) for _ in range(count)) for count in labels)
+            taught = replace(record, logprobs_vals=values, logprobs_indices=indices)
+            yield replace(first, field=field, records=(taught,))
+
+
+def _probe_chat(subject: "Subject") -> "ChatFormat":
+    """Return the run's chat format with a template that prints the date and the supervision, on a tokenizer of its size."""
+    assert subject.tokenizer is not None
+    tokenizer = subject.tokenizer if len(subject.tokenizer) <= LARGE else load_tokenizer(SMALL_TOKENIZER)
+    chat = subject.implementation.chat(subject.config, tokenizer)
+    return replace(chat, template=PRINTED + chat.template)
+
+
+def _probe_records(subject: "Subject", form: ConversationFormat) -> "tuple[Record, ...]":
+    """Return two short records made of the run's own texts: long enough to be cut, with two questions and with one."""
+    assert subject.records is not None
+    numbers = [*dict.fromkeys(row.record for row in subject.rows.rows[:20])][:2]
+    made: list[Record] = []
+    for record in (subject.records[number] for number in numbers):
+        context = record.context.strip()[:TEXT]
+        while len(form.encode(context)) < TOKENS:
+            context = f"{context} {context}"
+        prompts, responses = (record.prompts * 2)[:2], (record.responses * 2)[:2]
+        if len(record.prompts) == 1:
+            prompts = (prompts[0], f"{prompts[0]} {prompts[0]}")
+        asked = 1 if made else 2
+        short = replace(record, context=context, prompts=prompts[:asked], responses=responses[:asked])
+        made.append(replace(short, logprobs_vals=None, logprobs_indices=None))
+    if len(made) == 1:
+        made.append(replace(made[0], context=f"{made[0].context} {made[0].context}"))
+    return tuple(made)
+
+
+def _other_base(vocabulary: int, folder: Path, longest: int) -> str:
+    """Write the config of a base with another `max_position_embeddings`, all that rows take from one; return its folder."""
+    LlamaConfig(vocab_size=vocabulary, max_position_embeddings=longest).save_pretrained(folder)
+    return str(folder)

@@ -145,6 +145,12 @@ def test_a_part_of_a_head_that_rope_turns_stays_whole() -> None:
     assert base(torch.arange(20)[None]).logits.isfinite().all()
 
 
+def test_heads_that_cannot_be_shared_are_refused_and_not_hidden() -> None:
+    real = AutoConfig.for_model("qwen3", num_attention_heads=5, num_key_value_heads=2)
+    with pytest.raises(ModelError, match=r"num_attention_heads \(5\) is no multiple of num_key_value_heads \(2\)"):
+        twin_config(real)
+
+
 def test_every_layer_type_is_in_the_twin() -> None:
     late = AutoConfig.for_model(
         "gemma3_text", num_hidden_layers=12, layer_types=["sliding_attention"] * 8 + ["full_attention"] * 4

@@ -85,9 +85,15 @@ def _depth(base_config: PreTrainedConfig) -> int:
 
 
 def _heads(base_config: PreTrainedConfig) -> tuple[int, int]:
-    """Choose the numbers of query and key-value heads, in their ratio."""
+    """Choose the numbers of query and key-value heads, in their ratio.
+
+    Raises:
+        ValueError: the real model has no ratio; a twin would hide that its attention cannot run.
+    """
     heads = base_config.num_attention_heads
     key_value_heads = getattr(base_config, "num_key_value_heads", None) or heads
+    if heads % key_value_heads:
+        raise ValueError(f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({key_value_heads})")
     kept = min(2, key_value_heads)  # two where there are several, so that mixing them up shows
     return min(heads // key_value_heads, _LARGEST_GROUP) * kept, kept
 

@@ -89,7 +89,7 @@ def turns_red(rule: Rule, fault: Fault, drawn: Subject) -> bool:
 
 def plant(rule: Rule, fault: Fault, first_seed: int, places: int) -> None:
     """The fault turns its check red in so many configurations, the first from that seed on to which it applies."""
-    planted, draws = 0, 60 + 10 * places
+    planted, draws = 0, 60 + 50 * places  # the reference's format (IMP201) holds one in thirty
     for seed in range(first_seed, first_seed + draws):
         planted += turns_red(rule, fault, random_subject(seed))
         if planted == places:

@@ -82,10 +82,11 @@ def check(subject: "Subject") -> Result:
 
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
-    """Make a trainer whose epochs hold three packed rows, so that a lost position shows."""
+    """Make a trainer whose epochs hold three packed rows, one a step, so that a lost position shows."""
     rows = probe_rows(subject)
     longest_input, longest_context = (max(row.size[i] for row in rows) for i in (0, 1))
-    config = changed(subject.twin_config, max_packed_inp_len=longest_input, max_packed_ctx_len=longest_context)
+    limits = {"max_packed_inp_len": longest_input, "max_packed_ctx_len": longest_context}
+    config = changed(subject.twin_config, **limits, gradient_accumulation_steps=1)
     return subject.implementation.trainer(subject.twin(seed), rows, config)
 
 

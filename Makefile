@@ -42,8 +42,8 @@ $(OLDEST)/installed: pyproject.toml oldest.txt
 golden: install # needs ../shared and fails without it; the last line counts the values compared
 	$(BIN)/pytest -n 0 -m golden
 
-fuzz: install # 200 clean configurations, and every planted fault in ten
-	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py
+fuzz: install # 500 clean configurations, every planted fault in ten, all published models, twins of all head counts
+	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py tests/test_published.py tests/test_twin.py
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md

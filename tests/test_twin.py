@@ -1,8 +1,11 @@
 """A twin is of its model's kind in everything that decides which code runs, and tiny."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.families import BASES, UNSHIPPED
+from support.sizes import MXFP4, NO_SPECIAL_TOKENS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
@@ -84,6 +87,68 @@ def test_gpt_oss_in_numbers() -> None:
     assert (twin.sliding_window, twin.vocab_size) == (WINDOW, 128)
     assert twin.rope_parameters["rope_type"] == "yarn"
     assert twin.max_position_embeddings == 32 * twin.rope_parameters["original_max_position_embeddings"]
+
+
+def heads_add_up(config: PreTrainedConfig) -> bool:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim == config.hidden_size
+
+
+HEAD_COUNTS = [(heads, shared) for heads in range(1, 65) for shared in range(1, heads + 1) if heads % shared == 0]
+# name → model_type, and what tells the family's heads; one that has no field for a head's size takes its share
+ANY_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 128}),
+    "llama, heads of another size": ("llama", {"head_dim": 48}),
+    "qwen2, no field for a head's size": ("qwen2", {}),
+    "gpt_oss in MXFP4": ("gpt_oss", {"head_dim": 128, **MXFP4}),
+    "gpt_oss in MXFP4, heads of another size": ("gpt_oss", {"head_dim": 48, **MXFP4}),
+}
+REST = ("qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt_oss")
+SLOW_HEADS = {"phi3": ("phi3", {})} | {
+    f"{name}, heads of {size}": (name, {"head_dim": size}) for name in REST for size in (128, 48)
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        *(pytest.param(*entry, id=name) for name, entry in ANY_HEADS.items()),
+        *(pytest.param(*entry, id=name, marks=pytest.mark.slow) for name, entry in SLOW_HEADS.items()),
+    ],
+)
+def test_a_twin_of_any_number_of_heads_runs(model_type: str, settings: dict[str, Any]) -> None:
+    """Every number of query heads up to 64 with each of its divisors as key-value heads; each different twin runs once."""
+    twins: dict[tuple[int, ...], PreTrainedConfig] = {}
+    for heads, key_value_heads in HEAD_COUNTS:
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "hidden_size": 128 * heads}
+        real = AutoConfig.for_model(model_type, **NO_SPECIAL_TOKENS | sizes | settings)
+        twin = twin_config(real)
+        kept, kept_key_value = twin.num_attention_heads, twin.num_key_value_heads
+        assert (kept // kept_key_value, kept_key_value) == (min(8, heads // key_value_heads), min(2, key_value_heads))
+        assert heads_add_up(twin) == heads_add_up(real) == (settings.get("head_dim") != 48)
+        assert twin.hidden_size not in (twin.intermediate_size, 2 * twin.intermediate_size)
+        assert "quantization_config" not in settings or twin.hidden_size % 32 == twin.intermediate_size % 32 == 0
+        twins[kept, kept_key_value] = twin
+    assert len(twins) == 16
+    for twin in twins.values():
+        base = random_base(twin, plan_load(RunConfig(attn_implementation="eager"), twin, device="cpu"), seed=0)
+        with torch.no_grad():
+            assert 0.2 < base(torch.arange(20)[None]).logits.std() < 5
+
+
+def test_a_part_of_a_head_that_rope_turns_stays_whole() -> None:
+    """Phi-4-mini: 24 heads, 8 of keys and values, and rope on three quarters of a head."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    sizes = {"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8}
+    twin = twin_config(AutoConfig.for_model("phi3", rope_parameters=rope, **sizes))
+    base = random_base(twin, plan_load(RunConfig(), twin, "cpu"), seed=0)
+    assert base(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_heads_that_cannot_be_shared_are_refused_and_not_hidden() -> None:
+    real = AutoConfig.for_model("qwen3", num_attention_heads=5, num_key_value_heads=2)
+    with pytest.raises(ModelError, match=r"num_attention_heads \(5\) is no multiple of num_key_value_heads \(2\)"):
+        twin_config(real)
 
 
 def test_every_layer_type_is_in_the_twin() -> None:

@@ -100,8 +100,17 @@ def _without_masks(healthy: Implementation, base: Any, config: Any) -> Model:
     """Take the row for one document: masks know causality and windows only."""
     model: Any = healthy.build(base, config)
     masks = model.attention_mask
-    model.attention_mask = lambda position_ids: masks(_one_document(position_ids))
+    model.attention_mask = lambda position_ids: _unaware(masks, position_ids)
     return model
+
+
+def _unaware(masks: Any, position_ids: torch.Tensor) -> Any:
+    """Make masks that take the row for one document, written out: without any, transformers looks for documents itself."""
+    made, length = masks(_one_document(position_ids)), position_ids.shape[-1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()[None, None]
+    if isinstance(made, dict):
+        return {kind: causal if mask is None else mask for kind, mask in made.items()}
+    return causal if made is None else made
 
 
 def _one_document(position_ids: torch.Tensor) -> torch.Tensor:
@@ -140,9 +149,7 @@ def _encoder_without_masks(healthy: Implementation, base: Any, config: Any) -> M
     """Take the row for one document in the context encoder; the question pass is right."""
     model: Any = healthy.build(base, config)
     encoder, masks = model.encoder, model.attention_mask
-    model.encoder = lambda ids, position_ids, attention_mask: encoder(
-        ids, position_ids, masks(_one_document(position_ids))
-    )
+    model.encoder = lambda ids, position_ids, attention_mask: encoder(ids, position_ids, _unaware(masks, position_ids))
     return model
 
 

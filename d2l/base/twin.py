@@ -8,14 +8,15 @@ from transformers import PreTrainedConfig
 
 from d2l.errors import ModelError
 
-HIDDEN = 64  # like the intermediate size a multiple of 32, MXFP4's block
-INTERMEDIATE = 96  # nor is its double the hidden size: any transposed projection shows
-HEAD_DIM = 16
+HIDDEN = 64  # or near it, as transformers demands a multiple of the number of heads
+INTERMEDIATE = (96, 128)  # the first that is not the hidden size, nor is its double: any transposed projection shows
+HEAD_DIMS = (16, 32)  # the first with which the heads do not add up to the hidden size
 VOCABULARY = 128
 WINDOW = 4  # shorter than any probe
 LAYERS = 4
 _POSITIONS = 64  # of the original rope, so that its scaling acts within a probe's length
 _LARGEST_GROUP = 8  # query heads to a key-value head
+_BLOCK = 32  # of MXFP4: a multiple of it is every input of an expert
 
 TWIN_CANNOT_SHOW = (
     "running out of memory: a twin is a few megabytes",
@@ -29,8 +30,9 @@ TWIN_CANNOT_SHOW = (
 def twin_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
     """Shrink width, depth, experts, vocabulary and window; keep everything that decides which code runs.
 
-    Kept: model type, order of the layer types (at least one of each), ratio of query to key-value heads, top-k of the
-    routing, sinks, biases, norms, kind of rope, tied embeddings, quantization.
+    Kept: model type, order of the layer types (at least one of each), ratio of query to key-value heads (up to 8), whether
+    the heads add up to the hidden size, top-k of the routing, sinks, biases, norms, kind of rope, tied embeddings,
+    quantization.
 
     Raises:
         ModelError: transformers refuses the smaller config.
@@ -45,13 +47,15 @@ def _shrunk(base_config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields of the twin's config."""
     values = base_config.to_dict()
     layers = _depth(base_config)
-    heads, key_value_heads, head_dim = _heads(base_config)
+    heads, key_value_heads = _heads(base_config)
+    hidden, head_dim = _widths(base_config, heads)
+    intermediate = next(size for size in INTERMEDIATE if hidden not in (size, 2 * size))
     sizes: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "moe_intermediate_size": INTERMEDIATE,
-        "shared_expert_intermediate_size": INTERMEDIATE,
-        "ffn_hidden_size": INTERMEDIATE,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "moe_intermediate_size": intermediate,
+        "shared_expert_intermediate_size": intermediate,
+        "ffn_hidden_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
@@ -60,7 +64,7 @@ def _shrunk(base_config: PreTrainedConfig) -> dict[str, Any]:
         "rotary_dim": head_dim,
         "vocab_size": VOCABULARY,
         "sliding_window": WINDOW,
-        "initializer_range": 1.6 / HIDDEN**0.5,  # activations, attention patterns and logits of order one
+        "initializer_range": 1.6 / hidden**0.5,  # activations, attention patterns and logits of order one
     }
     for name, size in (sizes | _experts(base_config)).items():
         own_name = base_config.attribute_map.get(name, name)
@@ -80,16 +84,41 @@ def _depth(base_config: PreTrainedConfig) -> int:
     return min(max(LAYERS, complete), base_config.num_hidden_layers)
 
 
-def _heads(base_config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Choose query heads, key-value heads and head size; keep the ratio, and whether heads add up to the hidden size."""
+def _heads(base_config: PreTrainedConfig) -> tuple[int, int]:
+    """Choose the numbers of query and key-value heads, in their ratio.
+
+    Raises:
+        ValueError: the real model has no ratio; a twin would hide that its attention cannot run.
+    """
     heads = base_config.num_attention_heads
     key_value_heads = getattr(base_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+    if heads % key_value_heads:
+        raise ValueError(f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({key_value_heads})")
     kept = min(2, key_value_heads)  # two where there are several, so that mixing them up shows
-    kept_heads = min(heads // key_value_heads, _LARGEST_GROUP) * kept
+    return min(heads // key_value_heads, _LARGEST_GROUP) * kept, kept
+
+
+def _widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
+    """Choose the hidden size and the head size for so many query heads; the heads add up to it where the model's do."""
+    head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
     if getattr(base_config, "qk_rope_head_dim", None):  # multi-head latent attention has head sizes of its own
-        return kept_heads, kept, head_dim
-    return kept_heads, kept, HIDDEN // kept_heads if heads * head_dim == base_config.hidden_size else HEAD_DIM
+        return HIDDEN, head_dim
+    block = _BLOCK if getattr(base_config, "quantization_config", None) else 1
+    shares = [size for size in range(4, 257, 4) if heads * size % block == 0 and _rotates(base_config, size)]
+    share = min(shares, key=lambda size: abs(heads * size - HIDDEN))
+    if (
+        getattr(base_config, "head_dim", None) is None
+        or base_config.num_attention_heads * head_dim == base_config.hidden_size
+    ):
+        return heads * share, share
+    return heads * share, next(size for size in HEAD_DIMS if size != share)
+
+
+def _rotates(base_config: PreTrainedConfig, head_dim: int) -> bool:
+    """Return whether rope turns pairs of a head of this size, where it turns a part of every head only."""
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    return rotated > 0 and rotated % 2 == 0
 
 
 def _experts(base_config: PreTrainedConfig) -> dict[str, int]:

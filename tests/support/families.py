@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -244,10 +245,11 @@ class Base:
         return self.config(**copy.deepcopy(BASE | self.settings | changes))
 
 
-# model_type → base, for every family of the table and for GPT-OSS, whose experts are no Linears
+# model_type → base, for every family of the table, for GPT-OSS, whose experts are no Linears, and for Qwen2.5
 BASES = {"gpt_oss": Base(GptOssConfig, EXPERTS, ATTENTION)}
 for _family in FAMILIES.values():
     BASES.setdefault(_family.config.model_type, Base(_family.config, _family.settings))
+BASES["qwen2"] = Base(Qwen2Config, {})  # Qwen2.5; its chats are ChatML
 
 # Other model types that a twin can be made of; no chat template is shipped for them.
-UNSHIPPED = ("qwen2", "qwen3_moe", "mixtral", "phi3", "gpt2")
+UNSHIPPED = ("qwen3_moe", "mixtral", "phi3", "gpt2")

@@ -1,0 +1,84 @@
+"""Published models are diagnosed without a false alarm, from their config.json alone: stages static and twin, no data."""
+
+from pathlib import Path
+
+import pytest
+
+from checks import preflight
+from checks.report import plain_text
+from d2l.base.load import read_base_config, skeleton
+from d2l.base.twin import twin_config
+from d2l.config.load import load_config
+
+FOLDER = Path(__file__).parent / "published"
+# Parameters in thousands, tied embeddings once (README.md of the folder): a wrong width, depth or vocabulary shows.
+PARAMETERS = {
+    "Llama-3.1-8B": 8_030_261,
+    "Llama-3.2-1B": 1_235_814,
+    "Llama-3.2-3B": 3_212_749,
+    "Mistral-7B-v0.3": 7_248_023,
+    "Mistral-Nemo-Base-2407": 12_247_782,
+    "Qwen2.5-0.5B": 494_032,
+    "Qwen2.5-1.5B": 1_543_714,
+    "Qwen2.5-3B": 3_085_938,
+    "Qwen2.5-7B": 7_615_616,
+    "Qwen3-0.6B": 596_049,
+    "Qwen3-1.7B": 1_720_574,
+    "Qwen3-4B": 4_022_468,
+    "Qwen3-8B": 8_190_735,
+    "Qwen3-14B": 14_768_307,
+    "gemma-2-2b": 2_614_341,
+    "gemma-2-9b": 9_241_705,
+    "gemma-2-27b": 27_227_128,
+    "gemma-3-270m": 268_098,
+    "gemma-3-1b": 999_885,
+    "gemma-3-4b": 3_880_263,
+    "gemma-3-12b": 11_766_034,
+    "gemma-3-27b": 27_009_346,
+    "gpt-oss-20b": 20_914_757,
+    "gpt-oss-120b": 116_829_156,
+}
+# One of every family, and head counts that do not divide a power of two.
+QUICK = (
+    "Llama-3.2-3B",
+    "Mistral-Nemo-Base-2407",
+    "Qwen2.5-0.5B",
+    "Qwen3-14B",
+    "gemma-2-2b",
+    "gemma-3-1b",
+    "gpt-oss-120b",
+)
+
+each_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
+)
+
+
+def config_file(name: str) -> str:
+    return str(FOLDER / f"{name}.json")
+
+
+def test_every_file_is_in_the_table() -> None:
+    assert {file.stem for file in FOLDER.glob("*.json")} == PARAMETERS.keys()
+
+
+@each_model
+def test_the_sizes_are_the_published_ones(name: str) -> None:
+    parameters = dict(skeleton(read_base_config(config_file(name))).named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) // 1000 == PARAMETERS[name]
+
+
+@each_model
+def test_nothing_is_found_in_a_published_model(name: str) -> None:
+    report = preflight(load_config(None, {"model_name_or_path": config_file(name)}), stages=["static", "twin"])
+    allowed = {"pass", "skip"}
+    unexpected = [o.code for o in report if o.outcome not in allowed | ({"warn"} if o.code == "TGT102" else set())]
+    assert not unexpected, plain_text(report)
+
+
+@each_model
+def test_the_twin_has_the_ratio_of_heads(name: str) -> None:
+    real = read_base_config(config_file(name))
+    twin = twin_config(real)
+    ratio, real_ratio = (config.num_attention_heads // config.num_key_value_heads for config in (twin, real))
+    assert ratio == real_ratio

@@ -1,0 +1,121 @@
+"""Mutants of masks, attention, segments and memory."""
+
+from experiments.mutants.mutant import bugs
+
+_AREA = "base"
+_ESTIMATE = "outside the claims: an estimate in bytes; no weight is trained otherwise"
+
+MUTANTS = [
+    *bugs(
+        _AREA,
+        "d2l.base.masks:packed_masks",
+        "masks",
+        (
+            "masks-ignore-positions",
+            "position_ids=position_ids,",
+            "position_ids=None,",
+            "packed documents see each other",
+        ),
+        (
+            "window-lost",
+            "_BUILDERS[kind](",
+            '_BUILDERS["full_attention"](',
+            "sliding layers see everything",
+        ),
+        (
+            "one-mask-for-all-layers",
+            "masks if len(masks) > 1 else masks[layout.kinds[0]]",
+            "masks[layout.kinds[0]]",
+            "full layers see a window only",
+        ),
+        (
+            "last-document-in-two",
+            "Segments.from_position_ids(position_ids).grid(position_ids.device)[None, None]",
+            "Segments.from_position_ids(position_ids % 32).grid(position_ids.device)[None, None]",
+            "per_document attention cuts documents every 32 tokens",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.attention:_causal",
+        "masks",
+        ("window-one-too-wide", "(distance >= window)", "(distance > window)", "not what the model was trained with"),
+        ("window-ignored", "if window is None else (distance < 0) | (distance >= window)", "", "no sliding window"),
+        ("future-visible", "distance < 0 if window is None", "distance < -1 if window is None", "sees one token ahead"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.attention:per_document_attention",
+        "masks",
+        (
+            "documents-out-of-order",
+            "torch.cat(outputs)[torch.cat(places).argsort()]",
+            "torch.cat(outputs)",
+            "tokens get the attention of another document's tokens",
+        ),
+        (
+            "padding-written",
+            "held = grid >= 0",
+            "held = (grid >= 0) & (grid != grid.max())",
+            "a token is lost",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.segments:Segments.pad",
+        "masks",
+        (
+            "padding-counted-as-keys",
+            "(occupied | (lengths == 0)).to(x.device)",
+            "torch.ones_like(occupied).to(x.device)",
+            "a chunk's LoRA depends on the longest chunk beside it",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.segments:Segments.joined",
+        "masks",
+        (
+            "questions-of-another-context",
+            "accumulate(counts, initial=0)",
+            "accumulate(counts[::-1], initial=0)",
+            "questions are answered under another document's LoRA",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.segments:segment_starts",
+        "masks",
+        (
+            "segments-start-at-zero-only",
+            "positions[1:] != positions[:-1] + 1",
+            "positions[1:] == 0",
+            "nothing for positions that restart at 0",
+            "equivalent: every position that d2l makes restarts at 0",
+        ),
+        (
+            "every-other-start-missed",
+            "positions[1:] != positions[:-1] + 1",
+            "(positions[1:] != positions[:-1] + 1) & (positions[:-1] > 3)",
+            "a short document and the one after it are one",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.memory:memory_plan",
+        "memory",
+        ("optimizer-not-counted", '"optimizer states", 0, kept, kept', '"optimizer states", 0, 0, 0', "OOM", _ESTIMATE),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.base.memory:_base_bytes",
+        "memory",
+        (
+            "packed-as-dense",
+            'in ("packed", "native")',
+            'in ("native",)',
+            "a run that fits is called too large",
+            _ESTIMATE,
+        ),
+    ),
+]

@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+
+import checks
+from d2l.base import mxfp4
+from d2l.data import epochs, packing
+from d2l.hypernet.shape import HypernetShape
+from d2l.train import loop, losses
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import DoesNotApplyError, Mutant, bugs, planted
 from experiments.mutants.page import as_json, killed_share, markdown, summary
@@ -9,12 +15,6 @@ from experiments.mutants.trial import Red, Verdict
 from experiments.mutants.values import DiffersError, Values
 from experiments.mutants.witnesses import WITNESSES
 from experiments.mutants.workbench import configurations
-
-import checks
-from d2l.base import mxfp4
-from d2l.data import epochs, packing
-from d2l.hypernet.shape import HypernetShape
-from d2l.train import loop, losses
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -36,7 +36,7 @@ def test_every_mutant_applies() -> None:
 def test_there_are_enough_of_every_area_and_each_names_a_witness() -> None:
     assert len(MUTANTS) >= 150
     assert {mutant.witness for mutant in MUTANTS} <= WITNESSES.keys()
-    assert all(mutant.judgement.startswith(("", "equivalent: ", "outside the claims: ")) for mutant in MUTANTS)
+    assert all(not it.judgement or it.judgement.startswith(("equivalent: ", "outside the claims: ")) for it in MUTANTS)
 
 
 def test_every_importer_runs_the_mutant_until_the_scope_ends() -> None:
@@ -88,8 +88,8 @@ def test_the_first_value_that_differs_ends_a_witness() -> None:
     again |= {"same": torch.ones(2) + 1e-8, "text": [1, 2]}
     with pytest.raises(DiffersError, match="number: by 1 of 3"):
         again["number"] = 4.0
-    with pytest.raises(DiffersError, match="number: is gone"):
-        again.finish()
+    with pytest.raises(DiffersError, match="same: is gone"):
+        Values(healthy).finish()
 
 
 def test_the_share_counts_neither_invalid_nor_judged_mutants() -> None:

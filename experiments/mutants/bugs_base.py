@@ -177,12 +177,6 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.base.load:_plan_experts",
-        "load",
-        ("native-experts-planned", 'Choice("packed",', 'Choice("native",', "gradients bypass every block of experts"),
-    ),
-    *bugs(
-        _AREA,
         "d2l.base.load:quantization_method",
         "load",
         ("mxfp4-not-recognised", "if settings is None:", "if True:", "packed experts are read as dense ones"),

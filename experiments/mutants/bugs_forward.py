@@ -63,12 +63,6 @@ MUTANTS = [
             "on GPT-OSS packed questions read each other",
         ),
         (
-            "lora-detached",
-            "bind(self.targets, lora, batch.contexts)",
-            "bind(self.targets, lora._map(torch.Tensor.detach), batch.contexts)",
-            "the task's gradient never reaches the hypernetwork",
-        ),
-        (
             "lora-b-detached",
             "bind(self.targets, lora, batch.contexts)",
             "bind(self.targets, Lora(lora.A, lora._map(torch.Tensor.detach).B, lora.scale), batch.contexts)",
@@ -79,6 +73,17 @@ MUTANTS = [
             '"input_ids": batch.input_ids',
             '"input_ids": batch.input_ids.roll(-1, 1)',
             "the token to be predicted is the input: the loss falls and nothing is learnt",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.model:DocToLora.logits",
+        "train",
+        (
+            "lora-detached",
+            "bind(self.targets, lora, batch.contexts)",
+            "bind(self.targets, lora._map(torch.Tensor.detach), batch.contexts)",
+            "the task's gradient never reaches the hypernetwork",
         ),
     ),
     *bugs(

@@ -176,10 +176,10 @@ MUTANTS = [
         "d2l.hypernet.lora:checkpoint_contexts",
         "binding",
         (
-            "recompute-without-binding",
+            "recompute-at-half-scale",
             "nullcontext(), _Activation(_active.get())",
-            "nullcontext(), nullcontext()",
-            "with checkpointing the backward sees the base alone",
+            "nullcontext(), _Activation([replace(slot, scale=slot.scale / 2) for slot in _active.get()])",
+            "with checkpointing gradients are those of another LoRA",
         ),
     ),
     *bugs(

@@ -98,8 +98,8 @@ MUTANTS = [
         (
             "rows-that-just-fit-dropped",
             "table <= budgets",
-            "table < 0.5 * budgets",
-            "rows of half a batch are dropped as too long",
+            "table <= 0.8 * budgets",
+            "rows that nearly fill a batch are dropped as too long",
         ),
     ),
     *bugs(

@@ -205,11 +205,5 @@ MUTANTS = [
             "attention_mask=None, ",
             "on GPT-OSS packed documents read each other",
         ),
-        (
-            "features-of-the-layer-before",
-            "self.layers[self.last : self.last + 1]",
-            "self.layers[max(self.last - 1, 0) : self.last + 1]\n        wanted = wanted if every else self.layers[:1]",
-            "early_exit reads embeddings",
-        ),
     ),
 ]

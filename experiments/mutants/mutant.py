@@ -10,7 +10,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,11 +128,10 @@ def _exchange_code(module: ModuleType, path: str, function: FunctionType, mutant
     if changed.__code__.co_freevars != function.__code__.co_freevars:
         raise DoesNotApplyError(f"{mutant.name}: the mutant closes over other variables than {mutant.symbol}")
     kept = function.__code__, function.__defaults__, function.__kwdefaults__
-    cache_clear = getattr(getattr(module, path, None), "cache_clear", lambda: None)
 
     def put(code: Any, defaults: Any, named: Any) -> None:
         function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, named
-        cache_clear()
+        _clear_caches(module)
 
     put(changed.__code__, changed.__defaults__, changed.__kwdefaults__)
     return lambda: put(*kept)
@@ -180,15 +179,22 @@ def _exchange_constant(module: ModuleType, name: str, mutant: Mutant) -> Any:
         for key, other in list(sys.modules.items())
         if key.split(".")[0] == "d2l" and vars(other).get(name, _MARK) is old
     ]
-    for holder in holders:
-        setattr(holder, name, values[name])
+    _assign(holders, name, values[name])
     vars(module)[_MARK].append(1)  # a constant has no code to reach: its witness alone shows that it is used
+    return lambda: _assign(holders, name, old)
 
-    def undo() -> None:
-        for holder in holders:
-            setattr(holder, name, old)
 
-    return undo
+def _assign(modules: Sequence[ModuleType], name: str, value: Any) -> None:
+    for module in modules:
+        setattr(module, name, value)
+        _clear_caches(module)
+
+
+def _clear_caches(module: ModuleType) -> None:
+    """Forget what the functions of a module remember, which may be of the code before."""
+    for value in list(vars(module).values()):
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 def _assigned(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:

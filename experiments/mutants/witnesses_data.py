@@ -58,6 +58,8 @@ def limits_of_every_kind() -> dict[str, Limits]:
             num_chunk_probs={1: 0.3, 2: 0.4, 4: 0.3},
             max_packed_ctx_len=700,
         ),
+        "unevenly drawn": Limits(max_ctx_chunk_len=1000, num_chunk_probs={1: 0.9, 2: 0.05, 4: 0.05}),
+        "per sample": Limits(max_qas_per_sample=2),
         "short documents": Limits(max_ctx_len=250),
         "short rows": Limits(max_packed_ctx_len=300, max_packed_inp_len=200),
         "questions": Limits(max_qas_len=180, max_qas_per_sample=2),
@@ -81,6 +83,7 @@ def rows(values: Values) -> None:
     values["needles"] = _tokenized(Components(training_configs()["ce"]).tokenized)
     bad = replace(components.records[0], responses=components.records[0].responses[::-1])
     values["teacher of others"] = list(tokenize_record(0, bad, components.chat, Limits(), 1).problems)
+    values["wrong teacher"] = _outcome(lambda: _tokenized(tokenize_records([bad], components.chat, Limits(), 1)))
     values["mixed teachers"] = _outcome(
         lambda: _tokenized(tokenize_records([*components.records, *document_records()], components.chat, Limits(), 1))
     )
@@ -140,7 +143,7 @@ def cache(values: Values) -> None:
     config = configurations()["llama"]
     components = Components(config)
     records, chat = components.records, components.chat
-    limits = limits_of_every_kind()["few chunks"]
+    limits = limits_of_every_kind()["drawn"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for turn in range(2):

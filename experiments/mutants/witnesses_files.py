@@ -69,6 +69,9 @@ def checkpoint(values: Values) -> None:
     other = build(
         llama_config(latent_size=8, n_latent_queries=4, perceiver_heads=8, perceiver_head_dim=4, num_blocks=3)
     )
+    torch.nn.utils.vector_to_parameters(
+        0 * torch.nn.utils.parameters_to_vector(other.hypernet.parameters()), other.hypernet.parameters()
+    )
     load_hypernet(other.hypernet, whole.hypernet)
     values |= {f"loaded {key}": value for key, value in other.hypernet.state_dict().items()}
     fewer = {key: value for key, value in whole.hypernet.items() if not key.startswith("bias_A")}

@@ -3,6 +3,9 @@
 Each returns values by name: tensors, or anything that JSON holds. A mutant is one only if it changes them.
 """
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from d2l.base.load import plan_load, random_base, read_base_config
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate
+from d2l.data.tokenize import Ids, Row
 from d2l.errors import D2LError
 from d2l.hypernet.lora import bind, merge_chunks
 from d2l.hypernet.model import DocToLora
@@ -49,8 +53,15 @@ def kinds() -> dict[str, RunConfig]:
 
 
 def one_batch(config: RunConfig, rows: int = 3) -> PackedBatch:
-    """Return the first rows of a configuration's data in one batch: contexts of several chunks and questions."""
-    return collate(Components(config).rows[:rows])
+    """Return the first rows of a configuration's data in one batch, cut into three chunks, one and two of other lengths."""
+    cuts = itertools.cycle(((0, 20, 33), (5,), (0, 41)))
+    return collate([replace(row, chunks=_cut(row, next(cuts))) for row in Components(config).rows[:rows]])
+
+
+def _cut(row: Row, starts: Sequence[int]) -> tuple[Ids, ...]:
+    """Cut a document's tokens at some places."""
+    whole = tuple(itertools.chain.from_iterable(row.chunks))[:90]
+    return tuple(whole[start:end] for start, end in itertools.pairwise([*starts, len(whole)]))
 
 
 def lora(values: Values) -> None:
@@ -123,9 +134,9 @@ def binding(values: Values) -> None:
 
 
 def _layer_runs(model: DocToLora, batch: PackedBatch) -> int:
-    """Count the runs of the decoder's first layer's attention in a step: two with checkpointing, one without."""
+    """Count the runs of the last layer's MLP in a step: two with checkpointing, one without."""
     count = [0]
-    layer = model.encoder.layers[-1]
+    layer = model.encoder.layers[-1].mlp
     hook = layer.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     model.logits(batch, model.lora(batch), batch.prediction_positions)[:, :9].sum().backward()
     hook.remove()

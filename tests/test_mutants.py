@@ -19,7 +19,21 @@ from experiments.mutants.workbench import configurations
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 # (mutant, configuration, the check that kills it): a few of every area
-KILLED: tuple[tuple[str, str, str], ...] = ()
+KILLED = (
+    ("scaler-a-unused", "tiny_gpt_oss", "GRD204"),
+    ("padding-attended", "tiny_gpt_oss", "ATT201"),
+    ("contexts-swapped", "llama", "ATT201"),
+    ("base-forward-bypassed", "tiny_gpt_oss", "LOR201"),
+    ("binding-never-ends", "llama", "LOR202"),
+    ("mean-of-the-micro-batch", "tiny_gpt_oss", "GRD203"),
+    ("weights-not-restored", "llama", "SAV201"),
+    ("adam-step-restarts", "llama", "SAV201"),
+    ("key-without-template", "llama", "CCH301"),
+    ("mask-inverted", "tiny_gpt_oss", "LBL101"),
+    ("experts-block-gradients", "tiny_gpt_oss", "QNT202"),
+    ("alpha-is-the-scale", "llama", "EXP201"),
+    ("imported-in-half-precision", "tiny_gpt_oss", "IMP201"),
+)
 
 
 def test_every_mutant_applies() -> None:

@@ -54,7 +54,12 @@ MUTANTS = [
         "experts",
         ("gate-not-clamped", ".clamp(max=self.limit)", "", "large activations differ from the model's own"),
         ("up-not-clamped", ".clamp(-self.limit, self.limit)", "", "large activations differ from the model's own"),
-        ("gate-clamped-below-too", ".clamp(max=self.limit)", ".clamp(-self.limit, self.limit)", "differ"),
+        (
+            "gate-clamped-below-too",
+            ".clamp(max=self.limit)",
+            ".clamp(-self.limit, self.limit)",
+            "the experts compute something else",
+        ),
         ("up-without-one", "(up + 1)", "up", "the experts compute something else"),
         ("alpha-lost", "gate * self.alpha", "gate", "the experts compute something else"),
         (
@@ -98,7 +103,12 @@ MUTANTS = [
         _AREA,
         "d2l.base.experts:PackedExperts._project",
         "experts",
-        ("expert-bias-lost", ".apply(inputs, blocks, scales) + bias", ".apply(inputs, blocks, scales)", "differ"),
+        (
+            "expert-bias-lost",
+            ".apply(inputs, blocks, scales) + bias",
+            ".apply(inputs, blocks, scales)",
+            "the experts compute something else",
+        ),
     ),
     *bugs(
         _AREA,

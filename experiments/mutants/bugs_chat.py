@@ -39,7 +39,12 @@ MUTANTS = [
         _AREA,
         "d2l.data.chat.format:ChatFormat._variables",
         "chat",
-        ("supervision-ignored", '"supervision": self.supervision', '"supervision": "content"', "no effect"),
+        (
+            "supervision-ignored",
+            '"supervision": self.supervision',
+            '"supervision": "content"',
+            "the option has no effect",
+        ),
         (
             "date-not-frozen",
             '"current_date": self.current_date',

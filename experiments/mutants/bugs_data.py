@@ -221,7 +221,12 @@ MUTANTS = [
         _AREA,
         "d2l.data.tokenize:chunk_document",
         "rows",
-        ("document-cut-to-60-characters", "chat.encode_text(text)", "chat.encode_text(text[:60])", "never read"),
+        (
+            "document-cut-to-60-characters",
+            "chat.encode_text(text)",
+            "chat.encode_text(text[:60])",
+            "most of a document is never read",
+        ),
         ("document-in-lower-case", "chat.encode_text(text)", "chat.encode_text(text.lower())", "names are lost"),
         (
             "document-without-its-message",
@@ -263,7 +268,6 @@ MUTANTS = [
             "tokenize_records(records, chat, limits, None, on_progress)",
             "num_chunk_probs has no effect",
         ),
-        ("teacher-not-required", "if config.needs_teacher:", "if False:", "the run ends at its first step"),
     ),
     *bugs(
         _AREA,

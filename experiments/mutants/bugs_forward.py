@@ -22,7 +22,7 @@ MUTANTS = [
             "a document is read at its place in the packed row",
         ),
         (
-            "question-read-as-document",
+            "documents-shifted-by-one",
             "self.encoder(batch.ctx_ids,",
             "self.encoder(batch.ctx_ids.roll(1, 1),",
             "each chunk starts with the last token of the one before",

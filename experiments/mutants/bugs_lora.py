@@ -163,7 +163,13 @@ MUTANTS = [
         _AREA,
         "d2l.hypernet.lora:_row_lengths",
         "binding",
-        ("rows-of-another-context", "for count in counts)", "for count in counts[::-1])", "answers with another LoRA"),
+        (
+            "rows-of-another-context",
+            "for count in counts)",
+            "for count in counts[::-1])",
+            "answers with another LoRA",
+            "equivalent: whatever binds by rows gives every context as many of them",
+        ),
     ),
     *bugs(
         _AREA,

@@ -237,7 +237,12 @@ MUTANTS = [
             "positions=batch.label_positions",
             "each token is predicted from itself",
         ),
-        ("option-not-passed", "use_per_ctx_average_loss=config.use_per_ctx_average_loss,", "", "another loss"),
+        (
+            "option-not-passed",
+            "use_per_ctx_average_loss=config.use_per_ctx_average_loss,",
+            "",
+            "another loss than configured",
+        ),
         ("loss-not-passed", "loss=config.loss,", "", "the teacher is ignored"),
         ("l1-not-passed", "l1_coefficient=config.gen_lora_l1_reg_coef,", "", "nothing keeps the LoRA small"),
         (

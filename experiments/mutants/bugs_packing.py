@@ -94,6 +94,7 @@ MUTANTS = [
             "for row in np.flatnonzero(~fits))",
             "for row in np.flatnonzero(~fits)[:0])",
             "rows that fit no batch are dropped, unreported",
+            "equivalent: rows over the budgets are dropped and named when they are tokenized, and reach no packing",
         ),
         (
             "rows-that-just-fit-dropped",

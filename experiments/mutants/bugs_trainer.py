@@ -109,7 +109,7 @@ MUTANTS = [
             "clipping and guard look at one tensor",
         ),
         (
-            "records-shifted-in-time",
+            "normalised-by-the-first-micro-batch",
             "normalizer = Normalizer.of(batches, self.config.lora_r)",
             "normalizer = Normalizer.of(batches[:1], self.config.lora_r)",
             "the gradient grows with accumulation",

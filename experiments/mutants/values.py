@@ -55,7 +55,13 @@ def _difference(one: Any, other: Any) -> str:
         return _tensor_difference(one, other)
     if isinstance(one, float) and isinstance(other, float):
         return _tensor_difference(torch.tensor([one]).double(), torch.tensor([other]).double())
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return f"{_kind(one)} → {_kind(other)}"
     return "" if one == other else _text_difference(str(one), str(other))
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else str(value)[:40]
 
 
 def _text_difference(one: str, other: str) -> str:

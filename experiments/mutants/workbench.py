@@ -1,5 +1,7 @@
 """The two configurations of the mutants' preflight, and the documents of the second."""
 
+import atexit
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -73,10 +75,11 @@ def document_records() -> list[Record]:
 
 def _documents_with_teacher() -> Path:
     """Write the documents with the teacher's logprobs of a random base into a temporary folder."""
-    path = Path(mkdtemp(prefix="d2l-mutants-")) / "documents.jsonl"
+    folder = Path(mkdtemp(prefix="d2l-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     components = Components(llama_config())
     records = add_teacher_logprobs(
         components.records, components.base, components.chat, top_k=TOP_K, packed_tokens=2000
     )
-    write_records(path, records)
-    return path
+    write_records(folder / "documents.jsonl", records)
+    return folder / "documents.jsonl"

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test oldest lint types golden fuzz prove study reach layers bench docs clean
+.PHONY: install run test oldest lint types golden fuzz prove study reach mutants layers bench docs clean
 
 install: $(VENV)/installed
 
@@ -58,6 +58,9 @@ study: install # half an hour and more: every variant and seed; goes on from wha
 
 reach: install # about an hour: longer documents than in training, more and longer values between much filler
 	$(BIN)/python experiments/reach.py
+
+mutants: install # under 40 minutes on 2 cores: small bugs in d2l, one at a time, and what a preflight says about each
+	$(BIN)/python -m experiments.mutants
 
 layers: install # the import graph: modules, rooms, floors, arrows
 	$(BIN)/python tests/support/layers.py .

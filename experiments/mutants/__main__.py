@@ -1,0 +1,102 @@
+"""Command: plant every mutant, run the preflight under each, write the table.
+
+python -m experiments.mutants [--only NAME ...] [--area AREA ...] [--validate] [--output FOLDER]
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Imported for what they take to import: trials are forked from here.
+import accelerate.state  # noqa: F401
+import datasets  # noqa: F401
+import peft  # noqa: F401
+
+import checks.production
+import checks.rules  # noqa: F401
+from experiments.mutants.catalogue import MUTANTS
+from experiments.mutants.mutant import Mutant
+from experiments.mutants.page import as_json, killed_share, markdown, summary
+from experiments.mutants.trial import healthy_values, map_parallel, require_green, try_mutant, validate
+from experiments.mutants.values import Values
+from experiments.mutants.workbench import configurations
+
+# from Python 3.12 on; the forked process runs one thread, and torch has no other here
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+EXPERIMENTS = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """Run the command; return 1 where a mutant is invalid or a hole is left."""
+    options = _options()
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if (not options.only or mutant.name in options.only) and (not options.area or mutant.area in options.area)
+    ]
+    if not chosen:
+        _say(f"no such mutant; areas: {', '.join(sorted({mutant.area for mutant in MUTANTS}))}")
+        return 2
+    started = time.perf_counter()
+    configurations()
+    healthy = healthy_values(sorted({mutant.witness for mutant in chosen}))
+    if options.validate:
+        return _validate(chosen, healthy)
+    require_green()
+    results = []
+    for mutant, verdict in zip(chosen, map_parallel(lambda mutant: try_mutant(mutant, healthy), chosen), strict=True):
+        results.append((mutant, verdict))
+        by = " ".join(red.code for red in verdict.red) or verdict.note
+        _say(f"{len(results):4} of {len(chosen)}  {verdict.kind:9} {mutant.name:40} {by[:90]}")
+    seconds = time.perf_counter() - started
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    versions["python"] = platform.python_version()
+    _say(summary(results))
+    whole = len(chosen) == len(MUTANTS)
+    if whole or options.output is not None:
+        folder = EXPERIMENTS if options.output is None else options.output
+        (folder / "mutants.md").write_text(markdown(results, versions, seconds), encoding="utf-8")
+        table = json.dumps(as_json(results, versions, seconds), indent=1, ensure_ascii=False)
+        (folder / "mutants.json").write_text(table + "\n", encoding="utf-8")
+    killed, of = killed_share(results)
+    return 0 if killed == of and all(verdict.kind != "invalid" for _, verdict in results) else 1
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.mutants", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
+    parser.add_argument("--area", action="append", help="the mutants of this area; repeatable")
+    parser.add_argument("--validate", action="store_true", help="prove that each is a mutant, without preflight")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where mutants.md and mutants.json go")
+    return parser.parse_args()
+
+
+def _validate(chosen: Sequence[Mutant], healthy: dict[str, Values]) -> int:
+    """Print for each mutant what its witness shows."""
+    invalid = 0
+    verdicts = map_parallel(lambda mutant: validate(mutant, healthy), chosen)
+    for mutant, validity in zip(chosen, verdicts, strict=True):
+        invalid += bool(validity.problem)
+        shown = f"INVALID: {validity.problem}" if validity.problem else validity.change
+        _say(f"{mutant.name:40} {shown}")
+    _say(f"{len(chosen) - invalid} of {len(chosen)} are valid")
+    return int(invalid > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

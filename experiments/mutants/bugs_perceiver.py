@@ -1,0 +1,209 @@
+"""Mutants of the Perceiver and of the context encoder."""
+
+from experiments.mutants.mutant import bugs
+
+_AREA = "hypernetwork"
+
+MUTANTS = [
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:NORM_EPS",
+        "lora",
+        ("norm-epsilon-too-large", "1e-6", "1e-1", "small latents are damped; imported weights compute something else"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:SwiGLU.forward",
+        "lora",
+        (
+            "gate-and-up-swapped",
+            "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+            "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+            "imported weights compute something else",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:Attention.forward",
+        "lora",
+        (
+            "padding-attended",
+            "attn_mask=key_mask",
+            "attn_mask=None",
+            "a chunk's LoRA depends on the longest chunk beside it",
+        ),
+        (
+            "query-heads-grouped-otherwise",
+            '"b q (h g d) -> b h (g q) d"',
+            '"b q (g h d) -> b h (g q) d"',
+            "imported weights compute something else",
+        ),
+        ("perceiver-attention-unscaled", "attn_mask=key_mask", "attn_mask=key_mask, scale=1.0", "attention saturates"),
+        ("values-are-keys", "self.v_proj(context)", "self.k_proj(context)", "v_proj never learns"),
+        (
+            "perceiver-causal",
+            "attn_mask=key_mask",
+            "attn_mask=None, is_causal=True",
+            "latents read only the first tokens of a chunk, and its padding",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:Layer.forward",
+        "lora",
+        (
+            "context-not-normed",
+            "self.input_context_layernorm(context)",
+            "context",
+            "features of large norm drown the rest",
+        ),
+        (
+            "attention-residual-lost",
+            "latents = latents + self.post_attention_layernorm(attended)",
+            "latents = self.post_attention_layernorm(attended)",
+            "no skip connection",
+        ),
+        ("feed-forward-not-normed", "self.mlp(self.pre_ff_layernorm(latents))", "self.mlp(latents)", "no norm before"),
+        (
+            "feed-forward-residual-lost",
+            "return latents + self.post_ff_layernorm(",
+            "return self.post_ff_layernorm(",
+            "no skip connection",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:Resampler.forward",
+        "lora",
+        ("latents-not-normed-at-the-end", "self.layernorm(latents)", "latents", "a norm never learns"),
+        ("queries-detached", "repeat(self.latents_q,", "repeat(self.latents_q.detach(),", "the queries never learn"),
+        ("last-block-skipped", "in self.layers:", "in self.layers[:-1] or self.layers:", "a block is never run"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:Perceiver.__init__",
+        "lora",
+        (
+            "query-scale-ignored",
+            "module.q_proj.weight.mul_(config.perceiver_query_scale)",
+            "module.q_proj.weight.mul_(1.0)",
+            "the option has no effect",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:Perceiver.forward",
+        "lora",
+        (
+            "ranks-and-modules-interleaved",
+            '"(lf n) (lq m r) d -> n (lf lq) m r d"',
+            '"(lf n) (lq r m) d -> n (lf lq) m r d"',
+            "imported weights give a module the other's ranks",
+        ),
+        (
+            "chunks-and-layers-mixed",
+            '"(lf n) (lq m r) d -> n (lf lq) m r d"',
+            '"(n lf) (lq m r) d -> n (lf lq) m r d"',
+            "a document's LoRA is made of its neighbours' features",
+        ),
+        (
+            "mask-of-another-chunk",
+            '"n s -> (l n) s"',
+            '"n s -> (n l) s"',
+            "padding is read in one chunk and tokens are hidden in another",
+        ),
+        (
+            "features-averaged-over-layers",
+            "tokens = features[0]",
+            "tokens = features[0].mean(0, keepdim=True).expand_as(features[0])",
+            "every layer reads the same features",
+        ),
+        (
+            "features-doubled",
+            "tokens = features[0]",
+            "tokens = 2 * features[0]",
+            "imported weights compute something else",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.perceiver:_blocks",
+        "lora",
+        (
+            "blocks-share-weights-unrequested",
+            "first + [layer for _ in range(others) for layer in block()]",
+            "first + first * others",
+            "a fraction of the parameters that the configuration asks for",
+        ),
+        (
+            "first-cross-attention-shared",
+            "[Layer(shape, cross=True), *first[1:]] * others",
+            "first * others",
+            "block 0 has no cross-attention of its own with shared_weights",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.encoder:ContextEncoder.__init__",
+        "lora",
+        (
+            "layer-idx-off-by-one",
+            "else layer_idx\n",
+            "else layer_idx - 1\n",
+            "features of another layer than requested",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.encoder:ContextEncoder.__call__",
+        "lora",
+        (
+            "last-features-not-normed",
+            "[*inputs[:-1], self.norm(inputs[-1])]",
+            "inputs",
+            "the last layer's features are not those of the reference",
+        ),
+        (
+            "all-features-normed",
+            "[*inputs[:-1], self.norm(inputs[-1])]",
+            "[self.norm(x) for x in inputs]",
+            "features are not those of the reference",
+        ),
+        (
+            "features-in-reverse-order",
+            "[*inputs[:-1], self.norm(inputs[-1])]",
+            "[self.norm(inputs[-1]), *inputs[-2::-1]]",
+            "the first layer's LoRA is made of the last layer's features",
+        ),
+        (
+            "embeddings-for-all-layers",
+            "[*inputs[:-1], self.norm(inputs[-1])]",
+            "[*inputs[:1] * (len(inputs) - 1), self.norm(inputs[-1])]",
+            "nothing of the document but its words is read",
+        ),
+        (
+            "early-exit-not-normed",
+            "else self.norm(inputs[-1])",
+            "else inputs[-1]",
+            "features are not those of the reference",
+        ),
+        ("layers-side-by-side-unscaled", "functional.rms_norm(x, x.shape[-1:])", "x", "late layers drown early ones"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.encoder:ContextEncoder._layer_inputs",
+        "lora",
+        (
+            "encoder-positions-continue",
+            "position_ids=position_ids, ",
+            "",
+            "a document is read at its place in the packed row",
+        ),
+        (
+            "encoder-without-mask",
+            "attention_mask=attention_mask, ",
+            "attention_mask=None, ",
+            "on GPT-OSS packed documents read each other",
+        ),
+    ),
+]

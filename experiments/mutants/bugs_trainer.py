@@ -1,0 +1,235 @@
+"""Mutants of the training loop, its guards and its curriculum."""
+
+from experiments.mutants.mutant import bugs
+
+_AREA = "losses and trainer"
+_ZERO_GRAD = "self.optimizer.zero_grad(set_to_none=True)"
+_CLIP = "nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)"
+
+MUTANTS = [
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer.__init__",
+        "train",
+        (
+            "base-trains-too",
+            "self.optimizer = make_optimizer(model.hypernet, config)",
+            "model.base.requires_grad_(True)\n        self.optimizer = make_optimizer(model.hypernet, config)",
+            "gradients of the whole base are kept: out of memory on the real model",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer.__init__",
+        "train",
+        (
+            "checkpointing-never-enabled",
+            "if config.gradient_checkpointing:",
+            "if False:",
+            "memory as without checkpointing",
+        ),
+        (
+            "checkpointing-options-ignored",
+            "gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)",
+            'gradient_checkpointing_enable({"use_reentrant": True})',
+            "the task's gradient may be lost",
+        ),
+        (
+            "weights-drawn-anew",
+            "self.model.hypernet.train()",
+            "self.model.hypernet.train()\n        [p.data.mul_(1.5) for p in self.model.hypernet.parameters()]",
+            "initial weights are not those of the seed",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer.step",
+        "train",
+        ("no-clipping", _CLIP, "pass", "one bad batch spoils the weights"),
+        (
+            "clipping-by-value",
+            _CLIP,
+            "nn.utils.clip_grad_value_(parameters, self.config.max_grad_norm)",
+            "gradients of norm 100 pass",
+        ),
+        ("clipping-bound-ignored", "self.config.max_grad_norm, grad_norm)", "1.0, grad_norm)", "not as configured"),
+        (
+            "clipping-always",
+            _CLIP,
+            "[p.grad.mul_(self.config.max_grad_norm / grad_norm) for p in parameters if p.grad is not None]",
+            "small gradients are enlarged to the bound",
+        ),
+        (
+            "every-other-step-skipped",
+            "self.optimizer.step()",
+            "self.step_number % 2 or self.optimizer.step()",
+            "half of the data teaches nothing",
+        ),
+        ("schedule-never-steps", "self.scheduler.step()", "pass", "the learning rate stays at its first value"),
+        (
+            "schedule-steps-twice",
+            "self.scheduler.step()",
+            "self.scheduler.step()\n        self.scheduler.step()",
+            "the learning rate is zero at half of the run",
+        ),
+        (
+            "schedule-steps-per-micro-batch",
+            "self.scheduler.step()",
+            "[self.scheduler.step() for _ in batches]",
+            "the learning rate falls too fast with accumulation",
+        ),
+        (
+            "schedule-before-optimizer",
+            "self.optimizer.step()\n",
+            "self.scheduler.step()\n        self.optimizer.step()\n        self.scheduler.last_epoch -= 1\n",
+            "each step takes the next one's learning rate",
+        ),
+        (
+            "optimizer-steps-twice",
+            "self.optimizer.step()",
+            "self.optimizer.step(), self.optimizer.step()",
+            "twice the learning rate, and moments that count each gradient twice",
+        ),
+        (
+            "stage-begins-with-the-next-epoch",
+            "if self.curriculum.observe(exact_match):",
+            "if self.curriculum.observe(exact_match) and False:",
+            "a stage goes on with the easy documents",
+        ),
+        (
+            "stages-always-pass",
+            "self.curriculum.observe(exact_match)",
+            "self.curriculum.observe(1.0)",
+            "stages end before anything is learnt",
+        ),
+        (
+            "gradient-norm-of-one-parameter",
+            "get_total_norm(p.grad for p in parameters if",
+            "get_total_norm(p.grad for p in parameters[:1] if",
+            "clipping and guard look at one tensor",
+        ),
+        (
+            "normalised-by-the-first-micro-batch",
+            "normalizer = Normalizer.of(batches, self.config.lora_r)",
+            "normalizer = Normalizer.of(batches[:1], self.config.lora_r)",
+            "the gradient grows with accumulation",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer._accumulate",
+        "train",
+        ("gradients-never-zeroed", _ZERO_GRAD, "pass", "every step adds all gradients so far"),
+        (
+            "zeroed-in-every-micro-batch",
+            "loss.total.backward()",
+            f"{_ZERO_GRAD}\n            loss.total.backward()",
+            "the last micro-batch alone counts",
+        ),
+        (
+            "accumulation-ignored",
+            "in batches[rank::count]",
+            "in batches[:1]",
+            "the first micro-batch alone counts, divided by the counts of all",
+        ),
+        (
+            "last-micro-batch-lost",
+            "in batches[rank::count]",
+            "in batches[rank : max(1, len(batches) - 1)]",
+            "a part of the data teaches nothing",
+        ),
+        (
+            "first-micro-batch-repeated",
+            "in batches[rank::count]",
+            "in [batches[0]] * len(batches)",
+            "a part of the data teaches nothing",
+        ),
+        ("l1-not-in-the-step", "loss.total.backward()", "loss.task.backward()", "nothing keeps the LoRA small"),
+        (
+            "divided-by-accumulation-too",
+            "loss.total.backward()",
+            "(loss.total / len(batches)).backward()",
+            "divided by counts of the step already: too small",
+        ),
+        (
+            "mean-of-means",
+            "batch.to(device), normalizer, self.config)",
+            "batch.to(device), Normalizer.of([batch], self.config.lora_r), self.config)",
+            "the gradient depends on accumulation steps",
+        ),
+        (
+            "loss-scaled",
+            "loss.total.backward()",
+            "(loss.total * 128).backward()",
+            "a loss scale that is never undone: clipping always acts",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer._next_batches",
+        "train",
+        ("same-batch-every-step", "self.position += len(taken)", "pass", "one batch is learnt by heart"),
+        (
+            "rest-of-epoch-dropped",
+            "if self.position >= len(packed):",
+            "if self.position + wanted > len(packed):",
+            "the last batches of every epoch are never seen",
+        ),
+        (
+            "first-batch-of-epoch-skipped",
+            "self.epoch + 1, 0",
+            "self.epoch + 1, min(1, len(packed) - 1)",
+            "a batch of every epoch is never seen",
+        ),
+        ("same-order-every-epoch", "self.epoch + 1, 0", "self.epoch, 0", "the same rows share a batch in every epoch"),
+        (
+            "every-other-batch",
+            "self.position += len(taken)",
+            "self.position += 2 * len(taken)",
+            "half of the data is never seen in an epoch",
+        ),
+        (
+            "one-micro-batch-a-step",
+            "self.config.gradient_accumulation_steps * self",
+            "1 * self",
+            "accumulation is ignored: noisier steps than configured",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer._epoch_batches",
+        "train",
+        ("first-epoch-forever", "self._packed[0] != self.epoch", "self._packed[0] < 0", "the same batches every epoch"),
+        ("stage-never-changes", "[self.curriculum.stage]", "[0]", "the curriculum stays with its first documents"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.guards:require_finite_step",
+        "guards",
+        ("step-without-labels-taken", "if label_tokens == 0:", "if label_tokens < 0:", "weight decay alone acts"),
+        ("infinite-loss-passes", "not math.isfinite(loss)", "math.isnan(loss)", "weights become NaN"),
+        ("infinite-gradient-passes", "not math.isfinite(grad_norm)", "math.isnan(grad_norm)", "weights become NaN"),
+        ("nan-gradient-passes", "not math.isfinite(grad_norm)", "math.isinf(grad_norm)", "weights become NaN"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.curriculum:Curriculum.observe",
+        "curriculum",
+        ("average-overshoots", "(1 - EMA_DECAY) * exact_match", "exact_match", "stages end after a few answers"),
+        ("any-answer-passes", "self.average < self._passing[self.stage]", "exact_match <= 0", "stages end too early"),
+        ("average-goes-on", "self.stage + 1, 0.0", "self.stage + 1, self.average", "the next stage ends at once"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:train_steps",
+        "resume",
+        (
+            "no-first-checkpoint",
+            "trainer.step_number == 0:",
+            "trainer.step_number < 0:",
+            "the first save is hours later",
+        ),
+        ("last-step-not-saved", " or metrics.step == config.max_steps", "", "the last steps are lost"),
+        ("only-one-kept", "config.save_total_limit)", "1)", "no older checkpoint where the newest is damaged"),
+    ),
+]

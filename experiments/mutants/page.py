@@ -1,0 +1,85 @@
+"""The table of mutants, as Markdown and as JSON."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from typing import Any
+
+from experiments.mutants.mutant import Mutant
+from experiments.mutants.trial import Verdict
+
+Results = Sequence[tuple[Mutant, Verdict]]
+
+_INTRODUCTION = """# Mutants
+
+`make mutants` plants small bugs into `d2l/`, one at a time, and runs the preflight under each: on
+`configs/tiny_gpt_oss.yaml` and, where that is green, on a tiny Llama with documents from a file, a KL loss, averages per
+context and an L1 term ([workbench.py](mutants/workbench.py)). Each bug is proven to apply, to be reached and to change a
+number (the last column). *Killed* means by a red check; a crash of a check does not count. A survivor is a hole unless the
+list judges it equivalent or outside the claims. The column *names it* is for the judgement, made by hand, whether the red
+checks name the cause.
+"""
+
+
+def killed_share(results: Results) -> tuple[int, int]:
+    """Return how many mutants are killed, and of how many that are valid, not equivalent and not outside the claims."""
+    counted = [verdict.kind for mutant, verdict in results if verdict.kind != "invalid" and mutant.counts]
+    return counted.count("killed"), len(counted)
+
+
+def summary(results: Results) -> str:
+    """Return the counts by area, with the kill rate, as a Markdown table."""
+    lines = ["| area | killed | crashed | survived | judged | invalid | killed of those that count |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    areas = list(dict.fromkeys(mutant.area for mutant, _ in results))
+    for area in [*areas, "all"]:
+        some = [(mutant, verdict) for mutant, verdict in results if area in (mutant.area, "all")]
+        kinds = Counter(verdict.kind for mutant, verdict in some if mutant.counts or verdict.kind == "killed")
+        judged = sum(verdict.kind in ("survived", "crashed") and not mutant.counts for mutant, verdict in some)
+        invalid = sum(verdict.kind == "invalid" for _, verdict in some)
+        killed, of = killed_share(some)
+        share = f"{killed} of {of}, {killed / of:.0%}" if of else "none"
+        counts = f"{kinds['killed']} | {kinds['crashed']} | {kinds['survived']} | {judged} | {invalid}"
+        lines.append(f"| {area} | {counts} | {share} |")
+    return "\n".join(lines)
+
+
+def markdown(results: Results, versions: Mapping[str, str], seconds: float) -> str:
+    """Return the whole page."""
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = f"{date.today().isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes, with {listed}."
+    parts = [_INTRODUCTION, head, summary(results)]
+    for area in dict.fromkeys(mutant.area for mutant, _ in results):
+        rows = [_row(mutant, verdict) for mutant, verdict in results if mutant.area == area]
+        heading = "| mutant | what it spoils | outcome | names it | its witness |\n|---|---|---|---|---|"
+        parts.append(f"## {area[0].upper()}{area[1:]}\n\n" + "\n".join([heading, *rows]))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _row(mutant: Mutant, verdict: Verdict) -> str:
+    cells = [f"{mutant.name}<br>`{mutant.symbol}`", mutant.why, _outcome(mutant, verdict), "", verdict.change]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _outcome(mutant: Mutant, verdict: Verdict) -> str:
+    if verdict.kind == "killed":
+        return f"killed ({verdict.config}): " + "; ".join(f"{red.code} {red.name}" for red in verdict.red)
+    if verdict.kind == "survived":
+        return f"**survived**{': ' + mutant.judgement if mutant.judgement else ''}"
+    return f"**{verdict.kind}**: {verdict.note}"
+
+
+def as_json(results: Results, versions: Mapping[str, str], seconds: float) -> dict[str, Any]:
+    """Return everything as JSON values, the messages of the red checks included."""
+    killed, of = killed_share(results)
+    return {
+        "date": date.today().isoformat(),
+        "versions": dict(versions),
+        "seconds": round(seconds),
+        "killed": killed,
+        "counted": of,
+        "mutants": [
+            asdict(mutant) | asdict(verdict) | {"seconds": round(verdict.seconds, 1)} for mutant, verdict in results
+        ],
+    }

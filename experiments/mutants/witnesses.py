@@ -1,0 +1,23 @@
+"""The witnesses by name: what runs parts of d2l on small inputs and records the numbers that come out."""
+
+from collections.abc import Callable
+
+from experiments.mutants import witnesses_base, witnesses_data, witnesses_files, witnesses_model, witnesses_training
+from experiments.mutants.values import Values
+
+WITNESSES: dict[str, Callable[[Values], None]] = {
+    function.__name__: function
+    for function in (
+        *(witnesses_model.lora, witnesses_model.binding, witnesses_training.train, witnesses_training.resume),
+        *(
+            witnesses_training.losses,
+            witnesses_training.optimizer,
+            witnesses_training.guards,
+            witnesses_training.curriculum,
+        ),
+        *(witnesses_data.rows, witnesses_data.batches, witnesses_data.cache),
+        *(witnesses_data.records, witnesses_data.chat, witnesses_data.needles, witnesses_data.teacher),
+        *(witnesses_base.mxfp4, witnesses_base.experts, witnesses_base.load, witnesses_base.masks),
+        *(witnesses_base.memory, witnesses_files.checkpoint, witnesses_files.export, witnesses_files.reference),
+    )
+}

@@ -1,0 +1,85 @@
+"""The two configurations of the mutants' preflight, and the documents of the second."""
+
+import atexit
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from d2l.build import Components
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+from d2l.data.records import Record, read_records, write_records
+from d2l.io.resources import resource
+from d2l.train.teacher import add_teacher_logprobs
+
+HERE = Path(__file__).parent
+DOCUMENTS, LLAMA = HERE / "documents.jsonl", HERE / "llama.json"
+TOP_K = 4
+
+
+@cache
+def configurations() -> dict[str, RunConfig]:
+    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, and a Llama that does all it does not.
+
+    The second reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
+    averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong.
+    """
+    shipped = load_config(resource("configs/tiny_gpt_oss.yaml"))
+    return {"tiny_gpt_oss": shipped, "llama": llama_config((str(_documents_with_teacher()),), loss="kl")}
+
+
+def llama_config(data: tuple[str, ...] = (str(DOCUMENTS),), **changes: object) -> RunConfig:
+    """Return the second configuration with other values; without a teacher, for cross-entropy."""
+    values = {
+        "model_name_or_path": str(LLAMA),
+        "tokenizer_name_or_path": "configs/models/tiny_gpt_oss",
+        "supervision": "sampled",
+        "attn_implementation": "per_document",
+        "ctx_encoder_type": "early_exit",
+        "layer_idx": 2,
+        "lora_r": 2,
+        "target_modules": ["o_proj", "down_proj"],
+        "latent_size": 16,
+        "n_latent_queries": 6,
+        "num_blocks": 2,
+        "num_self_attn_per_block": 1,
+        "num_pre_head_layers": 2,
+        "per_layer_processing": False,
+        "train_ds_names": list(data),
+        "max_ctx_chunk_len": 140,
+        "num_chunk_probs": {1: 0.4, 2: 0.3, 3: 0.3},
+        "max_qas_len": 256,
+        "max_qas_per_sample": 3,
+        "max_packed_inp_len": 600,
+        "max_packed_ctx_len": 900,
+        "loss": "ce",
+        "use_per_ctx_average_loss": True,
+        "gen_lora_l1_reg_coef": 0.1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 3,
+        "max_steps": 30,
+        "save_steps": 10,
+    }
+    return RunConfig(**values | changes)
+
+
+def document_records() -> list[Record]:
+    """Return the documents with their questions, without a teacher."""
+    return read_records([DOCUMENTS])
+
+
+def _documents_with_teacher() -> Path:
+    """Write the documents with the teacher's logprobs of a random base into a temporary folder."""
+    folder = Path(mkdtemp(prefix="d2l-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    components = Components(llama_config())
+    records = add_teacher_logprobs(
+        components.records, components.base, components.chat, top_k=TOP_K, packed_tokens=2000
+    )
+    write_records(folder / "documents.jsonl", records)
+    return folder / "documents.jsonl"

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test oldest lint types golden fuzz prove study reach mutants layers bench docs clean
+.PHONY: install run test oldest lint types golden fuzz pairs prove study reach mutants layers bench docs clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,9 @@ golden: install # needs ../shared and fails without it; the last line counts the
 
 fuzz: install # 500 clean configurations, every planted fault in ten, all published models, twins of all head counts
 	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py tests/test_published.py tests/test_twin.py
+
+pairs: install # two planted faults at once: both are named, or one is blocked by the other
+	$(BIN)/python experiments/pairs.py
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md

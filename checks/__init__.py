@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from checks.result import Report
+    from checks.subject import Implementation
     from d2l.config.schema import RunConfig
 
 __all__ = ["preflight"]
@@ -17,6 +18,7 @@ def preflight(
     stages: Sequence[str] = (),
     select: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
+    implementation: "Implementation | None" = None,
 ) -> "Report":
     """Run the checks on a configuration, as `d2l preflight` does.
 
@@ -25,6 +27,7 @@ def preflight(
         stages: run the checks of these stages only; empty means all.
         select: run these checks only, by code or name; empty means all.
         ignore: code or name of a check → why its finding is acceptable; it becomes a warning.
+        implementation: what to examine in the place of d2l; see `checks.foreign`.
 
     Returns:
         The report: iterating gives one outcome for every check, `ok` is the verdict, `failures` what stands against the run.
@@ -44,5 +47,5 @@ def preflight(
     name = "" if isinstance(config, RunConfig) else str(config or "")
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
     with one_thread():
-        subject = make_subject(resolved, name, with_data=not stages or "data" in stages)
+        subject = make_subject(resolved, name, implementation=implementation, with_data=not stages or "data" in stages)
         return run_checks(subject, RULES, stages=stages, select=select, ignore=ignore)

@@ -1,6 +1,5 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from checks.machine import free_disk, free_memory
 from checks.subject import Implementation, Offered, Subject
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
@@ -102,11 +102,10 @@ class Production:
         import_reference(file, folder)
 
     def free_memory(self) -> int | None:
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        return free_memory()
 
     def free_disk(self, config: RunConfig) -> int:
-        folder = Path(config.output_dir).absolute()
-        return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+        return free_disk(config)
 
 
 class Run(Trainer):
@@ -178,7 +177,7 @@ def make_subject(
         tokenizer_absent=tokenizer_absent,
         records=records,
         records_absent=records_absent,
-        judged=_judged(config, tokenizer, tokenizer_absent, records, implementation),
+        judged=_judged(config, tokenizer, tokenizer_absent, records, records_absent, implementation),
         fingerprint=run_fingerprint(config, base_config, chat, records, versions).total,
     )
 
@@ -188,6 +187,7 @@ def _judged(
     tokenizer: PreTrainedTokenizerBase | None,
     tokenizer_absent: str,
     records: Sequence[Record] | None,
+    records_absent: str,
     implementation: Implementation | None,
 ) -> dict[str, str]:
     """Describe what a verdict is about."""
@@ -197,7 +197,7 @@ def _judged(
         "base model": config.model_name_or_path
         + ("" if named else " (the configuration names none: the embedded tiny GPT-OSS stands in)"),
         "tokenizer": tokenizer_absent if tokenizer is None else str(tokenizer.name_or_path),
-        "data": "none named" if records is None else f"{', '.join(config.train_ds_names)}: {len(records):,} records",
+        "data": records_absent if records is None else f"{', '.join(config.train_ds_names)}: {len(records):,} records",
         "versions": ", ".join(f"{package} {metadata.version(package)}" for package in packages),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
     }

@@ -236,8 +236,15 @@ class Subject:
     @cached_property
     def twin_plan(self) -> "LoadPlan":
         """Return how the twin's base is loaded: as the real one, but in float32 on the CPU."""
-        plan = self.implementation.plan(self.twin_config, self.twin_base_config)
-        return replace(plan, device=replace(plan.device, value="cpu", reason="a twin is tiny"))
+        from d2l.base.load import Choice, LoadPlan
+
+        device = Choice("cpu", "a twin is tiny")
+        try:
+            plan = self.implementation.plan(self.twin_config, self.twin_base_config)
+        except NotOffered as absent:
+            attention, experts, dtype = (Choice(value, str(absent)) for value in ("eager", "dense", "float32"))
+            return LoadPlan(attention, experts, Choice("none", str(absent)), dtype, device)
+        return replace(plan, device=device)
 
     def twin(self, seed: int = 0, base: "PreTrainedModel | None" = None) -> Model:
         """Make a fresh twin whose LoRA is not zero: parameters that start at zero (scaler_B, bias_B) are drawn at random.

@@ -61,6 +61,14 @@ def preflight(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
     ] = None,
+    implementation: Annotated[
+        str | None,
+        typer.Option(
+            "--implementation",
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Examine another implementation of Doc-to-LoRA, the one that this function returns.",
+        ),
+    ] = None,
     selftest: Annotated[
         bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
     ] = False,
@@ -78,6 +86,7 @@ def preflight(
     resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
+    from checks.foreign import load_implementation
     from checks.production import make_subject, one_thread
     from checks.rules import RULES
     from checks.runner import run_checks
@@ -85,8 +94,9 @@ def preflight(
 
     report: Report | Selftest
     with checks_progress() as (observe, on_tokenize), one_thread():
+        foreign = None if implementation is None else load_implementation(implementation)
         needs_data = not stages or "data" in stages
-        subject = make_subject(resolved, str(config or ""), on_tokenize, with_data=needs_data)
+        subject = make_subject(resolved, str(config or ""), on_tokenize, foreign, needs_data)
         if selftest:
             report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
         else:

@@ -1,0 +1,137 @@
+"""Pairs of planted faults: with two at once both are named, or one is blocked by the other and named once that is gone.
+
+    python experiments/pairs.py            # one fault of every check, all pairs: what `make pairs` does
+    python experiments/pairs.py --all      # every fault with every fault of another check
+
+A report that names one cause of two, and turns green or silent about the other, would send its reader home too early.
+Only the two checks and what they require are run: nothing else decides their outcome.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+from checks.faults import override
+from checks.processes import available_cores, in_processes
+from checks.production import make_subject, one_thread
+from checks.result import NotApplicable, NotOffered, Outcome
+from checks.rule import Fault, Rule
+from checks.rules import RULES
+from checks.runner import examine
+from checks.subject import Subject
+from d2l.config.load import load_config
+from d2l.errors import D2LError
+
+Planted = tuple[Rule, Fault]
+CONFIG = Path("configs/tiny_gpt_oss.yaml")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two planted faults and what became of them: both named, blocked, inapplicable together, or lost."""
+
+    first: str
+    second: str
+    result: str
+    detail: str = ""
+
+
+def clean_subject() -> Subject:
+    """Return the shipped tiny run, on a machine with room for it."""
+    room = override(free_memory=lambda healthy: 2**60, free_disk=lambda healthy, config: 2**60)
+    return room(make_subject(load_config(CONFIG)))
+
+
+def faults(everything: bool = False) -> list[Planted]:
+    """List the faults of all checks, or the first of each."""
+    return [(rule, fault) for rule in RULES for fault in (rule.faults if everything else rule.faults[:1])]
+
+
+def pairs(planted: Sequence[Planted]) -> list[tuple[Planted, Planted]]:
+    """List all pairs of faults of different checks."""
+    return [(one, two) for one, two in itertools.combinations(planted, 2) if one[0] != two[0]]
+
+
+def try_pair(subject: Subject, one: Planted, two: Planted) -> Pair:
+    """Plant both and look at what the report makes of them."""
+    names = [f"{rule.code} {fault.name}" for rule, fault in (one, two)]
+    faulty, reason = _planted(subject, one[1], two[1])
+    if faulty is None:
+        return Pair(*names, "inapplicable", reason)
+    outcomes = {outcome.code: outcome for outcome in examine(faulty, _needed(one[0], two[0]), {}, lambda rule: None)}
+    first, second = outcomes[one[0].code], outcomes[two[0].code]
+    if first.found_fault and second.found_fault:
+        return Pair(*names, "both named")
+    for named, hidden in ((first, second), (second, first)):
+        if named.found_fault and hidden.outcome == "blocked" and outcomes[hidden.blocked_by or ""] == named:
+            return Pair(*names, "blocked", f"{hidden.code} by {named.code}")
+    return Pair(*names, "lost", "; ".join(map(_words, (first, second))))
+
+
+def _planted(subject: Subject, one: Fault, two: Fault) -> tuple[Subject | None, str]:
+    """Plant both, in whichever order is possible: some faults are made from what another has spoilt."""
+    reason = ""
+    for first, second in ((one, two), (two, one)):
+        try:
+            return second.plant(first.plant(subject)), ""
+        except (NotApplicable, NotOffered, D2LError) as error:
+            reason = str(error).splitlines()[0]
+    return None, reason
+
+
+def _needed(*rules: Rule) -> list[Rule]:
+    """Return these rules and all that they require, in the order of running."""
+    by_code = {rule.code: rule for rule in RULES}
+    found: set[str] = set()
+    waiting = [rule.code for rule in rules]
+    while waiting:
+        code = waiting.pop()
+        if code not in found:
+            found.add(code)
+            waiting += by_code[code].requires
+    return [rule for rule in RULES if rule.code in found]
+
+
+def _words(outcome: Outcome) -> str:
+    blocked = f" by {outcome.blocked_by}" if outcome.blocked_by else ""
+    return f"{outcome.code} {outcome.outcome}{blocked}: {outcome.message[:80]}"
+
+
+def run(subject: Subject, chosen: Sequence[tuple[Planted, Planted]]) -> Iterator[Pair]:
+    """Try the pairs on all cores."""
+    return in_processes(lambda index: try_pair(subject, *chosen[index]), len(chosen), available_cores())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all faults of every check instead of the first")
+    parser.add_argument("--output", type=Path, help="write the outcomes to this JSON file")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with one_thread():
+        subject = clean_subject()
+        chosen = pairs(faults(options.all))
+        outcomes = []
+        for pair in run(subject, chosen):
+            outcomes.append(pair)
+            if pair.result == "lost":
+                sys.stdout.write(f"{pair.first} + {pair.second}: {pair.detail}\n")
+    counts = Counter(pair.result for pair in outcomes)
+    seconds = time.perf_counter() - started
+    summary = ", ".join(f"{number} {what}" for what, number in counts.most_common())
+    sys.stdout.write(f"{len(outcomes)} pairs in {seconds:.0f} s: {summary}\n")
+    if options.output:
+        document = {"date": str(date.today()), "counts": dict(counts), "pairs": [asdict(pair) for pair in outcomes]}
+        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    raise SystemExit(1 if counts["lost"] else 0)
+
+
+if __name__ == "__main__":
+    main()

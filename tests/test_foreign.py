@@ -1,0 +1,89 @@
+"""Another implementation under the same checks: healthy it passes, with a documented bug exactly the right checks fail."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from support.naive import Naive
+from typer.testing import CliRunner
+
+from checks import preflight
+from checks.foreign import load_implementation
+from checks.report import plain_text
+from checks.result import Report, UsageError
+from cli import app
+from d2l.config.load import load_config
+from d2l.io.resources import resource
+
+RUNNER = CliRunner()
+
+
+def examine(*bugs: str, **settings: str) -> Report:
+    return preflight(load_config(None, settings), implementation=Naive(*bugs))
+
+
+def red(report: Report) -> Mapping[str, str]:
+    return {outcome.code: outcome.outcome for outcome in report if outcome.outcome in ("fail", "crash")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": "[q_proj, o_proj]", "gen_lora_l1_reg_coef": "0.1", "use_per_ctx_average_loss": "true"},
+        {"gradient_checkpointing": "false", "gradient_accumulation_steps": "2", "lr_scheduler_type": "linear"},
+    ],
+)
+def test_a_healthy_one_passes_every_check_that_it_offers_something_for(settings: dict[str, str]) -> None:
+    report = examine(**settings)
+    text = plain_text(report)
+    assert {outcome.outcome for outcome in report} <= {"pass", "skip", "warn", "inapplicable"}, text
+    assert report.count("pass") >= 20, text
+    for outcome in report:
+        if outcome.outcome == "skip" and outcome.code != "MEM401":
+            assert outcome.message.startswith("the implementation does not offer"), text
+
+
+@pytest.mark.parametrize(
+    ("bug", "settings", "codes"),
+    [
+        ("leak", {}, {"ATT201"}),
+        ("plain forward", {}, {"LOR201"}),
+        ("reentrant", {}, {"GRD201"}),
+        ("four dimensions", {}, {"HYP201"}),
+        ("object in state", {}, {"SAV201"}),
+        ("partial targets", {"target_modules": "[v_proj, gate_up_projection]"}, {"TGT101"}),
+    ],
+)
+def test_a_bug_turns_exactly_its_check_red(bug: str, settings: dict[str, str], codes: set[str]) -> None:
+    report = examine(bug, **settings)
+    assert red(report) == dict.fromkeys(codes, "fail"), plain_text(report)
+
+
+def test_the_wrapper_of_the_page_is_short_and_is_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = resource("docs/another_implementation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) < 80
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = RUNNER.invoke(app, ["preflight", "--implementation", "mine:Mine"])
+    assert result.exit_code == 0, result.output
+    assert "implementation  mine.Mine" in result.output
+    assert "the implementation does not offer trainer" in result.output
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("mine", "expected package.module:factory"),
+        ("no.such.module:make", "ModuleNotFoundError"),
+        ("support.naive:Missing", "AttributeError"),
+        ("support.naive:SCALE", "TypeError"),
+        ("builtins:dict", "a method build, found a dict"),
+    ],
+)
+def test_a_wrong_place_is_named(place: str, words: str) -> None:
+    with pytest.raises(UsageError, match="--implementation") as error:
+        load_implementation(place)
+    assert words in str(error.value)

@@ -23,7 +23,7 @@ Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
-from checks.probes import TOLERANCE, difference, flat, gradients, norm, probe_rows
+from checks.probes import TOLERANCE, difference, flat, gradients, in_double, norm, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import changed
@@ -37,9 +37,7 @@ def check(subject: "Subject") -> Result:
     """Compare the gradients of a whole step, packed and accumulated."""
     rows = probe_rows(subject, documents=(9, 6, 5, 7), questions=(12, 6, 16, 8), chunks=(1, 3, 1, 2))
     config = changed(subject.twin_config, gen_lora_l1_reg_coef=max(subject.config.gen_lora_l1_reg_coef, 0.1))
-    model = subject.twin()
-    for part in (model.base, model.hypernet):
-        part.double()  # in float32 a sharp softmax (perceiver_query_scale: 10) rounds by more than the tolerance
+    model = in_double(subject.twin())  # in float32 a sharp softmax (perceiver_query_scale: 10) rounds by too much
     whole, accumulated = (
         gradients(model, sum(subject.implementation.loss(model, batches, config)))  # type: ignore[arg-type]
         for batches in ([collate(rows)], [collate(rows[:1]), collate(rows[1:])])

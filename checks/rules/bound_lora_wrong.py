@@ -29,7 +29,7 @@ from torch import Tensor
 
 from checks.faults import override
 from checks.oracles import edited_weights
-from checks.probes import TOLERANCE, difference, in_double, packed_rows, probe_rows
+from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows, probe_rows
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
@@ -50,7 +50,7 @@ class _Distances:
 
 def check(subject: "Subject") -> Result:
     """Compare two packed rows, one of unequal and one of equal contexts, with edited weights."""
-    model, untouched = in_double(subject.twin()), subject.twin_base().double()
+    model, untouched = in_double(subject.twin()), base_in_double(subject.twin_base())
     unequal, equal = packed_rows(subject)[:2], probe_rows(subject, documents=(5, 6), questions=(6, 6), seed=2)
     found = [_distances(model, untouched, rows) for rows in (unequal, equal)]
     logits, gradients = _largest(it.logits for it in found), _largest(it.gradients for it in found)

@@ -131,7 +131,7 @@ def _gradients(loss: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
     return [by_tensor.get(id(x), torch.zeros_like(x)) for x in values]
 
 
-def _binding(change: Callable[[Any], Any]) -> Any:
+def _binding(change: Callable[[Any], Any], unless: Callable[["Subject"], str] = lambda subject: "") -> Any:
     """Make a fault of a model that binds a changed LoRA."""
 
     def build(healthy: Implementation, base: Any, config: Any) -> Model:
@@ -142,7 +142,11 @@ def _binding(change: Callable[[Any], Any]) -> Any:
         )
         return model
 
-    return override(build=build)
+    return override(build=build, unless=unless)
+
+
+def _one_layer(subject: "Subject") -> str:
+    return "the base has one layer" if subject.twin_base_config.num_hidden_layers == 1 else ""
 
 
 def _each(lora: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -198,7 +202,7 @@ RULE = Rule(
         Fault(
             "layers-shifted",
             "every layer gets the LoRA of the layer below",
-            _binding(lambda it: _each(it, lambda x: x.roll(1, 1))),
+            _binding(lambda it: _each(it, lambda x: x.roll(1, 1)), unless=_one_layer),
         ),
         Fault(
             "first-question", "only the first question of a context has the LoRA", override(build=_first_question_only)

@@ -103,6 +103,10 @@ def _another_layer(healthy: Implementation, base: Any, config: Any) -> Model:
     return healthy.build(base, changed(config, layer_idx=exit_at + 1 if exit_at + 1 < layers else exit_at - 1))
 
 
+def _one_layer(subject: "Subject") -> str:
+    return "the base has one layer" if subject.twin_base_config.num_hidden_layers == 1 else ""
+
+
 RULE = Rule(
     code="ENC201",
     name="features-wrong",
@@ -113,6 +117,10 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("norm-wrong", "features go through another norm", override(build=_another_norm)),
-        Fault("another-layer", "features of another layer, or layers in another order", override(build=_another_layer)),
+        Fault(
+            "another-layer",
+            "features of another layer, or layers in another order",
+            override(build=_another_layer, unless=_one_layer),
+        ),
     ),
 )

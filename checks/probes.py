@@ -11,6 +11,8 @@ from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from checks.subject import Model, Subject
 
 # Equal computations in float32 differ by about 1e-6 of the largest value; a leak or a lost term by 1e-2 and more.
@@ -66,9 +68,16 @@ def packed_rows(subject: "Subject") -> list[Row]:
 
 def in_double(model: "Model") -> "Model":
     """Turn a twin into float64, in place, and return it: where rounding could decide, it must not."""
-    model.base.double()
+    base_in_double(model.base)
     model.hypernet.double()
     return model
+
+
+def base_in_double(base: "PreTrainedModel") -> "PreTrainedModel":
+    """Turn a twin's base into float64, in place, and return it; its experts one by one, as grouped products are float32's."""
+    if getattr(base.config, "num_experts_per_tok", None):
+        base.set_experts_implementation("eager")
+    return base.double()
 
 
 def large_inputs(hidden: int, seed: int = 0) -> Tensor:

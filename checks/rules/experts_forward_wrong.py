@@ -27,7 +27,7 @@ import torch
 
 from checks.faults import override
 from checks.oracles import experts
-from checks.probes import difference, hidden_states, large_inputs
+from checks.probes import base_in_double, difference, hidden_states, large_inputs
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -45,7 +45,7 @@ def check(subject: "Subject") -> Result:
     config = subject.twin_base_config
     if config.model_type != "gpt_oss":
         return Inapplicable(f"{config.model_type} has no experts of GPT-OSS")
-    layers = subject.twin_base().double().get_decoder().layers
+    layers = base_in_double(subject.twin_base()).get_decoder().layers
     top_k, alpha = config.num_experts_per_tok, getattr(config, "swiglu_alpha", experts.ALPHA)
     limit = getattr(config, "swiglu_limit", experts.LIMIT)
     evidence = {}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from checks.faults import override
 from checks.oracles import experts
-from checks.probes import TOLERANCE, difference, hidden_states, large_inputs, probe_batch
+from checks.probes import TOLERANCE, base_in_double, difference, hidden_states, large_inputs, probe_batch
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -81,7 +81,7 @@ def check(subject: "Subject") -> Result:
 
 def _beyond_the_clamp(subject: "Subject") -> dict[int, float]:
     """Compare the gradient of MLP blocks by large inputs with the formulas': difference by layer."""
-    config, layers = subject.twin_base_config, subject.twin_base().double().get_decoder().layers
+    config, layers = subject.twin_base_config, base_in_double(subject.twin_base()).get_decoder().layers
     settings = {
         "top_k": config.num_experts_per_tok,
         "alpha": getattr(config, "swiglu_alpha", experts.ALPHA),

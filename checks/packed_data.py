@@ -67,10 +67,10 @@ def _read(subject: "Subject", run: TightRun, tokenized: "Tokenized") -> EpochRea
         asked = _segments(batch.position_ids, sum(batch.n_queries))
         for problem in size_problems(batch, chunks, asked, run.config, run.base_limit, affixes):
             reading.sizes.add(f"{where}: {problem}")
-        if chunks is None:
-            reading.documents.add(f"{where}: positions do not restart at each of {sum(batch.n_ctx_chunks)} chunks")
-        else:
+        if chunks is not None:
             documents.read(batch, chunks)
+        elif asked is not None:  # else one cause spoils both, and is filed below
+            reading.documents.add(f"{where}: positions do not restart at each of {sum(batch.n_ctx_chunks)} chunks")
         if asked is None:
             reading.texts.add(f"{where}: positions do not restart at each of {sum(batch.n_queries)} questions")
         else:

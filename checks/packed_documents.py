@@ -26,6 +26,7 @@ class DocumentReader:
         self._rendered = 0
 
     def read(self, batch: "PackedBatch", chunks: np.ndarray) -> None:
+        """Read every document of a batch; `chunks` is where each chunk starts, int64 [chunks]."""
         ids = batch.ctx_ids[0].numpy()
         pieces = np.split(ids, chunks[1:])
         starts = np.cumsum([0, *batch.n_ctx_chunks]).tolist()

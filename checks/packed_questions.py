@@ -29,6 +29,7 @@ class QuestionReader:
         self._stops = set(data.form.tokenizer.get_added_vocab().values())
 
     def read(self, batch: "PackedBatch", queries: np.ndarray) -> None:
+        """Read every question of a batch; `queries` is where each starts, int64 [questions]."""
         ids, labels = batch.input_ids[0].numpy(), batch.labels[0].numpy()
         records = np.repeat(batch.record_ids, batch.n_queries).tolist()
         supervised = labels != IGNORE_INDEX

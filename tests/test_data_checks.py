@@ -245,6 +245,11 @@ BUGS: dict[str, tuple[Plant, str]] = {
         "DAT302",
     ),
     "positions that never restart": (batch_with(position_ids=lambda ids: ids + 1), "DAT302"),
+    "positions that never restart, of documents too": (
+        after(packing, "_positions", lambda positions, parts: positions + 1),
+        "DAT302",
+    ),
+    "chunk positions that never restart": (batch_with(ctx_position_ids=lambda ids: ids + 1), "DAT304"),
     "first question of a row dropped": (
         after(tokenize, "split_queries", lambda groups, *_: [group[1:] or group for group in groups]),
         "DAT303",

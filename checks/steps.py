@@ -5,14 +5,13 @@ nothing. What decides which code runs (kind of base, encoder, targets, shape of 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from checks.observed import Observed, observed_step
-from checks.subject import build_drawn, changed
+from checks.subject import build_drawn, changed, plan_on_cpu
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def light_model(
     """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
     config = light_config(subject) if config is None else config
     base_config = _light_base_config(subject.twin_base_config)
-    plan = replace(subject.implementation.plan(config, base_config), device=subject.twin_plan.device)
+    plan = plan_on_cpu(subject.implementation, config, base_config)
     base = subject.implementation.build_base(base_config, plan, seed=0)
     model = build_drawn(subject.implementation, base, config, seed)
     for part in (model.base, model.hypernet):

@@ -236,15 +236,7 @@ class Subject:
     @cached_property
     def twin_plan(self) -> "LoadPlan":
         """Return how the twin's base is loaded: as the real one, but in float32 on the CPU."""
-        from d2l.base.load import Choice, LoadPlan
-
-        device = Choice("cpu", "a twin is tiny")
-        try:
-            plan = self.implementation.plan(self.twin_config, self.twin_base_config)
-        except NotOffered as absent:
-            attention, experts, dtype = (Choice(value, str(absent)) for value in ("eager", "dense", "float32"))
-            return LoadPlan(attention, experts, Choice("none", str(absent)), dtype, device)
-        return replace(plan, device=device)
+        return plan_on_cpu(self.implementation, self.twin_config, self.twin_base_config)
 
     def twin(self, seed: int = 0, base: "PreTrainedModel | None" = None) -> Model:
         """Make a fresh twin whose LoRA is not zero: parameters that start at zero (scaler_B, bias_B) are drawn at random.
@@ -266,6 +258,20 @@ def build_drawn(implementation: Implementation, base: "PreTrainedModel", config:
             if not parameter.any():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
+    """Return how a tiny base would be loaded: as the implementation plans it, on the CPU; plainly where it has no plan."""
+    from d2l.base.load import Choice, LoadPlan
+
+    device = Choice("cpu", "a twin is tiny")
+    try:
+        return replace(implementation.plan(config, base_config), device=device)
+    except NotOffered as absent:
+        attention, experts, quantization, dtype = (
+            Choice(value, str(absent)) for value in ("eager", "dense", "none", "float32")
+        )
+        return LoadPlan(attention, experts, quantization, dtype, device)
 
 
 def trained_values(subject: Subject) -> tuple[int, int]:

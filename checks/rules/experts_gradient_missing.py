@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def check(subject: "Subject") -> Result:
     """Compare each layer's gradient by cosine and norm."""
     if subject.twin_plan.experts.value == "dense":
-        return Inapplicable(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
+        return Inapplicable(f"{subject.twin_plan.experts.reason}: there are no MXFP4 experts")
     dense_plan = replace(subject.twin_plan, experts=replace(subject.twin_plan.experts, value="dequantize"))
     dense = subject.implementation.build_base(subject.twin_base_config, dense_plan, 0)
     pairs = list(zip(_layer_gradients(subject, subject.twin_base()), _layer_gradients(subject, dense), strict=True))

@@ -31,7 +31,7 @@ from checks.oracles import features
 from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, changed
+from checks.subject import Implementation, Model, changed, offered
 from d2l.data.packing import collate
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check(subject: "Subject") -> Result:
     config = subject.twin_config
     rows = packed_rows(subject)
     chunks = [chunk for row in rows for chunk in row.chunks]
-    actual = in_double(subject.twin()).features(collate(rows))[0]
+    actual = offered(in_double(subject.twin()), "features")(collate(rows))[0]
     base = base_in_double(subject.twin_base())
     expected = [features.of_chunk(base, ids, config.ctx_encoder_type, config.layer_idx) for ids in chunks]
     whole = torch.cat(expected, dim=-2)

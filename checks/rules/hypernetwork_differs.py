@@ -34,7 +34,7 @@ from checks.oracles.stored import StoredCase, stored_cases
 from checks.probes import TOLERANCE, difference, in_double, packed_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
+from checks.subject import Implementation, Model, offered, plan_on_cpu
 from d2l.config.schema import RunConfig
 from d2l.data.packing import collate
 from d2l.data.tokenize import Query, Row
@@ -96,9 +96,7 @@ def _of_case(implementation: Implementation, case: StoredCase) -> Model:
     """Build a stored case's model around its base; the hypernetwork's weights are still its own."""
     config = RunConfig(**case.config, attn_implementation="eager", dtype="float32")
     base_config = AutoConfig.for_model(case.model_type, **case.base_config)
-    plan = implementation.plan(config, base_config)
-    plan = replace(plan, device=replace(plan.device, value="cpu", reason="a stored case is tiny"))
-    base = implementation.build_base(base_config, plan, seed=0)
+    base = implementation.build_base(base_config, plan_on_cpu(implementation, config, base_config), seed=0)
     base.load_state_dict(dict(case.base_weights))
     return implementation.build(base, config)
 
@@ -144,7 +142,7 @@ def _of_twin(subject: "Subject") -> "tuple[Lora, _Expected | Fail]":
     )
     n_chunks = tuple(len(row.chunks) for row in rows)
     weights = dict(model.hypernet.named_parameters())
-    lora, features = model.lora(batch), model.features(batch)[0].split(lengths, dim=-2)
+    lora, features = model.lora(batch), offered(model, "features")(batch)[0].split(lengths, dim=-2)
     try:
         merged = hypernetwork.loras(weights, switches, features, n_chunks)
     except (KeyError, IndexError, RuntimeError) as error:

@@ -35,7 +35,7 @@ from checks.faults import override
 from checks.observed import Observed
 from checks.oracles import edited_weights, loss
 from checks.probes import gradients
-from checks.result import Fail, Pass, Result
+from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
 from checks.steps import TOLERANCE, loss_rows, loss_step, still_model, worst_parameter
 from checks.subject import Implementation, changed
@@ -57,6 +57,8 @@ def check(subject: "Subject") -> Result:
     model: Any = still_model(subject)
     expected = _formulas(subject, model)
     steps: dict[tuple[str, bool], Observed] = {}
+    weights = dict(zip(expected, (1.0, 0.7, -0.4, 0.9), strict=True))  # one backward pass for all four
+    right_gradients = gradients(model, sum(weights[key] * value for key, value in expected.items()))  # type: ignore[arg-type]
     evidence: dict[str, Any] = {}
     for key, value in expected.items():
         right, label = value.item(), f"{LOSSES[key[0]]}, {MEANS[key[1]][0]}"
@@ -64,6 +66,8 @@ def check(subject: "Subject") -> Result:
             steps[key] = loss_step(subject, loss=key[0], use_per_ctx_average_loss=key[1])
             actual = f"{steps[key].metrics.task_loss:.6g}, {steps[key].metrics.task_loss / right:.3g} times as much"
             evidence[label] = abs(steps[key].metrics.task_loss / right - 1)
+        except NotOffered:
+            raise
         except Exception as error:  # a loss that refuses sound rows
             actual = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             evidence[label] = math.inf
@@ -75,8 +79,6 @@ def check(subject: "Subject") -> Result:
                 remedy=REMEDY,
                 evidence=evidence,
             )
-    weights = dict(zip(expected, (1.0, 0.7, -0.4, 0.9), strict=True))  # one backward pass for all four
-    right_gradients = gradients(model, sum(weights[key] * value for key, value in expected.items()))  # type: ignore[arg-type]
     applied = {
         name: sum(weights[key] * step.gradients[name] for key, step in steps.items() if name in step.gradients)
         for name in right_gradients

@@ -67,7 +67,7 @@ class _Factors(TorchFunctionMode):
 def check(subject: "Subject") -> Result:
     """Compare the matrices of the experts' products with decoded bytes."""
     if subject.twin_plan.experts.value == "dense":
-        return Inapplicable(f"{subject.plan.experts.reason}: there are no MXFP4 experts")
+        return Inapplicable(f"{subject.twin_plan.experts.reason}: there are no MXFP4 experts")
     fixed = {name: _fixed_bytes(subject, name) for name in PROJECTIONS}
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / "base"

@@ -43,7 +43,7 @@ REMEDY = "load with d2l.base.load.load_base; save dequantized models with save_o
 def check(subject: "Subject") -> Result:
     """Compare every tensor and the logits, before and after the disk."""
     if subject.twin_plan.experts.value == "dense":
-        return Inapplicable(f"{subject.plan.experts.reason}: the checkpoint is not in MXFP4")
+        return Inapplicable(f"{subject.twin_plan.experts.reason}: the checkpoint is not in MXFP4")
     written = subject.twin_base()
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / "base"

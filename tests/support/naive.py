@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, get_scheduler
 
 from checks.foreign import Foreign, Lora, PackedBatch, contexts, stack
+from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 from d2l.data.packing import collate
 from d2l.errors import ModelError
@@ -154,7 +155,7 @@ def loss_terms(model: Model, batches: Sequence[PackedBatch], config: RunConfig) 
     else:
         task = torch.cat([loss for losses in by_context for loss in losses]).mean()
     chunks = max(max(batch.n_ctx_chunks) for batch in batches)
-    rank = config.lora_r * (chunks + 1)
+    rank = config.lora_r * chunks
     l1 = torch.stack(
         [sum(x.abs().sum() / (x.shape[0] * rank * x.shape[2]) for x in pair[name]) for pair in pairs for name in pair]
     ).mean()
@@ -183,15 +184,17 @@ class Metrics:
 
 
 class Trainer:
-    """A run: greedy packing of a shuffled epoch, AdamW, one check before each step."""
+    """A run: first-fit packing of a shuffled epoch, AdamW, one check before each step."""
 
     def __init__(self, model: Model, rows: Sequence[Any], config: RunConfig, bugs: frozenset[str]) -> None:
+        if config.muon_learning_rate is not None:
+            raise NotOffered("Muon")
         self.model, self.rows, self.config, self.bugs = model, list(rows), config, bugs
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         named = list(model.hypernet.named_parameters())
-        spared = [p for name, p in named if p.ndim < 2 or "bias" in name]
-        decayed = [p for name, p in named if not (p.ndim < 2 or "bias" in name)]
+        decayed = [p for name, p in named if p.ndim > 1 and name.endswith("weight")]
+        spared = [p for name, p in named if p.ndim < 2 or not name.endswith("weight")]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -246,15 +249,16 @@ class Trainer:
         order = list(range(len(self.rows)))
         random.Random(f"{self.config.seed} {self.epoch}").shuffle(order)
         groups: list[list[int]] = []
-        used = [0, 0]
-        limits = (self.config.max_packed_inp_len, self.config.max_packed_ctx_len)
+        room: list[list[int]] = []
         for index in order:
             size = self.rows[index].size
-            if not groups or any(used[i] + size[i] > limits[i] for i in (0, 1)):
+            fits = (number for number, left in enumerate(room) if left[0] >= size[0] and left[1] >= size[1])
+            if (number := next(fits, None)) is None:
+                number = len(groups)
                 groups.append([])
-                used = [0, 0]
-            groups[-1].append(index)
-            used = [used[i] + size[i] for i in (0, 1)]
+                room.append([self.config.max_packed_inp_len, self.config.max_packed_ctx_len])
+            groups[number].append(index)
+            room[number] = [left - used for left, used in zip(room[number], size, strict=True)]
         return groups
 
 
@@ -286,6 +290,11 @@ class Naive(Foreign):
             except ModelError:
                 continue
         return found
+
+    def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> list[float]:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+        (factor,) = schedule(optimizer, config).lr_lambdas
+        return [config.learning_rate * factor(step) for step in steps]
 
     def loss(self, model: Model, batches: Sequence[PackedBatch], config: RunConfig) -> tuple[Tensor, Tensor]:
         return loss_terms(model, batches, config)

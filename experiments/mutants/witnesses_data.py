@@ -143,7 +143,7 @@ def cache(values: Values) -> None:
     config = configurations()["llama"]
     components = Components(config)
     records, chat = components.records, components.chat
-    limits = limits_of_every_kind()["drawn"]
+    limits = replace(limits_of_every_kind()["drawn"], max_qas_len=76)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for turn in range(2):

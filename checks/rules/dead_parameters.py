@@ -4,8 +4,8 @@ What it does
 ------------
 Takes the gradient of a cross-entropy by every parameter on a twin of two layers, with a LoRA that is not zero, and
 lists the parameters, and their parts for one layer or module of the base, where none arrives. Then it moves all
-parameters together a little way, each part by as much as its gradient is small, so that every part changes the loss alike,
-and compares the change of the loss with what the gradient predicts.
+parameters together a little way up or down, each part by as much as its gradient is small, so that every part changes the
+loss alike, and compares the change of the loss with what the gradient predicts, for three choices of ups and downs.
 
 Why it matters
 --------------
@@ -15,8 +15,8 @@ L1 term `grad_norm` stays above zero, and `find_unused_parameters=True` hides th
 
 How it is detected
 ------------------
-No part's gradient may be zero. The change of the loss, a central difference, must be the predicted one to less than half
-of what one part contributes; where it is not, halving the parameters again and again finds the part.
+No part's gradient may be zero. The change of the loss, a central difference, must be the predicted one to less than a
+quarter of what one part contributes; where it is not, halving the parameters again and again finds the part.
 
 How to fix
 ----------
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 # from rounding, the larger one from curvature, each by about a tenth of a part's contribution.
 STEPS = (3e-6, 1e-5)
 WEAKEST = 1e-5  # of the whole gradient's norm: a part below is moved, and counts, as if it were that strong
-HALF_A_PART = 0.5
+QUARTER = 0.25
+DIRECTIONS = 3
 REMEDY = "look for a detached tensor or an unused module on the way from these parameters to the loss"
 
 Parts = dict[str, Tensor]  # "head.weight, layer 1" -> a view
@@ -65,14 +66,14 @@ def check(subject: "Subject") -> Result:
             evidence={"dead": dead},
         )
     names = list(slope.gradient)
-    error = slope.error(names)
+    error, signs = max((slope.error(names, signs), signs) for signs in range(DIRECTIONS))
     evidence: dict[str, Any] = {"parts": len(names), "error_in_parts": error, "norm": slope.norm}
-    if not error < HALF_A_PART:
-        culprit = slope.worst(names)
+    if not error < QUARTER:
+        culprit = slope.worst(names, signs)
         evidence["culprit"] = culprit
         return Fail(
             message="the gradient is not that of the task loss: part of the way to the loss is cut or counted twice",
-            expected=f"a change of the loss that {len(names)} parts of the parameters predict, to {HALF_A_PART:g} parts",
+            expected=f"a change of the loss that {len(names)} parts of the parameters predict, to {QUARTER:g} parts",
             actual=f"off by {error:.2g} parts, most of all in {culprit}",
             remedy=REMEDY,
             evidence=evidence,
@@ -100,6 +101,8 @@ class _Slope:
         self._values = _parts({n: p.data for n, p in self._model.hypernet.named_parameters()}, *shape)
         generator = torch.Generator().manual_seed(0)
         self._direction = {name: self._along(part, generator) for name, part in self.gradient.items()}
+        signs = torch.randint(2, (DIRECTIONS, len(self.gradient)), generator=generator) * 2 - 1
+        self._signs = [dict(zip(self.gradient, row, strict=True)) for row in signs.tolist()]
 
     def _along(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         """Return a direction in which this part changes the loss by 1 per step: half its own gradient's, half random."""
@@ -112,28 +115,40 @@ class _Slope:
         logits = self._model.logits(self._batch, self._model.lora(self._batch))
         return cross_entropy(logits, self._batch.labels[0].tolist()).mean()  # no question's first token has a label
 
-    def error(self, names: list[str]) -> float:
-        """Return how far the change of the loss is from the predicted one, in contributions of one part."""
-        expected = sum(float((self.gradient[name] * self._direction[name]).sum()) for name in names)
-        return min(abs(self._difference(names, step) - expected) for step in STEPS)
+    def error(self, names: list[str], signs: int) -> float:
+        """Return how far the change of the loss is from the predicted one, in contributions of one part.
 
-    def worst(self, names: list[str]) -> str:
+        Args:
+            names: the parts that are moved.
+            signs: which of the random choices of signs: errors of several parts must not cancel in all of them.
+        """
+        moves = {name: self._signs[signs][name] * self._direction[name] for name in names}
+        expected = sum(float((self.gradient[name] * move).sum()) for name, move in moves.items())
+        errors = []
+        for step in STEPS:
+            errors.append(abs(self._difference(moves, step) - expected))
+            if errors[-1] < QUARTER:
+                break
+        return min(errors)
+
+    def worst(self, names: list[str], signs: int) -> str:
         """Find a part whose gradient is wrong: follow the half with the larger error."""
         while len(names) > 1:
             halves = names[: len(names) // 2], names[len(names) // 2 :]
-            names = max(halves, key=self.error)
+            names = max(halves, key=lambda half: self.error(half, signs))
         return names[0]
 
     @torch.no_grad()
-    def _difference(self, names: list[str], step: float) -> float:
-        kept = {name: self._values[name].clone() for name in names}
+    def _difference(self, moves: Parts, step: float) -> float:
+        """Return the central difference of the loss along these moves; the parameters are restored."""
+        kept = {name: self._values[name].clone() for name in moves}
         losses = []
         for sign in (1, -1):
-            for name in names:
-                self._values[name].copy_(kept[name] + sign * step * self._direction[name])
+            for name, move in moves.items():
+                self._values[name].copy_(kept[name] + sign * step * move)
             losses.append(float(self._loss()))
-        for name in names:
-            self._values[name].copy_(kept[name])
+        for name, value in kept.items():
+            self._values[name].copy_(value)
         return (losses[0] - losses[1]) / (2 * step)
 
 

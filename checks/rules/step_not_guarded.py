@@ -3,8 +3,8 @@
 What it does
 ------------
 Takes two optimizer steps with the run's own trainer on a twin, with the run's losses and optimizer, at a learning rate of the
-probe's. Then it requests a step over rows without any supervised token, plants a NaN in a parameter, requests another step, and
-looks whether both are refused with nothing changed.
+probe's. Then it requests a step over rows without any supervised token, one with an infinite loss and finite gradients, and one
+with NaN in a gradient and a finite loss, and looks whether each is refused with nothing changed.
 
 Why it matters
 --------------
@@ -14,8 +14,8 @@ supervised the loss is a quiet 0.0, and weight decay alone moves the weights.
 
 How it is detected
 ------------------
-Loss and gradient norm of the steps must be finite and the weights must move; without labels, and with the planted NaN, the
-trainer must raise before the optimizer runs, and no weight may change.
+Loss and gradient norm of the steps must be finite and the weights must move; in the three other steps the trainer
+must raise before the optimizer runs, and no weight may change.
 
 How to fix
 ----------
@@ -23,6 +23,8 @@ Before every `optimizer.step()`, require a finite loss, a finite gradient norm a
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,7 @@ MUON = 1e-2  # where the run uses it
 PLAN: dict[str, Any] = {  # at the run's own learning rate OPT204 looks
     "learning_rate": 1e-3,
 }
+INFINITE = "whose loss is infinite"
 OWN = (
     "loss",
     "use_per_ctx_average_loss",
@@ -97,12 +100,20 @@ def check(subject: "Subject") -> Result:
     unlabelled = subject.implementation.trainer(model, [_without_labels(row) for row in rows], config)
     if finding := _refusal(unlabelled, "without a supervised token", evidence):
         return finding
-    with torch.no_grad():
-        next(iter(model.hypernet.parameters())).view(-1)[0] = math.nan
-    if finding := _refusal(trainer, "that is not finite", evidence):
-        return finding
+    spoilt = {
+        INFINITE: _infinite_loss(model, rows[0].queries[0]),
+        "with NaN in a gradient": _nan_gradient(model),
+    }
+    for what, spoil in spoilt.items():
+        with spoil:
+            finding = _refusal(trainer, what, evidence)
+        if finding:
+            return finding
     losses = " → ".join(f"{loss:.3g}" for loss in evidence["task_loss"])
-    return Pass(f"two steps: loss {losses}; a step without labels and one with NaN are refused", evidence)
+    return Pass(
+        f"two steps: loss {losses}; steps without labels, with an infinite loss and with NaN in a gradient are refused",
+        evidence,
+    )
 
 
 def _without_labels(row: Any) -> Any:
@@ -115,14 +126,41 @@ def _without_labels(row: Any) -> Any:
     return replace(row, queries=tuple(map(bare, row.queries)))
 
 
+@contextmanager
+def _infinite_loss(model: Any, query: Any) -> Iterator[None]:
+    """Exclude a label, and what its teacher names, from the logits: the loss is infinite, and its gradients are finite."""
+    excluded = torch.tensor([query.input_ids[-1], *query.logprobs_indices[-1]])
+
+    def exclude(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, excluded, -math.inf)
+
+    hook = model.base.get_output_embeddings().register_forward_hook(exclude)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _nan_gradient(model: Any) -> Iterator[None]:
+    """Put NaN into the gradient of the first parameter; the loss stays finite."""
+    hook = next(iter(model.hypernet.parameters())).register_hook(lambda gradient: gradient * math.nan)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _refusal(trainer: Any, what: str, evidence: dict[str, Any]) -> Result | None:
     """Request a step that has to be refused; return what is wrong with the refusal."""
     before = _values(trainer.model)
     try:
-        trainer.step()
+        metrics = trainer.step()
     except Exception as error:  # an implementation has errors of its own
         evidence[f"a step {what}"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     else:
+        if what == INFINITE and math.isfinite(getattr(metrics, "task_loss", math.nan)):
+            return None  # a base that caps its logits makes a finite loss of them
         return Fail(
             message=f"a step {what} is taken",
             expected="an error before the step",

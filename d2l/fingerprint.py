@@ -41,9 +41,16 @@ def run_fingerprint(
         "base_config": _sha256(base_config.to_json_string()),
         "chat": chat.fingerprint if chat else "none",
         "tokenizer": chat.tokenizer_fingerprint if chat else "none",
-        "data": _sha256(json.dumps([[r.context, r.prompts, r.responses] for r in records])) if records else "none",
+        "data": _sha256(json.dumps(list(map(_contents, records)))) if records else "none",
     }
     return Fingerprint(parts | versions)
+
+
+def _contents(record: Record) -> list[Any]:
+    """Return all of a record that rows are made of; a teacher's logprobs only where it has them."""
+    contents: list[Any] = [record.context, record.prompts, record.responses]
+    teacher = [record.logprobs_vals, record.logprobs_indices]
+    return contents if record.logprobs_vals is None else contents + teacher
 
 
 def base_facts(base_config: PreTrainedConfig) -> dict[str, Any]:

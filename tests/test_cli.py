@@ -102,7 +102,7 @@ def world(monkeypatch):
     stand_in("checks.rules", RULES=world.rules)
     stand_in(
         "checks.production",
-        make_subject=lambda config, name, on_tokenize, **options: Subject(name=name),
+        make_subject=lambda config, name, *rest, **options: Subject(name=name),
         one_thread=nullcontext,
     )
     for command in ("preflight", "train"):

@@ -71,7 +71,7 @@ def test_the_sizes_are_the_published_ones(name: str) -> None:
 @each_model
 def test_nothing_is_found_in_a_published_model(name: str) -> None:
     report = preflight(load_config(None, {"model_name_or_path": config_file(name)}), stages=["static", "twin"])
-    allowed = {"pass", "skip"}
+    allowed = {"pass", "skip", "inapplicable"}
     unexpected = [o.code for o in report if o.outcome not in allowed | ({"warn"} if o.code == "TGT102" else set())]
     assert not unexpected, plain_text(report)
 

@@ -38,6 +38,7 @@ from d2l.data.packing import collate
 if TYPE_CHECKING:
     from checks.subject import Subject
     from d2l.data.tokenize import Row
+    from d2l.hypernet.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _largest(tables: Iterable[dict[str, float]]) -> dict[str, float]:
 def _distances(model: Model, untouched: Any, rows: "Sequence[Row]") -> _Distances:
     """Compare a packed row with its questions alone."""
     batch = collate(rows)
-    lora = model.lora(batch)
+    lora = _as_leaves(model.lora(batch))  # how it was generated plays no part here
     bound = model.logits(batch, lora)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(bound.shape, generator=generator, dtype=bound.dtype)
@@ -113,6 +114,12 @@ def _distances(model: Model, untouched: Any, rows: "Sequence[Row]") -> _Distance
         for layer in range(theirs.shape[1])
     }
     return _Distances(logits, gradients)
+
+
+def _as_leaves(lora: "Lora") -> "Lora":
+    """Return the same values, each the start of a graph."""
+    A, B = ({name: x.detach().requires_grad_() for name, x in side.items()} for side in (lora.A, lora.B))
+    return replace(lora, A=A, B=B)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def _trials(
         concerned = [
             other for other in present if other == rule or not fault.replaces or used[other.code] & fault.replaces
         ]
-        verdict, detail = _try(subject, rule, fault, concerned, clean[rule.code])
+        verdict, detail = _try(subject, rule, fault, concerned, clean)
         return Trial(rule.code, fault.name, verdict, detail, time.perf_counter() - start)
 
     # A fork has everything that was read and computed so far; only the number of a trial and its result are sent.
@@ -156,9 +156,10 @@ def _trials(
 
 
 def _try(
-    subject: "Subject", rule: Rule, fault: Fault, concerned: Sequence[Rule], clean: Outcome
+    subject: "Subject", rule: Rule, fault: Fault, concerned: Sequence[Rule], measured: dict[str, Outcome]
 ) -> tuple[Verdict, str]:
     """Plant one fault and run the rules that it could change."""
+    clean = measured[rule.code]
     if clean.outcome == "skip":
         return "not_applied", f"{rule.code} is skipped on the clean subject: {clean.message}"
     if clean.outcome == "inapplicable":
@@ -171,7 +172,12 @@ def _try(
         return "inapplicable", str(reason)
     except Exception as error:
         return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
-    outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None)}
+
+    def known(judged: "Subject", other: Rule) -> Outcome | None:
+        """Return the clean outcome where a remedy made the subject clean again."""
+        return measured[other.code] if judged == subject else None
+
+    outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None, known=known)}
     target = outcomes.pop(rule.code)
     if not target.found_fault:
         return "missed", f"{rule.code} reports {target.outcome}: {target.message}"

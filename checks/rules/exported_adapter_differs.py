@@ -32,7 +32,7 @@ import torch
 
 from checks.faults import override
 from checks.probes import TOLERANCE, difference, probe_batch
-from checks.result import Fail, Inapplicable, NotApplicable, Pass, Result
+from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 from d2l.errors import D2LError
@@ -109,12 +109,6 @@ def _without_bias(healthy: Implementation, lora: Any, base: Any, folder: Path) -
     healthy.export(replace(lora, A=A, B=B), base, folder)
 
 
-def _plant_without_bias(subject: "Subject") -> "Subject":
-    if not subject.config.use_bias:
-        raise NotApplicable("use_bias is off")
-    return override(export=_without_bias)(subject)
-
-
 def _shuffled(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
     """Shuffle the rows of A against those of B."""
     healthy.export(replace(lora, A={name: x.roll(1, dims=2) for name, x in lora.A.items()}), base, folder)
@@ -130,7 +124,11 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("alpha-over-r", "lora_alpha is the scale, which PEFT divides by r", override(export=_divided_by_rank)),
-        Fault("bias-dropped", "the learned bias is not exported", _plant_without_bias),
+        Fault(
+            "bias-dropped",
+            "the learned bias is not exported",
+            override(export=_without_bias, unless=lambda subject: "" if subject.config.use_bias else "use_bias is off"),
+        ),
         Fault("rows-shuffled", "rows of A and B do not match", override(export=_shuffled)),
     ),
 )

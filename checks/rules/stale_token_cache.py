@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checks.cache_variants import variants
-from checks.faults import override
+from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -81,26 +81,22 @@ def _outcome(tokenize: Callable[..., Any], *inputs: Any) -> Any:
     return tuple(tokenized.rows), tokenized.dropped
 
 
-def _key_without(*forgotten: str) -> "Callable[[Subject], Subject]":
+def _key_without(*forgotten: str) -> Override:
     """Make a fault of a cache whose key leaves some things out."""
+    kept: dict[str, Any] = {}  # by folder too, and every check has a folder of its own
 
-    def plant(subject: "Subject") -> "Subject":
-        kept: dict[str, Any] = {}
+    def cached_rows(healthy: Implementation, config: Any, chat: Any, records: Any, folder: Path) -> Any:
+        parts = {name: getattr(config, name) for name in (*CHUNK_LIMITS, *OTHER_LIMITS, "seed")}
+        parts |= {name: getattr(chat, name) for name in ("template", "supervision", "current_date")}
+        parts |= {"base": config.model_name_or_path, "tokenizer": id(chat.tokenizer)}
+        for name in ("context", "prompts", "responses", "logprobs_vals", "logprobs_indices"):
+            parts[name] = [getattr(record, name) for record in records]
+        key = repr([folder, *(value for name, value in parts.items() if name not in forgotten)])
+        if key not in kept:
+            kept[key] = healthy.cached_rows(config, chat, records, folder)
+        return kept[key]
 
-        def cached_rows(healthy: Implementation, config: Any, chat: Any, records: Any, folder: Path) -> Any:
-            parts = {name: getattr(config, name) for name in (*CHUNK_LIMITS, *OTHER_LIMITS, "seed")}
-            parts |= {name: getattr(chat, name) for name in ("template", "supervision", "current_date")}
-            parts |= {"base": config.model_name_or_path, "tokenizer": id(chat.tokenizer)}
-            for name in ("context", "prompts", "responses", "logprobs_vals", "logprobs_indices"):
-                parts[name] = [getattr(record, name) for record in records]
-            key = repr([folder, *(value for name, value in parts.items() if name not in forgotten)])
-            if key not in kept:
-                kept[key] = healthy.cached_rows(config, chat, records, folder)
-            return kept[key]
-
-        return override(cached_rows=cached_rows)(subject)
-
-    return plant
+    return override(cached_rows=cached_rows)
 
 
 RULE = Rule(

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import current_process, get_all_start_methods, get_context
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -16,12 +16,12 @@ def available_cores() -> int:
 
 
 def in_processes(task: Callable[[int], Value], count: int, workers: int) -> Iterator[Value]:
-    """Yield `task(0)`, `task(1)`, …, `task(count - 1)`, in order; in this process where no other can be forked.
+    """Yield `task(0)`, `task(1)`, …, `task(count - 1)`, in order; in this process where it can or may not fork.
 
     Only the number of a task and its value, which pickle has to take, are sent between processes.
     """
     workers = min(count, workers)
-    if workers < 2 or "fork" not in get_all_start_methods():
+    if workers < 2 or "fork" not in get_all_start_methods() or current_process().daemon:
         yield from map(task, range(count))
         return
     with _inherited(task), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:

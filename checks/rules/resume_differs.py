@@ -195,6 +195,19 @@ def _lose_weights(run: Any) -> None:
     run.resume = forgetful
 
 
+def _on_other_batches(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
+    """Resume everything but the place in the data: another row comes next."""
+    run: Any = healthy.trainer(model, rows, config)
+
+    def resume(folder: Path) -> None:
+        elsewhere = healthy.trainer(model, [*rows[1:], rows[0]], config)
+        elsewhere.resume(folder)
+        run.step = elsewhere.step
+
+    run.resume = resume
+    return run
+
+
 RULE = Rule(
     code="SAV201",
     name="resume-differs",
@@ -206,6 +219,7 @@ RULE = Rule(
     faults=(
         Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
         Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
+        Fault("position-lost", "other batches come next", override(trainer=_on_other_batches)),
         Fault("weights-lost", "the weights are not restored", _stepper(_lose_weights)),
     ),
 )

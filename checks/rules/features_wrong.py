@@ -40,37 +40,59 @@ if TYPE_CHECKING:
 REMEDY = "take the inputs of the decoder's layers, the last after its final norm"
 
 
+KINDS = ("per_layer_activations", "early_exit", "concat_layers", "embed_only")
+
+
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Compare the features of every chunk, packed, with those of the chunk alone."""
+    """Compare the features of every chunk, packed, with those of the chunk alone: the run's kind, then all others."""
+    own = subject.twin_config.ctx_encoder_type
+    base = base_in_double(subject.twin_base())
+    evidence: dict[str, Any] = {}
+    for kind in (own, *(kind for kind in KINDS if kind != own)):
+        problem, evidence[kind] = _examine(subject, base, kind)
+        if problem is not None:
+            return problem
+    worst = max(max(found["by_chunk"]) for found in evidence.values())
+    return Pass(f"features of {len(evidence)} kinds are transformers' hidden states to {worst:.1g}", evidence)
+
+
+def _examine(subject: "Subject", base: Any, kind: str) -> tuple[Fail | None, dict[str, list[float]]]:
+    """Compare the features of one kind; return the finding, if any, and the distances."""
     config = subject.twin_config
+    if kind != config.ctx_encoder_type:
+        config = changed(config, ctx_encoder_type=kind, layer_idx=None)
+    model = (
+        subject.twin() if config == subject.twin_config else subject.implementation.build(subject.twin_base(), config)
+    )
     rows = packed_rows(subject)
     chunks = [chunk for row in rows for chunk in row.chunks]
-    actual = offered(in_double(subject.twin()), "features")(collate(rows))[0]
-    base = base_in_double(subject.twin_base())
-    expected = [features.of_chunk(base, ids, config.ctx_encoder_type, config.layer_idx) for ids in chunks]
+    actual = offered(in_double(model), "features")(collate(rows))[0]
+    expected = [features.of_chunk(base, ids, kind, config.layer_idx) for ids in chunks]
     whole = torch.cat(expected, dim=-2)
     if actual.shape != whole.shape:
-        return Fail(
+        finding = Fail(
             message="the context encoder gives features of another shape",
-            expected=f"{list(whole.shape)} for {config.ctx_encoder_type}",
+            expected=f"{list(whole.shape)} for {kind}",
             actual=str(list(actual.shape)),
             remedy=REMEDY,
         )
+        return finding, {}
     found = dict(enumerate(map(difference, actual.split([len(ids) for ids in chunks], dim=-2), expected)))
     evidence = {"by_chunk": list(found.values()), "by_layer": _by_layer(actual, whole)}
     worst = max(found, key=lambda chunk: found[chunk])
-    if found[worst] > TOLERANCE:
-        wrong = [layer for layer, distance in enumerate(evidence["by_layer"]) if distance > TOLERANCE]
-        where = f", layers {', '.join(map(str, wrong))} of {len(whole)}" if whole.ndim == 3 else ""
-        return Fail(
-            message="the context encoder's features are not the hidden states that the configuration names",
-            expected=f"{config.ctx_encoder_type} of transformers' hidden states, within {TOLERANCE:g} of the largest value",
-            actual=f"chunk {worst}: {found[worst]:.2g} off{where}",
-            remedy=REMEDY,
-            evidence=evidence,
-        )
-    return Pass(f"features of {len(chunks)} chunks are transformers' hidden states to {found[worst]:.1g}", evidence)
+    if found[worst] <= TOLERANCE:
+        return None, evidence
+    wrong = [layer for layer, distance in enumerate(evidence["by_layer"]) if distance > TOLERANCE]
+    where = f", layers {', '.join(map(str, wrong))} of {len(whole)}" if whole.ndim == 3 else ""
+    finding = Fail(
+        message="the context encoder's features are not the hidden states that the configuration names",
+        expected=f"{kind} of transformers' hidden states, within {TOLERANCE:g} of the largest value",
+        actual=f"chunk {worst}: {found[worst]:.2g} off{where}",
+        remedy=REMEDY,
+        evidence=evidence,
+    )
+    return finding, evidence
 
 
 def _by_layer(actual: Tensor, expected: Tensor) -> list[float]:

@@ -34,7 +34,7 @@ from checks.oracles.stored import StoredCase, stored_cases
 from checks.probes import TOLERANCE, difference, in_double, packed_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, offered, plan_on_cpu
+from checks.subject import Implementation, Model, build_drawn, changed, offered, plan_on_cpu
 from d2l.config.schema import RunConfig
 from d2l.data.packing import collate
 from d2l.data.tokenize import Query, Row
@@ -79,16 +79,35 @@ def check(subject: "Subject") -> Result:
         if finding := _finding(found, "the reference's stored numbers", f"case {case.name}"):
             return finding
         distances |= {f"{case.name}: {part}": distance for part, distance in found.items()}
-    lora, formulas = _of_twin(subject)
-    if isinstance(formulas, Fail):
-        return formulas
-    found = _distances(lora, formulas)
-    if finding := _finding(found, "the formulas in float64", "the run's switches"):
-        return finding
-    stored_worst, worst = max(distances.values()), max(found.values())
+    formula_distances: dict[str, float] = {}
+    for where, config in (("the run's switches", subject.twin_config), ("all switches turned", _turned(subject))):
+        lora, formulas = _of_twin(subject, config)
+        if isinstance(formulas, Fail):
+            return formulas
+        found = _distances(lora, formulas)
+        if finding := _finding(found, "the formulas in float64", where):
+            return finding
+        formula_distances |= {f"{where}: {part}": distance for part, distance in found.items()}
+    stored_worst, worst = max(distances.values()), max(formula_distances.values())
     return Pass(
         f"LoRAs are the reference's stored ones to {stored_worst:.1g}, and the formulas' to {worst:.1g}",
-        {"stored": distances, "formulas": found},
+        {"stored": distances, "formulas": formula_distances},
+    )
+
+
+def _turned(subject: "Subject") -> "RunConfig":
+    """Return the twin's configuration with every switch of the hypernetwork the other way."""
+    config = subject.twin_config
+    return changed(
+        config,
+        num_blocks=2 if config.num_blocks == 3 else 3,  # of one block nothing could be shared
+        num_self_attn_per_block=0 if config.num_self_attn_per_block else 1,
+        num_pre_head_layers=1 if config.num_pre_head_layers == 2 else 2,
+        shared_weights=not config.shared_weights,
+        per_layer_processing=not config.per_layer_processing,
+        use_bias=not config.use_bias,
+        perceiver_heads=4 if config.perceiver_heads != 4 else 8,
+        perceiver_head_dim=8,
     )
 
 
@@ -120,12 +139,12 @@ def _other_parameters(model: Model, case: StoredCase) -> Result | None:
     )
 
 
-def _of_twin(subject: "Subject") -> "tuple[Lora, _Expected | Fail]":
+def _of_twin(subject: "Subject", config: "RunConfig") -> "tuple[Lora, _Expected | Fail]":
     """Return the twin's LoRAs and those of the formulas, from the same features; no parameter has a special value.
 
     Where the formulas lack a parameter, or find one of another shape, that is the finding.
     """
-    config, model = subject.twin_config, in_double(subject.twin())
+    model = in_double(build_drawn(subject.implementation, subject.twin_base(), config, seed=0))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.hypernet.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)

@@ -15,8 +15,8 @@ from support.chat_formats import CHATML, PLAIN, generic
 from support.families import FAMILIES
 
 from checks import preflight
-from checks.cache_variants import variants
-from checks.expected_data import conversation_format
+from checks.data.expected import conversation_format
+from checks.data.variants import variants
 from checks.oracles.conversations import ConversationFormat
 from checks.oracles.record_files import read_file
 from checks.production import make_subject

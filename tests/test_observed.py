@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from checks.observed import observed_step
+from checks.training.observed import observed_step
 
 
 class Nested(torch.optim.SGD):

@@ -27,8 +27,8 @@ from checks.faults import override
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.steps import CHUNKS, TOLERANCE, TWO_BATCHES, loss_step, worst_parameter
 from checks.subject import changed
+from checks.training.steps import CHUNKS, TOLERANCE, TWO_BATCHES, loss_step, worst_parameter
 
 if TYPE_CHECKING:
     from checks.subject import Implementation, Subject

@@ -27,8 +27,8 @@ import torch
 from checks.faults import override, override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import short_run
 from checks.subject import Implementation, Model
+from checks.training.short_run import short_run
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from checks.faults import override
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import PLAN, unique_rows
-from checks.steps import light_config, light_model
 from checks.subject import Implementation, Model, changed
+from checks.training.short_run import PLAN, unique_rows
+from checks.training.steps import light_config, light_model
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -35,8 +35,8 @@ from checks.oracles.loss import cross_entropy
 from checks.probes import gradients, norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.steps import loss_rows, still_model
 from checks.subject import Implementation, Model
+from checks.training.steps import loss_rows, still_model
 from d2l.data.packing import collate
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from checks.epoch_reading import gather
+from checks.data.epoch import gather
+from checks.data.packed import readings
 from checks.faults import Override, override
 from checks.oracles.conversations import ConversationFormat
-from checks.packed_data import readings
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation

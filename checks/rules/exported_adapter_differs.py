@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Reads a document of two chunks into a LoRA on the tiny twin, exports it, loads the folder with `PeftModel` onto a fresh
-twin, and compares the logits of a question.
+Reads two packed documents of two chunks into LoRAs on the tiny twin, exports that of the second, loads the folder with
+`PeftModel` onto a fresh twin, and compares the logits of its question.
 
 Why it matters
 --------------
@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
-from checks.probes import TOLERANCE, difference, probe_batch
+from checks.probes import TOLERANCE, difference, probe_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
+from d2l.data.packing import collate
 from d2l.errors import D2LError
 from d2l.hypernet.targets import MLP_BLOCK
 from d2l.inference.adapter import NO_FORMAT
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 
     from checks.subject import Subject
 
-DOCUMENT, QUESTION, CHUNKS = 7, 12, 2
+CHUNKS = 2
+# Two documents in one row, of which the second is exported: an adapter of the first would show.
+DOCUMENTS: dict[str, tuple[int, ...]] = {"documents": (5, 7), "questions": (6, 12), "chunks": (CHUNKS, CHUNKS)}
 REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = scale · R"
 
 
@@ -54,9 +57,11 @@ def check(subject: "Subject") -> Result:
     if MLP_BLOCK in subject.config.target_modules:
         return Inapplicable(NO_FORMAT)
     model = subject.twin()
-    batch = probe_batch(subject, documents=(DOCUMENT,), questions=(QUESTION,), chunks=(CHUNKS,))
-    lora = model.lora(batch)
-    expected, base = model.logits(batch, lora), model.logits(batch, None)
+    rows = probe_rows(subject, **DOCUMENTS)  # type: ignore[arg-type]
+    lora, batch = model.lora(collate(rows))[1], collate(rows[1:])
+    own = slice(len(rows[0].queries[0].input_ids), None)
+    expected = model.logits(collate(rows), model.lora(collate(rows)))[own]
+    base = model.logits(batch, None)
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         path = Path(folder) / "adapter"
         try:

@@ -28,8 +28,8 @@ from checks.oracles.optimizer import clipped
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.steps import TOLERANCE, loss_step, worst_parameter
 from checks.subject import Implementation, changed
+from checks.training.steps import TOLERANCE, loss_step, worst_parameter
 
 if TYPE_CHECKING:
     from checks.subject import Subject

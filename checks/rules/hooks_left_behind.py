@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import count_hooks, short_run
+from checks.training.short_run import count_hooks, short_run
 
 if TYPE_CHECKING:
     from checks.subject import Stepper, Subject

@@ -30,7 +30,7 @@ import torch
 from checks.faults import configure
 from checks.result import Fail, Pass, Result, Warn
 from checks.rule import Fault, Rule
-from checks.steps import light_config, light_model, loss_rows
+from checks.training.steps import light_config, light_model, loss_rows
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
-from checks.observed import Observed
 from checks.oracles import edited_weights, loss
 from checks.probes import gradients
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
-from checks.steps import TOLERANCE, loss_rows, loss_step, still_model, worst_parameter
 from checks.subject import Implementation, changed
+from checks.training.observed import Observed
+from checks.training.steps import TOLERANCE, loss_rows, loss_step, still_model, worst_parameter
 from d2l.data.packing import collate
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from checks.epoch_reading import EpochReading, gather
+from checks.data.epoch import EpochReading, gather
+from checks.data.packed import readings
 from checks.faults import override
 from checks.oracles.record_files import read_file
-from checks.packed_data import readings
 from checks.result import Fail, NotApplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation

@@ -24,9 +24,9 @@ Build each conversation from prompt i and response i alone; give the document to
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checks.epoch_reading import gather
+from checks.data.epoch import gather
+from checks.data.packed import readings
 from checks.faults import override
-from checks.packed_data import readings
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, changed

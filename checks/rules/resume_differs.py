@@ -36,9 +36,9 @@ from checks.faults import Override, override
 from checks.probes import difference
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import CHUNK, QUESTION, unique_rows
-from checks.steps import light_config, light_model, shared
 from checks.subject import Implementation
+from checks.training.short_run import CHUNK, QUESTION, unique_rows
+from checks.training.steps import light_config, light_model, shared
 from d2l.config.schema import CurriculumStage
 from d2l.data.packing import collate
 from d2l.data.tokenize import Row

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from checks.faults import override
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import PER_STEP, ROWS, rows_read, short_run
 from checks.subject import Implementation
+from checks.training.short_run import PER_STEP, ROWS, rows_read, short_run
 
 if TYPE_CHECKING:
     from checks.subject import Subject

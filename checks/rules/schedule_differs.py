@@ -28,9 +28,9 @@ from checks.faults import override
 from checks.oracles.schedule import KINDS, learning_rate
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import short_run
-from checks.steps import light_config
 from checks.subject import Implementation, changed
+from checks.training.short_run import short_run
+from checks.training.steps import light_config
 
 if TYPE_CHECKING:
     from checks.subject import Subject

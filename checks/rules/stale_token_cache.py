@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checks.cache_variants import variants
+from checks.data.variants import variants
 from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule

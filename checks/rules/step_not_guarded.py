@@ -33,7 +33,7 @@ import torch
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.steps import light_config, light_model, loss_rows
+from checks.training.steps import light_config, light_model, loss_rows
 from d2l.errors import NonFiniteError
 
 if TYPE_CHECKING:

@@ -29,13 +29,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checks.faults import override, override_step
-from checks.observed import Observed, observed_step
 from checks.oracles import optimizer
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
-from checks.short_run import PLAN, short_run
-from checks.steps import light_config
 from checks.subject import Implementation, changed
+from checks.training.observed import Observed, observed_step
+from checks.training.short_run import PLAN, short_run
+from checks.training.steps import light_config
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from checks.expected_data import ExpectedData
+    from checks.data.expected import ExpectedData
     from d2l.config.schema import RunConfig
     from d2l.data.records import Record
     from d2l.data.tokenize import Tokenized

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig
 
-from checks.expected_data import conversation_format
+from checks.data.expected import conversation_format
 from checks.subject import changed
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from checks.epoch_reading import SHOWN
+from checks.data.epoch import SHOWN
 
 if TYPE_CHECKING:
-    from checks.epoch_reading import EpochReading
-    from checks.expected_data import ExpectedData
+    from checks.data.epoch import EpochReading
+    from checks.data.expected import ExpectedData
     from d2l.data.packing import PackedBatch
 
 IGNORE_INDEX = -100

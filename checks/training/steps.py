@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from checks.observed import Observed, observed_step
 from checks.subject import build_drawn, changed, plan_on_cpu
+from checks.training.observed import Observed, observed_step
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from checks.observed import Observed, observed_step
-from checks.steps import light_config, light_model, shared
+from checks.training.observed import Observed, observed_step
+from checks.training.steps import light_config, light_model, shared
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:

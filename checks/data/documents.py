@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from checks.epoch_reading import Problems
-from checks.expected_data import id_hash
+from checks.data.epoch import Problems
+from checks.data.expected import id_hash
 from checks.oracles.conversations import REFUSALS
 
 if TYPE_CHECKING:
-    from checks.epoch_reading import EpochReading
-    from checks.expected_data import ExpectedData
+    from checks.data.epoch import EpochReading
+    from checks.data.expected import ExpectedData
     from d2l.data.packing import PackedBatch
 
 RENDERED = 16  # documents that are rendered as a whole message: the tokens around the others are those around these

@@ -1,7 +1,7 @@
 """The packed batches of an epoch, read back once against the data and the oracle, for all checks of stage `data`.
 
 Every difference is filed under one cause: labels, texts of questions, pairing of documents with questions, documents,
-sizes. Batches of the run's own data are read, and those of a few of its records under tight limits (`checks.data_probes`),
+sizes. Batches of the run's own data are read, and those of a few of its records under tight limits (`checks.data.probes`),
 so that chunks, splits and refusals are seen whatever the run's own limits are.
 """
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from checks.data_probes import TightRun, tight_runs
-from checks.epoch_reading import EpochReading
-from checks.expected_data import conversation_format, expected_data
-from checks.packed_documents import DocumentReader
-from checks.packed_questions import QuestionReader
-from checks.packed_sizes import size_problems
+from checks.data.documents import DocumentReader
+from checks.data.epoch import EpochReading
+from checks.data.expected import conversation_format, expected_data
+from checks.data.probes import TightRun, tight_runs
+from checks.data.questions import QuestionReader
+from checks.data.sizes import size_problems
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:

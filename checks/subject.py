@@ -62,7 +62,7 @@ class Stepper(Protocol):
         """Return the model in training."""
 
     def step(self) -> Any:
-        """Take one optimizer step and return its metrics, `task_loss` and `grad_norm` among them.
+        """Take one optimizer step and return its metrics: `task_loss`, `grad_norm`, and `exact_match` where it has one.
 
         Raises:
             Exception: of any kind, before anything is changed, where the step is not finite or has no label.

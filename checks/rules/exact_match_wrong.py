@@ -1,0 +1,112 @@
+"""The exact match of a step is the share of its questions that are answered right from the first label to the last.
+
+What it does
+------------
+Takes a real step of the light twin over questions of which some have the model's likeliest tokens as labels, one has all
+but one, and the rest have others; and looks at the exact match that the step reports.
+
+Why it matters
+--------------
+A curriculum ends a stage when this number is high enough, and people stop runs by it. Counted by tokens, or over the
+micro-batch instead of the step, it is too high: the run leaves a stage that it has not learnt.
+
+How it is detected
+------------------
+The likeliest tokens come from every question alone, with edited weights in an untouched model; the share must be the one
+that follows from them. Skipped where steps report no exact match.
+
+How to fix
+----------
+Count a question when each of its labels is the likeliest token, and divide by the questions of the whole step.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override_step
+from checks.oracles import edited_weights
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import offered
+from checks.training.observed import observed_step
+from checks.training.steps import TWO_BATCHES, light_config, loss_rows, still_model
+from d2l.data.packing import collate
+from d2l.data.tokenize import Query, Row
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+RIGHT, NEARLY = (0, 3), 5  # of the six questions: answered right; right but for the last label
+
+
+def check(subject: "Subject") -> Result:
+    """Compare the exact match of a step of two micro-batches with the share that the labels were made for."""
+    model: Any = still_model(subject)
+    rows = _answered(model, loss_rows(subject))
+    total = sum(len(row.queries) for row in rows)
+    config = light_config(subject, **TWO_BATCHES)
+    step = observed_step(subject.implementation.trainer(model, rows, config))
+    found, expected = float(offered(step.metrics, "exact_match")), len(RIGHT) / total
+    evidence = {"exact_match": found, "expected": expected, "questions": total}
+    if not abs(found - expected) < 1e-6:
+        return Fail(
+            message="the exact match of a step is not the share of its questions that are answered right",
+            expected=f"{len(RIGHT)} of {total}: {expected:.4g}",
+            actual=f"{found:.4g}",
+            remedy="count a question when each of its labels is the likeliest token, over the questions of the whole step",
+            evidence=evidence,
+        )
+    return Pass(f"{len(RIGHT)} of {total} questions are answered right, and a step reports {found:.3g}", evidence)
+
+
+@torch.no_grad()
+def _answered(model: Any, rows: list[Row]) -> list[Row]:
+    """Return the rows with labels that the model finds likeliest in some questions, and unlikely in the others."""
+    lora = model.lora(collate(rows))
+    answered, number = [], 0
+    for context, row in enumerate(rows):
+        a, b = ({name: x[context] for name, x in side.items()} for side in (lora.A, lora.B))
+        queries = []
+        for query in row.queries:
+            order = edited_weights.logits(model.base, query.input_ids, a, b, lora.scale).argsort(-1)  # ascending
+            queries.append(_labelled(query, order, number))
+            number += 1
+        answered.append(replace(row, queries=tuple(queries)))
+    return answered
+
+
+def _labelled(query: Query, order: torch.Tensor, number: int) -> Query:
+    """Give a question labels: likeliest where it is to be right, else the least likely."""
+    places = [place for place, label in enumerate(query.labels) if label != -100]
+    labels = list(query.labels)
+    for place in places:
+        right = number in RIGHT or (number == NEARLY and place != places[-1])
+        labels[place] = int(order[place - 1, -1 if right else 0])
+    return replace(query, labels=tuple(labels))
+
+
+def _too_high(step: Any, trainer: Any) -> Any:
+    """Report one question more than is right."""
+    metrics = step()
+    return replace(metrics, exact_match=metrics.exact_match + 1 / 6)
+
+
+def _always(step: Any, trainer: Any) -> Any:
+    return replace(step(), exact_match=1.0)
+
+
+RULE = Rule(
+    code="LSS203",
+    name="exact-match-wrong",
+    stage="twin",
+    severity="error",
+    sources=("sanity run",),
+    requires=("GRD203",),
+    check=check,
+    faults=(
+        Fault("one-too-many", "a question that is nearly right counts", override_step(_too_high)),
+        Fault("always-one", "every step reports that all is right", override_step(_always)),
+    ),
+)

@@ -1,10 +1,12 @@
 """The runner: runs rules on a subject, all of them, in their order, and records what became of each."""
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checks.json_values import jsonable
@@ -211,6 +213,9 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
     except D2LError as refusal:
         outcome = _judge(rule, _refused(refusal))
     except Exception as error:
+        if is_of_the_run(error, rule):
+            outcome = _judge(rule, _stopped(error))
+            return replace(outcome, seconds=time.perf_counter() - start)
         outcome = _outcome(
             rule,
             "crash",
@@ -220,6 +225,29 @@ def _measure(rule: Rule, subject: "Subject") -> Outcome:
             evidence={"traceback": traceback.format_exc()},
         )
     return replace(outcome, seconds=time.perf_counter() - start)
+
+
+def is_of_the_run(error: Exception, rule: Rule) -> bool:
+    """Tell whether an error comes out of what is examined, and not out of the check or of a library that it calls."""
+    own = {str(path) for path in Path(__file__).parent.rglob("*.py")} | {rule.check.__code__.co_filename}
+    called: list[str] = []  # files of the frames below the check's innermost one
+    for frame in traceback.extract_tb(error.__traceback__):
+        called = [] if frame.filename in own else [*called, frame.filename]
+    return any(not _LIBRARIES & set(Path(name).parts) and Path(name).exists() for name in called)
+
+
+_LIBRARIES = {"site-packages", "dist-packages", f"python{sys.version_info.major}.{sys.version_info.minor}"}
+
+
+def _stopped(error: Exception) -> Fail:
+    """Return the finding that what is examined stops with an error where nothing is wrong with its input."""
+    return Fail(
+        message="the run would stop with an error",
+        expected="no error",
+        actual=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+        remedy="follow the traceback in the evidence",
+        evidence={"traceback": "".join(traceback.format_exception(error))},
+    )
 
 
 def _refused(refusal: D2LError) -> Fail:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -488,6 +489,20 @@ def test_what_the_implementation_does_not_offer_is_skipped():
 def test_what_has_nothing_to_look_at_is_not_what_could_not_run(result, code):
     report = run_checks(CLEAN, [says("TOY101", result)], select=["TOY101"])
     assert report.exit_code() == code
+
+
+def test_an_error_of_what_is_examined_is_a_finding(tmp_path, monkeypatch):
+    """A rule that calls code elsewhere, which breaks; not one that breaks itself, or in a library that it calls."""
+    (tmp_path / "examined.py").write_text("def step():\n    return {}['moments']\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def calls(function):
+        return replace(says("TOY101", Pass("fine")), check=lambda subject: function())
+
+    rules = [calls(import_module("examined").step), calls(lambda: torch.zeros(2) @ torch.zeros(3))]
+    found, crash = run_checks(CLEAN, [replace(rule, code=f"TOY10{i}") for i, rule in enumerate(rules)])
+    assert (found.outcome, found.actual) == ("fail", "KeyError: 'moments'")
+    assert crash.outcome == "crash"
 
 
 class TestSeveralProcesses:

@@ -43,6 +43,14 @@ def check(subject: "Subject") -> Result:
         return Fail(
             message="the data cannot be used", expected="at least one row to train on", actual=str(error), remedy=REMEDY
         )
+    strange = [row.record for row in tokenized.rows if not 0 <= row.record < len(subject.records)]
+    if strange:
+        return Fail(
+            message="rows name records that the data does not have",
+            expected=f"record 0 to {len(subject.records) - 1}",
+            actual=f"record {strange[0]}, in {len(strange)} of {len(tokenized.rows)} rows",
+            remedy="let every row keep the index of the record that it was made of",
+        )
     kept = sum(len(row.queries) for row in tokenized.rows)
     lost = tokenized.n_queries - kept
     reasons = Counter(drop.kind for drop in tokenized.dropped)

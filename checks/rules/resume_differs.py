@@ -25,52 +25,30 @@ and RNG.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checks.faults import Override, override
 from checks.probes import difference
-from checks.result import Fail, Pass, Result
+from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
-from checks.training.short_run import CHUNK, QUESTION, unique_rows
-from checks.training.steps import light_config, light_model, shared
-from d2l.config.schema import CurriculumStage
-from d2l.data.packing import collate
-from d2l.data.tokenize import Row
+from checks.training.staged_run import Stage, staged_trainer
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:
-    from checks.subject import Model, Stepper, Subject
+    from checks.subject import Stepper, Subject
 
 EXACT = 1e-5
 REMEDY = (
     "keep tensors in safetensors, the rest in JSON, and restore optimizer, schedule, curriculum, data position and RNG"
 )
 BEFORE, AFTER = 2, 2  # steps
-PER_STAGE = 4  # rows, each a micro-batch: an epoch of a stage is two steps
 # A step whose questions are all answered raises the moving average of exact match to 0.1, a second one to 0.19: the first
 # stage ends with the first step, the second with the third.
-STAGES = tuple(
-    CurriculumStage(pairs=1, digits=1, passing=passing, documents=PER_STAGE) for passing in (0.05, 0.15, 0.9)
-)
-PLAN: dict[str, Any] = {
-    "train_ds_names": ("needle",),
-    "max_train_samples_per_ds": None,
-    "curriculum": STAGES,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.1,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 1,
-    "max_steps": 6,
-    "gradient_accumulation_steps": 2,
-    "max_packed_inp_len": QUESTION,
-    "max_packed_ctx_len": CHUNK,
-}
+STAGES = (Stage(0.05), Stage(0.15), Stage(0.9))
 
 
 def check(subject: "Subject") -> Result:
@@ -117,27 +95,11 @@ def check(subject: "Subject") -> Result:
 
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
-    """Make a trainer of a light twin, whose rows the twin of seed 0 answers right."""
-    config = light_config(subject, **PLAN)
-    model = light_model(subject, config, seed)
-    rows = shared(subject, "answered", lambda: _answered(model))
-    return subject.implementation.trainer(model, rows, config)
-
-
-@torch.no_grad()
-def _answered(model: "Model") -> list[Row]:
-    """Make the rows of all stages, whose labels are the model's likeliest tokens."""
-    rows = unique_rows(PER_STAGE * len(STAGES))
-    batch = collate(rows)
-    likeliest = model.logits(batch, model.lora(batch)).argmax(-1).tolist()
-    answered = []
-    for index, row in enumerate(rows):
-        (query,), start = row.queries, index * QUESTION
-        labels = tuple(
-            -100 if label == -100 else likeliest[start + place - 1] for place, label in enumerate(query.labels)
-        )
-        answered.append(replace(row, queries=(replace(query, labels=labels),)))
-    return answered
+    """Make a trainer with a curriculum, or without one where the implementation has none."""
+    try:
+        return staged_trainer(subject, STAGES, seed)
+    except NotOffered:
+        return staged_trainer(subject, (), seed)
 
 
 def _stepper(change: Callable[[Any], None]) -> Override:

@@ -60,7 +60,7 @@ OWN = (
 
 
 def check(subject: "Subject") -> Result:
-    """Take two steps, then two that have to be refused."""
+    """Take two steps, then some that have to be refused."""
     muon = None if subject.config.muon_learning_rate is None else MUON
     own = {name: getattr(subject.config, name) for name in OWN}
     config = light_config(subject, **own, **PLAN, muon_learning_rate=muon)
@@ -102,7 +102,8 @@ def check(subject: "Subject") -> Result:
         return finding
     spoilt = {
         INFINITE: _infinite_loss(model, rows[0].queries[0]),
-        "with NaN in a gradient": _nan_gradient(model),
+        "with NaN in a gradient": _spoilt_gradient(model, math.nan),
+        "with an infinite gradient": _spoilt_gradient(model, math.inf),
     }
     for what, spoil in spoilt.items():
         with spoil:
@@ -111,7 +112,7 @@ def check(subject: "Subject") -> Result:
             return finding
     losses = " → ".join(f"{loss:.3g}" for loss in evidence["task_loss"])
     return Pass(
-        f"two steps: loss {losses}; steps without labels, with an infinite loss and with NaN in a gradient are refused",
+        f"two steps: loss {losses}; steps without labels and with a loss or gradients that are not finite are refused",
         evidence,
     )
 
@@ -142,9 +143,10 @@ def _infinite_loss(model: Any, query: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _nan_gradient(model: Any) -> Iterator[None]:
-    """Put NaN into the gradient of the first parameter; the loss stays finite."""
-    hook = next(iter(model.hypernet.parameters())).register_hook(lambda gradient: gradient * math.nan)
+def _spoilt_gradient(model: Any, value: float) -> Iterator[None]:
+    """Put a value into every place of the gradient of the first parameter; the loss stays finite."""
+    first = next(iter(model.hypernet.parameters()))
+    hook = first.register_hook(lambda gradient: torch.full_like(gradient, value))
     try:
         yield
     finally:

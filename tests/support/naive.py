@@ -189,6 +189,8 @@ class Trainer:
     def __init__(self, model: Model, rows: Sequence[Any], config: RunConfig, bugs: frozenset[str]) -> None:
         if config.muon_learning_rate is not None:
             raise NotOffered("Muon")
+        if config.curriculum:
+            raise NotOffered("a curriculum")
         self.model, self.rows, self.config, self.bugs = model, list(rows), config, bugs
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)

@@ -30,7 +30,7 @@ from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
 from d2l.reference.load import import_reference
-from d2l.train.loop import Trainer, batch_loss
+from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
 from d2l.train.optimizer import make_optimizer, make_schedule
 from d2l.train.processes import OneProcess
@@ -86,6 +86,11 @@ class Production:
 
     def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
         return Run(model, rows, config, OneProcess(model.base.device))
+
+    def train(self, run: "Run", folder: Path) -> Sequence[Path]:
+        for _ in train_steps(run, folder):
+            pass
+        return sorted((folder / "checkpoints").iterdir())
 
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)

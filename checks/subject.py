@@ -120,6 +120,9 @@ class Implementation(Protocol):
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
         """Make a run at its start."""
 
+    def train(self, run: Any, folder: Path) -> Sequence[Path]:
+        """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
+
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
 

@@ -1,0 +1,109 @@
+"""A run's folder holds a checkpoint before the first step, the newest ones as many as configured, and the last step's.
+
+What it does
+------------
+Trains the light twin for five steps into a temporary folder as a run would, looks into the folder before the first step,
+and opens what is left at the end.
+
+Why it matters
+--------------
+A run that cannot save should fail before its first step, not hours in. A last step that is not saved is work for nothing;
+one checkpoint instead of several leaves nothing to go back to when the newest one is spoilt.
+
+How it is detected
+------------------
+Before the first step there must be a checkpoint; at the end, `save_total_limit` of them; and a run that is resumed from
+the newest must have the weights of the last step, bit for bit.
+
+How to fix
+----------
+Save before the first step, every `save_steps`, and after the last step; remove older checkpoints beyond `save_total_limit`.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from checks.faults import override
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from checks.training.staged_run import staged_trainer
+
+if TYPE_CHECKING:
+    from checks.subject import Stepper, Subject
+
+STEPS, KEPT = 5, 2
+PLAN = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": KEPT, "gradient_accumulation_steps": 1}
+REMEDY = "save before the first step, every save_steps and after the last one, and keep save_total_limit checkpoints"
+
+
+def check(subject: "Subject") -> Result:
+    """Train into a folder, and look at what is kept."""
+    train = subject.implementation.train
+    trainer: Any = staged_trainer(subject, (), **PLAN)
+    step = trainer.step
+    folders: list[int] = []  # folders below the run's, before each step
+
+    with tempfile.TemporaryDirectory(prefix="d2l-") as place:
+        folder = Path(place)
+
+        def counted() -> Any:
+            folders.append(sum(path.is_dir() for path in folder.rglob("*")))
+            return step()
+
+        trainer.step = counted
+        kept = train(trainer, folder)
+        resumed: Any = staged_trainer(subject, (), seed=1, **PLAN)
+        if kept:
+            resumed.resume(kept[-1])
+    evidence = {"steps": len(folders), "kept": [path.name for path in kept]}
+    if len(folders) != STEPS:
+        return _finding("a run takes another number of steps", f"{STEPS} steps", f"{len(folders)}", evidence)
+    if folders[0] == 0:
+        return _finding("nothing is saved before the first step", "a checkpoint", "an empty folder", evidence)
+    if len(kept) != KEPT:
+        return _finding(
+            "a run keeps another number of checkpoints", f"save_total_limit: {KEPT}", f"{len(kept)}", evidence
+        )
+    final = dict(trainer.model.hypernet.named_parameters())
+    other = [name for name, value in resumed.model.hypernet.named_parameters() if not torch.equal(value, final[name])]
+    if other:
+        actual = f"{kept[-1].name} holds another {other[0]}"
+        return _finding("the last step is not in the newest checkpoint", "the weights at the end", actual, evidence)
+    return Pass(
+        f"{STEPS} steps: saved before the first, {KEPT} checkpoints kept, the last step in the newest", evidence
+    )
+
+
+def _finding(message: str, expected: str, actual: str, evidence: dict[str, Any]) -> Fail:
+    return Fail(message=message, expected=expected, actual=actual, remedy=REMEDY, evidence=evidence)
+
+
+def _newest_alone(healthy: Implementation, run: "Stepper", folder: Path) -> Sequence[Path]:
+    """Keep the newest checkpoint only."""
+    return healthy.train(run, folder)[-1:]
+
+
+def _without_the_last(healthy: Implementation, run: "Stepper", folder: Path) -> Sequence[Path]:
+    """Find the checkpoint of an earlier step as the newest."""
+    kept = healthy.train(run, folder)
+    return [kept[0], *kept[:-1]]
+
+
+RULE = Rule(
+    code="SAV202",
+    name="run-not-kept",
+    stage="twin",
+    severity="error",
+    sources=("fix 6", "failure mode 28"),
+    requires=("SAV201",),
+    check=check,
+    faults=(
+        Fault("newest-alone", "one checkpoint is kept of two", override(train=_newest_alone)),
+        Fault("last-step-lost", "the last step is not saved", override(train=_without_the_last)),
+    ),
+)

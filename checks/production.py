@@ -14,7 +14,7 @@ from checks.subject import Implementation, Offered, Subject
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
 from d2l.build import Components, build_chat, fitted_base_config, tokenize
-from d2l.checkpoint import load_checkpoint, save_checkpoint
+from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.data.cache import cached_rows
@@ -91,6 +91,9 @@ class Production:
         for _ in train_steps(run, folder):
             pass
         return sorted((folder / "checkpoints").iterdir())
+
+    def newest(self, folder: Path) -> Path:
+        return find_checkpoint(folder)
 
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)

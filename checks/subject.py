@@ -123,6 +123,9 @@ class Implementation(Protocol):
     def train(self, run: Any, folder: Path) -> Sequence[Path]:
         """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
 
+    def newest(self, folder: Path) -> Path:
+        """Return the checkpoint that a run's folder is continued from: its newest whole one."""
+
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
 

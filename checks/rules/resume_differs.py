@@ -75,7 +75,8 @@ def check(subject: "Subject") -> Result:
     errors = {
         f"{name} of step {BEFORE + 1 + index}": abs(getattr(after, name) / getattr(before, name) - 1)
         for index, (before, after) in enumerate(zip(expected, actual, strict=True))
-        for name in ("task_loss", "grad_norm")
+        for name in ("task_loss", "grad_norm", "step")
+        if hasattr(before, name)
     }
     weights = dict(straight.model.hypernet.named_parameters())
     errors["weights"] = max(

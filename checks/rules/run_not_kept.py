@@ -36,8 +36,8 @@ from checks.training.staged_run import staged_trainer
 if TYPE_CHECKING:
     from checks.subject import Stepper, Subject
 
-STEPS, KEPT = 5, 2
-PLAN = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": KEPT, "gradient_accumulation_steps": 1}
+STEPS, KEPT = 10, 2  # the last two of a number of digits each: names that are not padded sort wrongly
+PLAN = {"max_steps": STEPS, "save_steps": 9, "save_total_limit": KEPT, "gradient_accumulation_steps": 1}
 REMEDY = "save before the first step, every save_steps and after the last one, and keep save_total_limit checkpoints"
 
 

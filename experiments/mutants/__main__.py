@@ -65,6 +65,7 @@ def main() -> int:
     whole = len(chosen) == len(MUTANTS)
     if whole or options.output is not None:
         folder = EXPERIMENTS if options.output is None else options.output
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "mutants.md").write_text(markdown(results, versions, seconds), encoding="utf-8")
         table = json.dumps(as_json(results, versions, seconds), indent=1, ensure_ascii=False)
         (folder / "mutants.json").write_text(table + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ MUTANTS = [
             'trainer = {"rng.torch": torch.get_rng_state()}',
             'trainer = {"rng.torch": torch.Generator().manual_seed(0).get_state()}',
             "a resumed run draws other numbers",
+            "equivalent: no step of a run draws a number",
         ),
     ),
     *bugs(
@@ -88,6 +89,7 @@ MUTANTS = [
             'torch.set_rng_state(checkpoint.trainer["rng.torch"])',
             "pass",
             "a resumed run draws other numbers",
+            "equivalent: no step of a run draws a number",
         ),
     ),
     *bugs(
@@ -223,6 +225,7 @@ MUTANTS = [
             "if not _is_one_of(fields[key], accepted):",
             "if False:",
             "a model with another scale is imported as if it had ours",
+            "outside the claims: the import of files that the run itself does not read",
         ),
     ),
 ]

@@ -20,6 +20,7 @@ MUTANTS = [
             "self.encoder(batch.ctx_ids, batch.ctx_position_ids, mask)",
             "self.encoder(batch.ctx_ids, torch.arange(batch.ctx_ids.shape[1])[None], mask)",
             "a document is read at its place in the packed row",
+            "equivalent: rotary positions act by their differences, which are the same at any place in the row",
         ),
         (
             "documents-shifted-by-one",
@@ -55,6 +56,7 @@ MUTANTS = [
             '"position_ids": batch.position_ids',
             '"position_ids": torch.arange(batch.n_tokens)[None]',
             "a question is read at its place in the packed row",
+            "equivalent: rotary positions act by their differences, which are the same at any place in the row",
         ),
         (
             "question-without-mask",

@@ -214,7 +214,13 @@ MUTANTS = [
         _AREA,
         "d2l.hypernet.lora:_add_delta",
         "binding",
-        ("nested-bindings-add-up", "if _active.get() is not opening:", "if not _active.get():", "two LoRAs at once"),
+        (
+            "nested-bindings-add-up",
+            "if _active.get() is not opening:",
+            "if not _active.get():",
+            "two LoRAs at once",
+            "outside the claims: nothing in d2l opens a binding within another",
+        ),
     ),
     *bugs(
         _AREA,

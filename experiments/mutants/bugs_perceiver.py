@@ -198,6 +198,7 @@ MUTANTS = [
             "position_ids=position_ids, ",
             "",
             "a document is read at its place in the packed row",
+            "equivalent: rotary positions act by their differences, which are the same at any place in the row",
         ),
         (
             "encoder-without-mask",

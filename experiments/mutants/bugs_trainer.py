@@ -33,6 +33,7 @@ MUTANTS = [
             "gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)",
             'gradient_checkpointing_enable({"use_reentrant": True})',
             "the task's gradient may be lost",
+            "equivalent: the one option that changes a number, use_reentrant, is refused (GRD201)",
         ),
         (
             "weights-drawn-anew",

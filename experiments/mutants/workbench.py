@@ -1,4 +1,4 @@
-"""The two configurations of the mutants' preflight, and the documents of the second."""
+"""The configurations of the mutants' preflight, and the documents of the second."""
 
 import atexit
 import shutil
@@ -20,13 +20,20 @@ TOP_K = 4
 
 @cache
 def configurations() -> dict[str, RunConfig]:
-    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, and a Llama that does all it does not.
+    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, packed and dequantized, and a Llama.
 
-    The second reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
+    The last reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
     averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong.
     """
     shipped = load_config(resource("configs/tiny_gpt_oss.yaml"))
-    return {"tiny_gpt_oss": shipped, "llama": llama_config((str(_documents_with_teacher()),), loss="kl")}
+    dequantized = shipped.model_copy(
+        update={"attn_implementation": "per_document", "expert_weights": "dequantize", "train_ds_names": ()}
+    )
+    return {
+        "tiny_gpt_oss": shipped,
+        "dequantized": dequantized,
+        "llama": llama_config((str(_documents_with_teacher()),), loss="kl"),
+    }
 
 
 def llama_config(data: tuple[str, ...] = (str(DOCUMENTS),), **changes: object) -> RunConfig:

@@ -67,7 +67,7 @@ MATRIX: dict[str, tuple[Plant, str, str]] = {
     "resume on other batches": (shipped("SAV201", "position-lost"), "SAV201", "goes on differently"),
     "exported with the scale over r": (shipped("EXP201", "alpha-over-r"), "EXP201", "another model"),
     "the disk fills up": (shipped("DSK401", "full-disk"), "DSK401", "do not fit on the disk"),
-    "a loss that is not finite": (shipped("STP201", "no-guard"), "STP201", "not finite is taken"),
+    "a loss that is not finite": (shipped("STP201", "no-guard"), "STP201", "is taken"),
 }
 
 

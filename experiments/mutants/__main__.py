@@ -10,7 +10,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import checks.production
 import checks.rules  # noqa: F401
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import Mutant
-from experiments.mutants.page import as_json, killed_share, markdown, summary
+from experiments.mutants.page import Results, as_json, from_json, killed_share, markdown, summary
 from experiments.mutants.trial import healthy_values, map_parallel, require_green, try_mutant, validate
 from experiments.mutants.values import Values
 from experiments.mutants.workbench import configurations
@@ -39,6 +40,8 @@ EXPERIMENTS = Path(__file__).resolve().parents[1]
 def main() -> int:
     """Run the command; return 1 where a mutant is invalid or a hole is left."""
     options = _options()
+    if options.page:
+        return _page()
     chosen = [
         mutant
         for mutant in MUTANTS
@@ -64,13 +67,29 @@ def main() -> int:
     _say(summary(results))
     whole = len(chosen) == len(MUTANTS)
     if whole or options.output is not None:
-        folder = EXPERIMENTS if options.output is None else options.output
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "mutants.md").write_text(markdown(results, versions, seconds), encoding="utf-8")
-        table = json.dumps(as_json(results, versions, seconds), indent=1, ensure_ascii=False)
-        (folder / "mutants.json").write_text(table + "\n", encoding="utf-8")
+        _write(EXPERIMENTS if options.output is None else options.output, results, versions, seconds)
     killed, of = killed_share(results)
     return 0 if killed == of and all(verdict.kind != "invalid" for _, verdict in results) else 1
+
+
+def _page() -> int:
+    """Write the tables of the last whole run anew."""
+    document = json.loads((EXPERIMENTS / "mutants.json").read_text(encoding="utf-8"))
+    results = from_json(document)
+    _write(EXPERIMENTS, results, document["versions"], document["seconds"], date.fromisoformat(document["date"]))
+    _say(summary(results))
+    return 0
+
+
+def _write(
+    folder: Path, results: Results, versions: Mapping[str, str], seconds: float, day: date | None = None
+) -> None:
+    """Write mutants.md and mutants.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    day = day or date.today()
+    (folder / "mutants.md").write_text(markdown(results, versions, seconds, day), encoding="utf-8")
+    table = json.dumps(as_json(results, versions, seconds, day), indent=1, ensure_ascii=False)
+    (folder / "mutants.json").write_text(table + "\n", encoding="utf-8")
 
 
 def _say(line: str) -> None:
@@ -83,6 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
     parser.add_argument("--area", action="append", help="the mutants of this area; repeatable")
     parser.add_argument("--validate", action="store_true", help="prove that each is a mutant, without preflight")
+    parser.add_argument("--page", action="store_true", help="write the page of the last run anew, with new judgements")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where mutants.md and mutants.json go")
     return parser.parse_args()
 

@@ -6,19 +6,21 @@ from dataclasses import asdict
 from datetime import date
 from typing import Any
 
+from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import Mutant
-from experiments.mutants.trial import Verdict
+from experiments.mutants.naming import MISNAMED
+from experiments.mutants.trial import Red, Verdict
 
 Results = Sequence[tuple[Mutant, Verdict]]
 
 _INTRODUCTION = """# Mutants
 
 `make mutants` plants small bugs into `d2l/`, one at a time, and runs the preflight under each: on
-`configs/tiny_gpt_oss.yaml` and, where that is green, on a tiny Llama with documents from a file, a KL loss, averages per
-context and an L1 term ([workbench.py](mutants/workbench.py)). Each bug is proven to apply, to be reached and to change a
-number (the last column). *Killed* means by a red check; a crash of a check does not count. A survivor is a hole unless the
-list judges it equivalent or outside the claims. The column *names it* is for the judgement, made by hand, whether the red
-checks name the cause.
+`configs/tiny_gpt_oss.yaml`, where that is green on the same dequantized and with attention per document, and then on a tiny
+Llama with documents from a file, a KL loss, averages per context and an L1 term ([workbench.py](mutants/workbench.py)).
+Each bug is proven to apply, to be reached and to change a number (the last column). *Killed* means by a red check; a crash
+of a check does not count. A survivor is a hole unless the list judges it equivalent or outside the claims. Whether the red
+check names the cause was judged by reading ([naming.py](mutants/naming.py)).
 """
 
 
@@ -26,6 +28,16 @@ def killed_share(results: Results) -> tuple[int, int]:
     """Return how many mutants are killed, and of how many that are valid, not equivalent and not outside the claims."""
     counted = [verdict.kind for mutant, verdict in results if verdict.kind != "invalid" and mutant.counts]
     return counted.count("killed"), len(counted)
+
+
+def naming_share(results: Results) -> tuple[int, int]:
+    """Return how many mutants are killed by a check that names the cause, and of how many that count."""
+    named = [
+        verdict.kind == "killed" and mutant.name not in MISNAMED
+        for mutant, verdict in results
+        if verdict.kind != "invalid" and mutant.counts
+    ]
+    return sum(named), len(named)
 
 
 def summary(results: Results) -> str:
@@ -42,13 +54,15 @@ def summary(results: Results) -> str:
         share = f"{killed} of {of}, {killed / of:.0%}" if of else "none"
         counts = f"{kinds['killed']} | {kinds['crashed']} | {kinds['survived']} | {judged} | {invalid}"
         lines.append(f"| {area} | {counts} | {share} |")
-    return "\n".join(lines)
+    named, of = naming_share(results)
+    share = f"{named / of:.1%}" if of else "none"
+    return "\n".join([*lines, "", f"Killed by a check that names the cause: {named} of {of}, {share}."])
 
 
-def markdown(results: Results, versions: Mapping[str, str], seconds: float) -> str:
+def markdown(results: Results, versions: Mapping[str, str], seconds: float, day: date) -> str:
     """Return the whole page."""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    head = f"{date.today().isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes, with {listed}."
+    head = f"{day.isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes, with {listed}."
     parts = [_INTRODUCTION, head, summary(results)]
     for area in dict.fromkeys(mutant.area for mutant, _ in results):
         rows = [_row(mutant, verdict) for mutant, verdict in results if mutant.area == area]
@@ -58,8 +72,20 @@ def markdown(results: Results, versions: Mapping[str, str], seconds: float) -> s
 
 
 def _row(mutant: Mutant, verdict: Verdict) -> str:
-    cells = [f"{mutant.name}<br>`{mutant.symbol}`", mutant.why, _outcome(mutant, verdict), "", verdict.change]
+    cells = [
+        f"{mutant.name}<br>`{mutant.symbol}`",
+        mutant.why,
+        _outcome(mutant, verdict),
+        _naming(mutant, verdict),
+        verdict.change,
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _naming(mutant: Mutant, verdict: Verdict) -> str:
+    if verdict.kind != "killed":
+        return ""
+    return f"no: {MISNAMED[mutant.name]}" if mutant.name in MISNAMED else "yes"
 
 
 def _outcome(mutant: Mutant, verdict: Verdict) -> str:
@@ -70,11 +96,11 @@ def _outcome(mutant: Mutant, verdict: Verdict) -> str:
     return f"**{verdict.kind}**: {verdict.note}"
 
 
-def as_json(results: Results, versions: Mapping[str, str], seconds: float) -> dict[str, Any]:
+def as_json(results: Results, versions: Mapping[str, str], seconds: float, day: date) -> dict[str, Any]:
     """Return everything as JSON values, the messages of the red checks included."""
     killed, of = killed_share(results)
     return {
-        "date": date.today().isoformat(),
+        "date": day.isoformat(),
         "versions": dict(versions),
         "seconds": round(seconds),
         "killed": killed,
@@ -83,3 +109,14 @@ def as_json(results: Results, versions: Mapping[str, str], seconds: float) -> di
             asdict(mutant) | asdict(verdict) | {"seconds": round(verdict.seconds, 1)} for mutant, verdict in results
         ],
     }
+
+
+def from_json(document: Mapping[str, Any]) -> list[tuple[Mutant, Verdict]]:
+    """Return the results of an earlier run, with the judgements that the list of mutants has now."""
+    mutants = {mutant.name: mutant for mutant in MUTANTS}
+    results = []
+    for entry in document["mutants"]:
+        red = tuple(Red(**each) for each in entry["red"])
+        verdict = Verdict(entry["kind"], entry["config"], red, entry["note"], entry["change"], entry["seconds"])
+        results.append((mutants[entry["name"]], verdict))
+    return results

@@ -26,9 +26,7 @@ def configurations() -> dict[str, RunConfig]:
     averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong.
     """
     shipped = load_config(resource("configs/tiny_gpt_oss.yaml"))
-    dequantized = shipped.model_copy(
-        update={"attn_implementation": "per_document", "expert_weights": "dequantize", "train_ds_names": ()}
-    )
+    dequantized = shipped.model_copy(update={"attn_implementation": "per_document", "expert_weights": "dequantize"})
     return {
         "tiny_gpt_oss": shipped,
         "dequantized": dequantized,

@@ -1,5 +1,7 @@
 """Mutants: all of them apply to the present code, and some of each area are killed by a red check."""
 
+from datetime import date
+
 import pytest
 import torch
 
@@ -10,12 +12,13 @@ from d2l.hypernet.shape import HypernetShape
 from d2l.train import loop, losses
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import DoesNotApplyError, Mutant, bugs, planted
-from experiments.mutants.page import as_json, killed_share, markdown, summary
+from experiments.mutants.page import as_json, from_json, killed_share, markdown, summary
 from experiments.mutants.trial import Red, Verdict
 from experiments.mutants.values import DiffersError, Values
 from experiments.mutants.witnesses import WITNESSES
 from experiments.mutants.workbench import configurations
 
+DAY = date(2026, 11, 26)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 # (mutant, configuration, the check that kills it): a few of every area
@@ -115,9 +118,13 @@ def test_the_share_counts_neither_invalid_nor_judged_mutants() -> None:
         *((plain, Verdict("invalid")), (judged, Verdict("survived")), (judged, killed)),
     ]
     assert killed_share(results) == (1, 3)
-    assert summary(results).splitlines()[-1] == "| all | 2 | 1 | 1 | 1 | 1 | 1 of 3, 33% |"
-    assert "**survived**: equivalent: it is" in markdown(results, {"torch": "2"}, 60)
-    assert as_json(results, {}, 60)["counted"] == 3
+    assert "| all | 2 | 1 | 1 | 1 | 1 | 1 of 3, 33% |" in summary(results)
+    assert summary(results).endswith("names the cause: 1 of 3, 33.3%.")
+    page, table = markdown(results, {"torch": "2"}, 60, DAY), as_json(results, {}, 60, DAY)
+    assert "**survived**: equivalent: it is" in page
+    assert "2026-11-26, 6 mutants" in page
+    assert table["counted"] == 3
+    assert [verdict for _, verdict in from_json(table)] == [verdict for _, verdict in results]
 
 
 @pytest.mark.parametrize(("name", "config", "code"), KILLED)

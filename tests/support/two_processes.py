@@ -48,3 +48,5 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # a process that ends with the group's threads running is aborted now and then
+    torch.distributed.destroy_process_group()

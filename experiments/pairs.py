@@ -70,7 +70,9 @@ def try_pair(subject: Subject, one: Planted, two: Planted) -> Pair:
     if first.found_fault and second.found_fault:
         return Pair(*names, "both named")
     for named, hidden in ((first, second), (second, first)):
-        if named.found_fault and hidden.outcome == "blocked" and outcomes[hidden.blocked_by or ""] == named:
+        waits = hidden.outcome == "skip" and named.code in hidden.message
+        blocked = hidden.outcome == "blocked" and hidden.blocked_by == named.code
+        if named.found_fault and (waits or blocked):
             return Pair(*names, "blocked", f"{hidden.code} by {named.code}")
     return Pair(*names, "lost", "; ".join(map(_words, (first, second))))
 
@@ -80,10 +82,19 @@ def _planted(subject: Subject, one: Fault, two: Fault) -> tuple[Subject | None, 
     reason = ""
     for first, second in ((one, two), (two, one)):
         try:
-            return second.plant(first.plant(subject)), ""
+            spoilt = first.plant(subject)
+            both = second.plant(spoilt)
+            if same := _changed(subject, spoilt) & _changed(spoilt, both):
+                return None, f"both set {', '.join(same)}"
+            return both, ""
         except (NotApplicable, NotOffered, D2LError) as error:
             reason = str(error).splitlines()[0]
     return None, reason
+
+
+def _changed(before: Subject, after: Subject) -> set[str]:
+    """Return the keys of the configuration that a fault has set."""
+    return {key for key, value in after.config if value != getattr(before.config, key)}
 
 
 def _needed(*rules: Rule) -> list[Rule]:
@@ -123,6 +134,7 @@ def main() -> None:
             outcomes.append(pair)
             if pair.result == "lost":
                 sys.stdout.write(f"{pair.first} + {pair.second}: {pair.detail}\n")
+                sys.stdout.flush()
     counts = Counter(pair.result for pair in outcomes)
     seconds = time.perf_counter() - started
     summary = ", ".join(f"{number} {what}" for what, number in counts.most_common())

@@ -1,0 +1,26 @@
+"""Two planted faults at once, a few of the pairs that `make pairs` tries all of."""
+
+import pytest
+
+from checks.rules import RULES
+from experiments.pairs import Planted, clean_subject, try_pair
+
+
+def planted(code: str, name: str) -> Planted:
+    (found,) = ((rule, fault) for rule in RULES for fault in rule.faults if (rule.code, fault.name) == (code, name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "result"),
+    [
+        (("LOR201", "linear-forward"), ("OPT202", "never-clipped"), "both named"),
+        (("TGT102", "keys-only"), ("DAT304", "tail-lost"), "both named"),
+        (("HYP201", "rank-broadcast"), ("GRD201", "latest-binding"), "blocked"),
+        (("ATT201", "no-mask"), ("LOR204", "scale-over-r"), "blocked"),
+        (("TGT101", "experts"), ("TGT102", "queries-only"), "inapplicable"),
+    ],
+)
+def test_both_are_named_or_one_waits_for_the_other(one: tuple[str, str], two: tuple[str, str], result: str) -> None:
+    pair = try_pair(clean_subject(), planted(*one), planted(*two))
+    assert pair.result == result, pair

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from checks.result import NotOffered
 from d2l.config.schema import RunConfig
-from d2l.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -279,26 +278,6 @@ def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: 
             Choice(value, str(absent)) for value in ("eager", "dense", "none", "float32")
         )
         return LoadPlan(attention, experts, quantization, dtype, device)
-
-
-def trained_values(subject: Subject) -> tuple[int, int]:
-    """Count the parameters that the run would train, on the real model's skeleton, and the values that the optimizer keeps.
-
-    Raises:
-        ModelError: the sizes are beyond what torch can count.
-    """
-    from d2l.base.load import skeleton
-    from d2l.train.optimizer import optimizer_values
-
-    try:
-        with torch.device("meta"):
-            model = subject.implementation.build(skeleton(subject.base_config), subject.config)
-    except RuntimeError as error:  # torch cannot count so many
-        raise ModelError(
-            f"no hypernetwork can have these sizes: {str(error).splitlines()[0]}; lower latent_size, lora_r, "
-            "n_latent_queries, perceiver_heads or perceiver_head_dim"
-        ) from error
-    return sum(p.numel() for p in model.hypernet.parameters()), optimizer_values(model.hypernet, subject.config)
 
 
 def changed(config: RunConfig, **values: Any) -> RunConfig:

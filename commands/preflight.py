@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from checks.selftest import Selftest
 
 
+ImplementationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--implementation",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="Examine another implementation of Doc-to-LoRA, the one that this function returns.",
+    ),
+]
+
+
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
     app.command()(preflight)
@@ -61,14 +71,7 @@ def preflight(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
     ] = None,
-    implementation: Annotated[
-        str | None,
-        typer.Option(
-            "--implementation",
-            metavar="PACKAGE.MODULE:FACTORY",
-            help="Examine another implementation of Doc-to-LoRA, the one that this function returns.",
-        ),
-    ] = None,
+    implementation: ImplementationOption = None,
     selftest: Annotated[
         bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
     ] = False,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from checks.faults import override
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import trained_values
+from checks.trained_values import trained_values
 
 if TYPE_CHECKING:
     from checks.subject import Subject

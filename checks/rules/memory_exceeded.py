@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from checks.faults import override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import trained_values
+from checks.trained_values import trained_values
 from d2l.base.memory import memory_plan
 
 if TYPE_CHECKING:

@@ -1,0 +1,29 @@
+"""How many values a run would train and keep, counted on the real model's skeleton."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from d2l.base.load import skeleton
+from d2l.errors import ModelError
+from d2l.train.optimizer import optimizer_values
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+
+
+def trained_values(subject: "Subject") -> tuple[int, int]:
+    """Count the parameters that the run would train, on the real model's skeleton, and the values that the optimizer keeps.
+
+    Raises:
+        ModelError: the sizes are beyond what torch can count.
+    """
+    try:
+        with torch.device("meta"):
+            model = subject.implementation.build(skeleton(subject.base_config), subject.config)
+    except RuntimeError as error:  # torch cannot count so many
+        raise ModelError(
+            f"no hypernetwork can have these sizes: {str(error).splitlines()[0]}; lower latent_size, lora_r, "
+            "n_latent_queries, perceiver_heads or perceiver_head_dim"
+        ) from error
+    return sum(p.numel() for p in model.hypernet.parameters()), optimizer_values(model.hypernet, subject.config)

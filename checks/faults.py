@@ -1,12 +1,14 @@
 """Planted faults: a changed configuration, or an implementation with methods replaced; and which checks use those."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from checks.result import NotApplicable
 from checks.subject import Implementation, Subject, changed
+from d2l.config.schema import RunConfig
 
 
 def configure(**values: Any) -> Callable[[Subject], Subject]:
@@ -68,6 +70,44 @@ def override_step(around: Callable[[Callable[[], Any], Any], Any]) -> Override:
     return override(trainer=trainer)
 
 
+def only_records_differ(planted: Subject, subject: Subject) -> bool:
+    """Tell whether a fault is in the records alone, which checks of stage `data` alone read."""
+    return planted != subject and replace(planted, records=subject.records) == subject
+
+
+def changed_fields(planted: Subject, subject: Subject) -> set[str]:
+    """Return the fields of the configuration that a fault changes; none where it is in anything else too."""
+    if replace(planted, config=subject.config) != subject:
+        return set()
+    values = vars(subject.config)
+    return {name for name, value in vars(planted.config).items() if value != values[name]}
+
+
+# What a subject computes once, and the methods of the implementation that it takes.
+_COMPUTED: dict[str, set[str]] = {
+    "twin_base_config": set(),
+    "twin_config": set(),
+    "plan": {"plan"},
+    "twin_plan": {"plan"},
+    "_twin_base": {"plan", "build_base"},
+    "chat": {"chat"},
+    "rows": {"chat", "rows"},
+}
+
+
+def inherit(planted: Subject, subject: Subject, replaced: frozenset[str]) -> None:
+    """Give a subject with a fault what the one without has computed, where neither inputs nor methods differ."""
+    undeclared = planted.implementation is not subject.implementation and not replaced
+    if undeclared or replace(planted, implementation=subject.implementation) != subject:
+        return
+    computed = vars(subject)
+    for name, methods in _COMPUTED.items():
+        if name in computed and not methods & replaced:
+            vars(planted)[name] = computed[name]
+    if "light_base" in computed.get("_shared", {}) and not _COMPUTED["_twin_base"] & replaced:
+        vars(planted)["_shared"] = {"light_base": computed["_shared"]["light_base"]}
+
+
 class _Overlay:
     """An implementation with some of its methods replaced."""
 
@@ -89,7 +129,39 @@ class _Watched:
         return getattr(self._watched, name)
 
 
-def watched(subject: Subject) -> tuple[Subject, set[str]]:
-    """Return the same subject without anything computed yet, and a set that its use fills with names of methods."""
+@dataclass(frozen=True)
+class Used:
+    """What a check uses of a subject: methods of the implementation, and fields of the configuration."""
+
+    methods: frozenset[str]
+    fields: frozenset[str]
+
+
+def use_of(subject: Subject, run: Callable[[Subject], object]) -> Used:
+    """Run something on the same subject without anything computed yet, and return what it uses."""
     watch = _Watched(subject.implementation)
-    return replace(subject, implementation=watch), watch.used
+    with _reads_noted(subject.config) as fields:
+        run(replace(subject, implementation=watch))
+    return Used(frozenset(watch.used), frozenset(fields))
+
+
+@contextmanager
+def _reads_noted(config: RunConfig) -> Iterator[set[str]]:
+    """Note which fields are read of a configuration, and of any other one that has its value there.
+
+    A value that is derived from a run's is read first, so nothing that depends on a field escapes.
+    """
+    values, read = vars(config), set[str]()
+    plain = RunConfig.__getattribute__
+
+    def noting(self: RunConfig, name: str) -> Any:
+        value = plain(self, name)
+        if name in values and value == values[name]:
+            read.add(name)
+        return value
+
+    RunConfig.__getattribute__ = noting  # type: ignore[assignment,method-assign]
+    try:
+        yield read
+    finally:
+        del RunConfig.__getattribute__

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from checks.machine import free_disk, free_memory
 from checks.subject import Implementation, Offered, Subject
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
-from d2l.build import Components, build_chat, fitted_base_config, tokenize
+from d2l.build import Components, build_chat, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
@@ -56,7 +57,8 @@ class Production:
         save_mxfp4(base, folder)
 
     def load_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
-        return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
+        with quiet_transformers():
+            return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
 
     def build(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
         return DocToLora(base, config)
@@ -67,13 +69,16 @@ class Production:
     def chat(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         return build_chat(config, tokenizer)
 
+    def records(self, config: RunConfig) -> Sequence[Record]:
+        return load_records(config)
+
     def rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record]) -> Tokenized:
         base_config = fitted_base_config(config, chat.tokenizer)
         return tokenize(config, base_config, chat, records, self._on_tokenize)
 
     def cached_rows(self, config: RunConfig, chat: ChatFormat, records: Sequence[Record], folder: Path) -> Tokenized:
         limits = Limits.of(config, fitted_base_config(config, chat.tokenizer))
-        return cached_rows(records, chat, limits, config.seed, folder)
+        return cached_rows(records, chat, limits, config.seed, folder, per_shard=1)
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return epoch_batches(config, rows, epoch=0)
@@ -124,6 +129,20 @@ class Run(Trainer):
 
     def resume(self, folder: Path) -> None:
         self.restore(load_checkpoint(folder))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers load without progress bars and reports meanwhile: what it says of a twin helps nobody."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

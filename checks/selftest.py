@@ -14,6 +14,7 @@ from checks.rule import Fault, Rule
 from checks.runner import Observer, choose, examine, installed_version
 
 if TYPE_CHECKING:
+    from checks.faults import Used
     from checks.subject import Subject
 
 Verdict = Literal["caught", "missed", "not_applied", "inapplicable"]
@@ -106,7 +107,7 @@ def run_selftest(
     chosen = choose(rules, stages, select)
     present = choose(rules, stages, ())
     clean = {outcome.code: outcome for outcome in examine(subject, present, {}, observe)}
-    used = _used_methods(subject, present) if any(fault.replaces for rule in chosen for fault in rule.faults) else {}
+    used = _uses(subject, present) if hasattr(subject, "twin") else {}
     trials = tuple(_trials(subject, chosen, present, clean, used, observe))
     return Selftest(
         version=installed_version(),
@@ -118,15 +119,15 @@ def run_selftest(
     )
 
 
-def _used_methods(subject: "Subject", rules: Sequence[Rule]) -> dict[str, set[str]]:
-    """Find the methods of the implementation that each rule uses, by code: a fault in others cannot change its outcome."""
-    from checks.faults import watched  # here: it imports torch
+def _uses(subject: "Subject", rules: Sequence[Rule]) -> "dict[str, Used]":
+    """Find what each rule uses, by code: a fault in anything else cannot change its outcome."""
+    from checks.faults import use_of  # here: it imports torch
 
-    used = {}
-    for rule in rules:
-        fresh, used[rule.code] = watched(subject)
-        examine(fresh, [rule], {}, lambda _: None)
-    return used
+    def use(index: int) -> "Used":
+        return use_of(subject, lambda fresh: examine(fresh, [rules[index]], {}, lambda _: None))
+
+    found = in_processes(use, len(rules), available_cores())
+    return {rule.code: used for rule, used in zip(rules, found, strict=True)}
 
 
 def _trials(
@@ -134,7 +135,7 @@ def _trials(
     chosen: Sequence[Rule],
     present: Sequence[Rule],
     clean: dict[str, Outcome],
-    used: dict[str, set[str]],
+    used: "dict[str, Used]",
     observe: Observer,
 ) -> Iterator[Trial]:
     """Yield one trial for each fault, in order; several processes share them where the system can fork."""
@@ -143,10 +144,7 @@ def _trials(
     def trial(index: int) -> Trial:
         rule, fault = planted[index]
         start = time.perf_counter()
-        concerned = [
-            other for other in present if other == rule or not fault.replaces or used[other.code] & fault.replaces
-        ]
-        verdict, detail = _try(subject, rule, fault, concerned, clean)
+        verdict, detail = _try(subject, rule, fault, present, used, clean)
         return Trial(rule.code, fault.name, verdict, detail, time.perf_counter() - start)
 
     # A fork has everything that was read and computed so far; only the number of a trial and its result are sent.
@@ -155,10 +153,31 @@ def _trials(
         yield result
 
 
+def _concerns(rule: Rule, fault: Fault, planted: "Subject", subject: "Subject", used: "dict[str, Used]") -> bool:
+    """Tell whether a fault could change a rule's outcome: it uses what differs."""
+    from checks.faults import changed_fields, only_records_differ  # here: they import torch
+
+    if rule.code not in used:
+        return True
+    if fault.replaces:
+        return bool(used[rule.code].methods & fault.replaces)
+    if only_records_differ(planted, subject):
+        return rule.stage == "data"
+    fields = changed_fields(planted, subject)
+    return not fields or bool(used[rule.code].fields & fields)
+
+
 def _try(
-    subject: "Subject", rule: Rule, fault: Fault, concerned: Sequence[Rule], measured: dict[str, Outcome]
+    subject: "Subject",
+    rule: Rule,
+    fault: Fault,
+    present: Sequence[Rule],
+    used: "dict[str, Used]",
+    measured: dict[str, Outcome],
 ) -> tuple[Verdict, str]:
     """Plant one fault and run the rules that it could change."""
+    from checks.faults import inherit  # here: it imports torch
+
     clean = measured[rule.code]
     if clean.outcome == "skip":
         return "not_applied", f"{rule.code} is skipped on the clean subject: {clean.message}"
@@ -172,6 +191,10 @@ def _try(
         return "inapplicable", str(reason)
     except Exception as error:
         return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
+
+    concerned = [other for other in present if other == rule or _concerns(other, fault, planted, subject, used)]
+    if used:
+        inherit(planted, subject, fault.replaces)
 
     def known(judged: "Subject", other: Rule) -> Outcome | None:
         """Return the clean outcome where a remedy made the subject clean again."""

@@ -102,13 +102,16 @@ class Implementation(Protocol):
     def chat(self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormat":
         """Return the chat format of the run."""
 
+    def records(self, config: RunConfig) -> Sequence["Record"]:
+        """Read the documents that `train_ds_names` names, or generate them, in that order."""
+
     def rows(self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]) -> "Tokenized":
         """Tokenize records into rows, and list what was dropped."""
 
     def cached_rows(
         self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"], folder: Path
     ) -> "Tokenized":
-        """Return the same as `rows`, through the cache that lies in this folder."""
+        """Return the same as `rows`, through the cache that lies in this folder, in as many files as records where it can."""
 
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
         """Pack the rows of one epoch."""

@@ -435,7 +435,9 @@ def test_the_key_depends_on_everything_that_shapes_rows(chat: ChatFormat, monkey
     for name, patch in patches.items():
         with monkeypatch.context() as context:
             context.setattr(*patch)
+            cache._versions.cache_clear()
             keys[name] = key()
+    cache._versions.cache_clear()
     assert len(set(keys.values())) == len(keys)
 
 

@@ -157,13 +157,15 @@ class _Beside(nn.Module):
 def test_features_that_the_reference_has_no_numbers_of() -> None:
     base, ids = small_base(), (3, 9, 1)
     embedded = base.get_input_embeddings()(torch.tensor(ids))
-    torch.testing.assert_close(features.of_chunk(base, ids, "embed_only"), embedded)
-    layers = [features.of_chunk(base, ids, "per_layer_activations")[i] for i in range(2)]
+    torch.testing.assert_close(features.of_chunk(base, features.layer_inputs(base, ids), "embed_only"), embedded)
+    layers = [features.of_chunk(base, features.layer_inputs(base, ids), "per_layer_activations")[i] for i in range(2)]
     last = base.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0].detach()
     rms = [functional.rms_norm(x, x.shape[-1:], eps=1e-30) for x in (*layers, last)]
-    torch.testing.assert_close(features.of_chunk(base, ids, "concat_layers"), torch.cat(rms, dim=-1))
+    torch.testing.assert_close(
+        features.of_chunk(base, features.layer_inputs(base, ids), "concat_layers"), torch.cat(rms, dim=-1)
+    )
     with pytest.raises(ValueError, match="ctx_encoder_type"):
-        features.of_chunk(base, ids, "late_exit")
+        features.of_chunk(base, features.layer_inputs(base, ids), "late_exit")
 
 
 class TestMxfp4:
@@ -306,7 +308,9 @@ def golden_features(case: Case, base: PreTrainedModel) -> list[Tensor]:
     config = case.config
     layer = config["layer_idx"] if config["ctx_encoder_type"] == "early_exit" else None
     chunks = pieces(case["in.ctx_ids"], case["in.ctx_position_ids"])
-    return [features.of_chunk(base, ids, config["ctx_encoder_type"], layer) for ids in chunks]
+    return [
+        features.of_chunk(base, features.layer_inputs(base, ids), config["ctx_encoder_type"], layer) for ids in chunks
+    ]
 
 
 def golden_loras(case: Case, base: PreTrainedModel) -> list[hypernetwork.Merged]:
@@ -349,7 +353,11 @@ class TestStored:
             per_layer_features=encoder == "per_layer_activations",
             **own,
         )
-        chunks = [features.of_chunk(base, ids, encoder, layer) for context in stored.contexts for ids in context]
+        chunks = [
+            features.of_chunk(base, features.layer_inputs(base, ids), encoder, layer)
+            for context in stored.contexts
+            for ids in context
+        ]
         merged = hypernetwork.loras(stored.weights, switches, chunks, [len(context) for context in stored.contexts])
         assert switches.scale == pytest.approx(stored.scale)
         for module in names:

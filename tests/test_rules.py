@@ -106,7 +106,12 @@ DOCUMENTED: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", DOCUMENTED)
+QUICK = {"F1 native experts", "F2 flash attention", "F5 per_rank_gen", "F7 reentrant", "F9 experts"}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DOCUMENTED]
+)
 def test_a_documented_fault_in_the_real_config_is_red_with_its_code(fault: str) -> None:
     overrides, code = DOCUMENTED[fault]
     report = run_checks(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)

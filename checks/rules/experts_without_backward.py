@@ -12,18 +12,22 @@ the hypernetwork learns from a gradient that points elsewhere (cosine to the tru
 
 How it is detected
 ------------------
-The plan's experts must be `packed` (kept in MXFP4, with a backward to their inputs) or `dequantize`. QNT202 measures it.
+The plan's experts must be `packed` (kept in MXFP4, with a backward to their inputs) or `dequantize`, where the config's
+`quantization_config` names MXFP4. QNT202 measures it.
 
 How to fix
 ----------
 Set `expert_weights: packed` (13 GB for gpt-oss-20b) or `expert_weights: dequantize` (42 GB).
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from checks.faults import configure
+from checks.faults import configure, override
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
+from checks.subject import Implementation
+from d2l.base.load import Choice
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -32,6 +36,15 @@ if TYPE_CHECKING:
 def check(subject: "Subject") -> Result:
     """Look at how the plan holds the experts."""
     experts, quantization = subject.plan.experts, subject.plan.quantization
+    stored = getattr(subject.base_config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if str(getattr(method, "value", method)) == "mxfp4" and experts.value == "dense":
+        return Fail(
+            message="an MXFP4 checkpoint would be read as if its experts were whole matrices",
+            expected="experts held as packed or dequantize: quantization_config names mxfp4",
+            actual=f"{experts.value} ({experts.reason})",
+            remedy="read quant_method of the config's quantization_config when the loading is planned",
+        )
     if experts.value == "dense":
         return Inapplicable(f"{experts.reason}: there are no experts to hold in MXFP4")
     evidence = {"experts": experts.value, "reason": experts.reason, "quantization": quantization.value}
@@ -47,6 +60,15 @@ def check(subject: "Subject") -> Result:
     return Pass(f"experts are held as {experts.value}: {experts.reason}", evidence)
 
 
+def _not_recognised(healthy: Implementation, config: Any, base_config: Any) -> Any:
+    """Plan as if the checkpoint held no MXFP4."""
+    return replace(healthy.plan(config, base_config), experts=Choice("dense", "the checkpoint holds no MXFP4"))
+
+
+def _without_mxfp4(subject: "Subject") -> str:
+    return "the checkpoint is not in MXFP4" if subject.plan.experts.value == "dense" else ""
+
+
 RULE = Rule(
     code="QNT101",
     name="experts-without-backward",
@@ -54,5 +76,12 @@ RULE = Rule(
     severity="error",
     sources=("fix 1", "failure mode F1"),
     check=check,
-    faults=(Fault("native-kernels", "transformers' own MXFP4 kernels", configure(expert_weights="native")),),
+    faults=(
+        Fault("native-kernels", "transformers' own MXFP4 kernels", configure(expert_weights="native")),
+        Fault(
+            "not-recognised",
+            "an MXFP4 checkpoint is planned as one of whole matrices",
+            override(plan=_not_recognised, unless=_without_mxfp4),
+        ),
+    ),
 )

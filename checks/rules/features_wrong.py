@@ -20,7 +20,7 @@ How to fix
 Take the inputs of the decoder's layers, the last after `decoder.norm`, under masks that keep chunks apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ from d2l.data.packing import collate
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.data.tokenize import Row
 
 REMEDY = "take the inputs of the decoder's layers, the last after its final norm"
 
@@ -48,16 +49,20 @@ def check(subject: "Subject") -> Result:
     """Compare the features of every chunk, packed, with those of the chunk alone: the run's kind, then all others."""
     own = subject.twin_config.ctx_encoder_type
     base = base_in_double(subject.twin_base())
+    rows = packed_rows(subject)
+    inputs = [features.layer_inputs(base, chunk) for row in rows for chunk in row.chunks]
     evidence: dict[str, Any] = {}
     for kind in (own, *(kind for kind in KINDS if kind != own)):
-        problem, evidence[kind] = _examine(subject, base, kind)
+        problem, evidence[kind] = _examine(subject, base, kind, rows, inputs)
         if problem is not None:
             return problem
     worst = max(max(found["by_chunk"]) for found in evidence.values())
     return Pass(f"features of {len(evidence)} kinds are transformers' hidden states to {worst:.1g}", evidence)
 
 
-def _examine(subject: "Subject", base: Any, kind: str) -> tuple[Fail | None, dict[str, list[float]]]:
+def _examine(
+    subject: "Subject", base: Any, kind: str, rows: "Sequence[Row]", inputs: Sequence[Sequence[Tensor]]
+) -> tuple[Fail | None, dict[str, list[float]]]:
     """Compare the features of one kind; return the finding, if any, and the distances."""
     config = subject.twin_config
     if kind != config.ctx_encoder_type:
@@ -65,10 +70,8 @@ def _examine(subject: "Subject", base: Any, kind: str) -> tuple[Fail | None, dic
     model = (
         subject.twin() if config == subject.twin_config else subject.implementation.build(subject.twin_base(), config)
     )
-    rows = packed_rows(subject)
-    chunks = [chunk for row in rows for chunk in row.chunks]
     actual = offered(in_double(model), "features")(collate(rows))[0]
-    expected = [features.of_chunk(base, ids, kind, config.layer_idx) for ids in chunks]
+    expected = [features.of_chunk(base, seen, kind, config.layer_idx) for seen in inputs]
     whole = torch.cat(expected, dim=-2)
     if actual.shape != whole.shape:
         finding = Fail(
@@ -78,7 +81,7 @@ def _examine(subject: "Subject", base: Any, kind: str) -> tuple[Fail | None, dic
             remedy=REMEDY,
         )
         return finding, {}
-    found = dict(enumerate(map(difference, actual.split([len(ids) for ids in chunks], dim=-2), expected)))
+    found = dict(enumerate(map(difference, actual.split([len(seen[0]) for seen in inputs], dim=-2), expected)))
     evidence = {"by_chunk": list(found.values()), "by_layer": _by_layer(actual, whole)}
     worst = max(found, key=lambda chunk: found[chunk])
     if found[worst] <= TOLERANCE:

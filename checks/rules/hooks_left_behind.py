@@ -97,7 +97,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode 38",),
-    requires=("STP201", "LOR202"),
+    requires=("STP202", "LOR202"),
     check=check,
     faults=(
         Fault("one-more-each-step", "every step leaves a hook", override_step(_one_more_each_step)),

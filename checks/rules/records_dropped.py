@@ -19,11 +19,15 @@ Raise the limit that the message names, or set `max_ctx_chunk_len` to split long
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from checks.data.epoch import gather
+from checks.data.packed import readings
 from checks.faults import configure
 from checks.result import Fail, NotApplicable, Pass, Result, Skip, Warn
 from checks.rule import Fault, Rule
+from checks.subject import changed
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,9 +44,7 @@ def check(subject: "Subject") -> Result:
     try:
         tokenized = subject.rows
     except DataError as error:
-        return Fail(
-            message="the data cannot be used", expected="at least one row to train on", actual=str(error), remedy=REMEDY
-        )
+        return _unusable(subject, error)
     strange = [row.record for row in tokenized.rows if not 0 <= row.record < len(subject.records)]
     if strange:
         return Fail(
@@ -77,6 +79,28 @@ def check(subject: "Subject") -> Result:
     )
 
 
+def _unusable(subject: "Subject", error: DataError) -> Result:
+    """Report data that makes no rows; a teacher that fits the data and not the rows is the rows' fault."""
+    records = [replace(record, logprobs_vals=None, logprobs_indices=None) for record in subject.records or ()]
+    untaught = replace(subject, config=changed(subject.config, loss="ce", cache=False), records=tuple(records))
+    try:
+        found = readings(untaught)
+    except DataError:
+        found = ()
+    problems = gather(found, "texts").examples + gather(found, "labels").examples
+    if not problems:
+        return Fail(
+            message="the data cannot be used", expected="at least one row to train on", actual=str(error), remedy=REMEDY
+        )
+    return Fail(
+        message="the teacher does not fit the rows, as they are not what the tokenizer library makes of the data",
+        expected="the ids that the chat template and the tokenizer give for prompt i and response i, the answer supervised",
+        actual=f"{problems[0]}; {str(error).splitlines()[0]}",
+        remedy="make each conversation of one question and its own answer, and supervise that answer",
+        evidence={"faults": problems},
+    )
+
+
 def _plant_tight_budget(subject: "Subject") -> "Subject":
     """Set a budget that at least half of the documents exceed."""
     if subject.tokenizer is None or subject.records is None:
@@ -91,7 +115,7 @@ RULE = Rule(
     stage="data",
     severity="error",
     sources=("failure mode 6",),
-    requires=("LBL101",),
+    requires=("LBL101", "DAT307"),
     check=check,
     faults=(Fault("tight-budget", "at least half of the documents exceed max_packed_ctx_len", _plant_tight_budget),),
 )

@@ -177,7 +177,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 6", "failure mode F6", "failure mode 27", "failure mode 28"),
-    requires=("STP201", "OPT201", "OPT202"),
+    requires=("STP202", "OPT201", "OPT202"),
     check=check,
     faults=(
         Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),

@@ -4,7 +4,7 @@ What it does
 ------------
 Measures the packed batches of an epoch, all of them: tokens of questions and of documents in each batch, tokens and
 questions of each row, the length and number of each document's chunks. A few records are packed again under tight
-limits, so that limits that the run's data never reaches are tried too.
+limits, so that limits that the run's data never reaches are tried too; and one row under limits that it fills exactly.
 
 Why it matters
 --------------
@@ -30,6 +30,7 @@ from checks.faults import Override, override
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, changed
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -43,6 +44,8 @@ def check(subject: "Subject") -> Result:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     found = readings(subject)
     problems, own = gather(found, "sizes"), found[0]
+    if finding := _just_fitting(subject):
+        return finding
     batches = sum(reading.batches for reading in found)
     evidence = {"batches": batches, "longest": list(own.longest), "faults": problems.examples}
     if problems.count:
@@ -60,10 +63,41 @@ def check(subject: "Subject") -> Result:
     )
 
 
+def _just_fitting(subject: "Subject") -> Result | None:
+    """Pack one row under limits of its own size."""
+    row = next(iter(subject.rows.rows))
+    inputs, contexts = map(int, row.size)
+    exact, roomy = (
+        changed(subject.config, max_packed_inp_len=room * inputs, max_packed_ctx_len=room * contexts) for room in (1, 2)
+    )
+    packed = len(subject.implementation.batches(roomy, [row]))
+    try:
+        found = len(subject.implementation.batches(exact, [row]))
+        if found == packed:  # none, where batches are lost: DAT303 reports it
+            return None
+        actual = f"{found} batches, and {packed} under limits of twice the size"
+    except D2LError as error:
+        actual = " ".join(str(error).split())
+    return Fail(
+        message="a row that fits the limits exactly is not packed",
+        expected=f"one batch of a row of {inputs:,} tokens of questions and {contexts:,} of documents, where "
+        f"max_packed_inp_len is {inputs:,} and max_packed_ctx_len {contexts:,}",
+        actual=actual,
+        remedy="compare a row's questions with max_packed_inp_len and its document with max_packed_ctx_len, by <=",
+    )
+
+
 def _overfull(healthy: Implementation, config: Any, rows: Any) -> Any:
     """Pack by twice the budgets."""
     budgets = {"max_packed_inp_len": 2 * config.max_packed_inp_len, "max_packed_ctx_len": 2 * config.max_packed_ctx_len}
     return healthy.batches(changed(config, **budgets), rows)
+
+
+def _too_strict(healthy: Implementation, config: Any, rows: Any) -> Any:
+    """Pack only rows that are shorter than the budgets, not those that fill them."""
+    budgets = config.max_packed_inp_len, config.max_packed_ctx_len
+    kept = [row for row in rows if row.size[0] < budgets[0] and row.size[1] < budgets[1]]
+    return healthy.batches(config, kept) if kept else []
 
 
 def _without(**limits: Any) -> Override:
@@ -85,6 +119,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("batches-overfull", "batches hold twice what the budgets allow", override(batches=_overfull)),
+        Fault("full-rows-lost", "a row that fills a budget is not packed", override(batches=_too_strict)),
         Fault(
             "chunks-too-long",
             "max_ctx_chunk_len is not heeded",

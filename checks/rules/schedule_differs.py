@@ -114,7 +114,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode C8",),
-    requires=("STP201", "OPT201"),
+    requires=("STP202", "OPT201"),
     check=check,
     faults=(
         Fault(

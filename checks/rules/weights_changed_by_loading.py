@@ -3,7 +3,7 @@
 What it does
 ------------
 Writes the tiny twin of an MXFP4 model to disk in the official layout (`*_blocks`, `*_scales`), reads it back with the
-run's own loader, and compares every tensor, and the logits.
+run's own loader, and compares every tensor, and the logits. Then it takes a tensor out of the file, and loads it again.
 
 Why it matters
 --------------
@@ -13,7 +13,8 @@ a stale rotary buffer is a model that answers nonsense, under a loss that looks 
 
 How it is detected
 ------------------
-Every tensor that was written must come back equal in every bit, experts after decoding, none missing; logits to 1e-4.
+Every tensor that was written must come back equal in every bit, experts after decoding, none missing; logits to 1e-4. The
+file that lacks a tensor must be refused.
 
 How to fix
 ----------
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from checks.faults import override
 from checks.probes import TOLERANCE, difference, probe_batch
@@ -57,6 +59,11 @@ def check(subject: "Subject") -> Result:
                 actual=str(error),
                 remedy=REMEDY,
             )
+        removed = _remove_tensor(path)
+        try:
+            subject.implementation.load_base(path, subject.twin_plan)
+        except Exception:  # an implementation has errors of its own
+            removed = ""
     before, after = dict(written.state_dict()), dict(read.state_dict())
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     batch = probe_batch(subject)
@@ -72,7 +79,39 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
+    if removed:
+        return Fail(
+            message="a checkpoint that lacks a tensor is loaded",
+            expected="an error that names what is missing",
+            actual=f"a base, from files without {removed}: its values are whatever they were initialised to",
+            remedy="compare the names in the files with those of the model, and stop where one is missing",
+        )
     return Pass(f"all {len(before)} tensors come back equal, logits within {change:.1g}", evidence)
+
+
+def _remove_tensor(folder: Path) -> str:
+    """Take the first layer norm out of a checkpoint's files; return its name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("norm.weight"):
+                del tensors[name]
+                save_file(tensors, path, metadata={"format": "pt"})
+                return name
+    return ""
+
+
+def _missing_filled(healthy: Implementation, folder: Path, plan: Any) -> Any:
+    """Give a tensor that no file holds the values of any other of its size."""
+    try:
+        return healthy.load_base(folder, plan)
+    except ModelError:
+        path = next(folder.glob("*.safetensors"))
+        tensors = load_file(path)
+        norm = next(name for name in tensors if name.endswith("norm.weight"))
+        missing = "model.layers.0.input_layernorm.weight"
+        save_file({missing: tensors[norm].clone(), **tensors}, path, metadata={"format": "pt"})
+        return healthy.load_base(folder, plan)
 
 
 def _spoilt(change: Any) -> Any:
@@ -128,6 +167,7 @@ RULE = Rule(
         Fault(
             "random-experts", "experts are initialised instead of loaded", override(load_base=_spoilt(_random_experts))
         ),
+        Fault("missing-filled", "a tensor that no file holds is filled in", override(load_base=_missing_filled)),
         Fault("rotary-lost", "buffers that no file holds are not computed", override(load_base=_lost_rotary)),
     ),
 )

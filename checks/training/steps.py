@@ -5,6 +5,7 @@ nothing. What decides which code runs (kind of base, encoder, targets, shape of 
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from checks.training.observed import Observed, observed_step
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from checks.subject import Model, Subject
     from d2l.config.schema import RunConfig
@@ -47,6 +48,19 @@ STILL: dict[str, Any] = {
     "seed": 0,
 }
 
+OWN = (  # settings of the run that decide what a step computes
+    "loss",
+    "use_per_ctx_average_loss",
+    "gen_lora_l1_reg_coef",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+
 # Three documents of several chunks, and of several questions (tokens, supervised tokens), all of unequal lengths.
 CHUNKS = ((3,), (2, 4, 3), (4, 2))
 QUESTIONS = (((5, 2), (7, 4)), ((6, 3),), ((4, 1), (8, 5), (5, 3)))
@@ -74,13 +88,23 @@ def light_model(
 ) -> "Model":
     """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
     config = light_config(subject) if config is None else config
-    base_config = _light_base_config(subject.twin_base_config)
-    plan = plan_on_cpu(subject.implementation, config, base_config)
-    base = subject.implementation.build_base(base_config, plan, seed=0)
+    base = deepcopy(shared(subject, "light_base", lambda: _light_base(subject)))
     model = build_drawn(subject.implementation, base, config, seed)
     for part in (model.base, model.hypernet):
         part.to(dtype)
     return model
+
+
+def guarded_config(subject: "Subject") -> "RunConfig":
+    """Return the light configuration with the run's own losses and optimizer, at a learning rate that moves a twin."""
+    own = {name: getattr(subject.config, name) for name in OWN}
+    muon = None if subject.config.muon_learning_rate is None else 1e-2
+    return light_config(subject, **own, learning_rate=1e-3, muon_learning_rate=muon)  # of the run's own OPT204 judges
+
+
+def trained_values(model: Any) -> dict[str, Tensor]:
+    """Return a copy of the parameters of the hypernetwork by name."""
+    return {name: value.detach().clone() for name, value in model.hypernet.named_parameters()}
 
 
 def still_model(subject: "Subject") -> "Model":
@@ -96,6 +120,13 @@ def loss_step(subject: "Subject", **values: Any) -> Observed:
         return observed_step(subject.implementation.trainer(still_model(subject), loss_rows(subject), config))
 
     return shared(subject, f"loss_step {sorted(values.items())}", take)
+
+
+def _light_base(subject: "Subject") -> "PreTrainedModel":
+    """Make the base of the light twin."""
+    base_config = _light_base_config(subject.twin_base_config)
+    plan = plan_on_cpu(subject.implementation, light_config(subject), base_config)
+    return subject.implementation.build_base(base_config, plan, seed=0)
 
 
 def _light_base_config(config: "PreTrainedConfig") -> "PreTrainedConfig":

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def default_folder() -> Path:
         ) from None
 
 
-def key_parts(records: Sequence[Record], chat: ChatFormat, limits: Limits, seed: int | None) -> dict[str, str]:
+def key_parts(
+    records: Sequence[Record], chat: ChatFormat, limits: Limits, seed: int | None, per_shard: int | None = None
+) -> dict[str, str]:
     """Return everything that shapes rows, by name. A record's `source` is not part of it: data may move."""
     content = hashlib.sha256()
     for record in records:
@@ -67,8 +70,8 @@ def key_parts(records: Sequence[Record], chat: ChatFormat, limits: Limits, seed:
         "limits": json.dumps(asdict(limits)),  # not sorted: the order of chunk counts decides what is drawn
         "seed": str(seed),
         "code": _CODE,
-        "files": f"format {_FORMAT}, {RECORDS_PER_SHARD} records each",
-        **{package: metadata.version(package) for package in ("jinja2", "tokenizers", "transformers")},
+        "files": f"format {_FORMAT}, {per_shard or RECORDS_PER_SHARD} records each",
+        **_versions(),
     }
 
 
@@ -79,22 +82,25 @@ def cached_rows(
     seed: int | None,
     folder: Path,
     on_progress: OnProgress = lambda done, total: None,
+    per_shard: int | None = None,
 ) -> Tokenized:
     """Return the result of `tokenize_records`, kept on disk below `folder`; rows are read when they are used.
 
     Args:
         folder: cache folder for all keys; it is made if needed, and may be removed between runs.
         on_progress: called after every record that is tokenized and every shard that is found.
+        per_shard: records of a shard; default: `RECORDS_PER_SHARD`.
 
     Raises:
         ConfigError: `max_ctx_chunk_len` has no room for text.
         DataError: as `tokenize_records`, or the folder cannot be written.
     """
-    store = _Store(folder, key_parts(records, chat, limits, seed))
+    per_shard = per_shard or RECORDS_PER_SHARD
+    store = _Store(folder, key_parts(records, chat, limits, seed, per_shard))
     shards: list[Shard] = []
     failed: list[TokenizedPart] = []
-    for number, start in enumerate(range(0, len(records), RECORDS_PER_SHARD)):
-        stop = min(start + RECORDS_PER_SHARD, len(records))
+    for number, start in enumerate(range(0, len(records), per_shard)):
+        stop = min(start + per_shard, len(records))
         shard = store.read(number)
         if shard is None:
             parts = []
@@ -108,6 +114,12 @@ def cached_rows(
         on_progress(stop, len(records))
         shards.append(shard)
     return combine_parts(records, MappedRows(shards), failed + [shard.read_dropped(records) for shard in shards])
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that make rows."""
+    return {package: metadata.version(package) for package in ("jinja2", "tokenizers", "transformers")}
 
 
 class _Store:

@@ -199,8 +199,8 @@ MUTANTS = [
         (
             "records-of-the-first-shard",
             "tokenize_record(index, records[index]",
-            "tokenize_record(index, records[index % RECORDS_PER_SHARD]",
-            "all but the first thousand records are replaced by these",
+            "tokenize_record(index, records[index % per_shard]",
+            "all but the records of the first shard are replaced by these",
         ),
     ),
     *bugs(

@@ -110,6 +110,13 @@ def _added_up(subject: "Subject") -> Result | None:
     """Take the same step twice from the same weights, and compare its gradients."""
     trainer = subject.implementation.trainer(still_model(subject), loss_rows(subject), light_config(subject))
     first, second = (observed_step(trainer).gradients for _ in range(2))
+    if not (first and second):
+        return Fail(
+            message="a step does not update the weights: no optimizer steps in it",
+            expected="every step to step the optimizer once",
+            actual=f"parameters that are updated in the first step: {len(first)}, in the second: {len(second)}",
+            remedy=MOVING,
+        )
     error, name = worst_parameter(second, first)
     if error <= TOLERANCE:
         return None

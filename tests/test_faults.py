@@ -1,0 +1,96 @@
+"""What a planted fault can change: fields that a check reads, records alone, and what a subject has computed before."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checks.faults import changed_fields, configure, inherit, only_records_differ, override, use_of
+from checks.production import make_subject
+from checks.rules.stale_token_cache import _exchange
+from checks.subject import Subject, changed
+from d2l.config.load import load_config
+from d2l.config.schema import RunConfig
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return make_subject(load_config())
+
+
+class TestUse:
+    def test_methods_and_fields_are_noted(self, subject: Subject) -> None:
+        def run(seen: Subject) -> None:
+            assert seen.config.lora_r
+            assert seen.chat
+
+        used = use_of(subject, run)
+        assert used.methods == {"chat"}
+        assert "lora_r" in used.fields
+        assert "learning_rate" not in used.fields
+
+    def test_a_copy_with_the_runs_value_counts_and_another_value_does_not(self, subject: Subject) -> None:
+        other = changed(subject.config, learning_rate=subject.config.learning_rate / 2)
+
+        def run(seen: Subject) -> None:
+            copy = RunConfig(**other.model_dump())
+            assert copy.learning_rate
+            assert copy.weight_decay == seen.config.model_dump()["weight_decay"]
+
+        fields = use_of(subject, run).fields
+        assert "weight_decay" in fields
+        assert "learning_rate" not in fields
+
+    def test_reading_is_as_before_afterwards_and_after_an_error(self, subject: Subject) -> None:
+        plain = RunConfig.__getattribute__
+
+        def fail(seen: Subject) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            use_of(subject, fail)
+        assert RunConfig.__getattribute__ is plain
+
+
+class TestDifferences:
+    def test_fields_that_a_fault_sets(self, subject: Subject) -> None:
+        planted = configure(learning_rate=1e6, lora_r=3)(subject)
+        assert changed_fields(planted, subject) == {"learning_rate", "lora_r"}
+        assert not changed_fields(replace(planted, records=()), subject)
+        assert not only_records_differ(planted, subject)
+
+    def test_records_alone(self, subject: Subject) -> None:
+        assert only_records_differ(replace(subject, records=()), subject)
+        assert not only_records_differ(subject, subject)
+
+
+class TestInheritance:
+    def test_what_the_fault_does_not_touch_is_kept(self, subject: Subject) -> None:
+        rows, chat = subject.rows, subject.chat
+        planted = override(batches=lambda healthy, config, rows: [])(subject)
+        inherit(planted, subject, frozenset({"batches"}))
+        assert planted.rows is rows
+        planted = override(rows=lambda healthy, *arguments: healthy.rows(*arguments))(subject)
+        inherit(planted, subject, frozenset({"rows"}))
+        assert planted.chat is chat
+        assert planted.rows is not rows
+
+    def test_another_configuration_or_an_undeclared_fault_inherits_nothing(self, subject: Subject) -> None:
+        assert subject.rows
+        for planted in (
+            configure(lora_r=3)(subject),
+            override(rows=lambda healthy, *arguments: healthy.rows(*arguments))(subject),
+        ):
+            inherit(planted, subject, frozenset())
+            assert "rows" not in vars(planted)
+
+
+def test_files_of_a_cache_are_exchanged_or_cut(tmp_path: Path) -> None:
+    assert _exchange(tmp_path) == "nothing: the cache keeps no files"
+    (tmp_path / "a.bin").write_bytes(b"0123")
+    assert _exchange(tmp_path) == "a.bin was cut in half"
+    assert (tmp_path / "a.bin").read_bytes() == b"01"
+    (tmp_path / "b.json").write_bytes(b"{}")
+    (tmp_path / "c.bin").write_bytes(b"89")
+    assert _exchange(tmp_path) == "a.bin and c.bin were exchanged"
+    assert (tmp_path / "a.bin").read_bytes() == b"89"

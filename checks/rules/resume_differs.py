@@ -25,6 +25,7 @@ and RNG.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,11 +160,13 @@ def _lose_weights(run: Any) -> None:
 
 
 def _on_other_batches(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
-    """Resume everything but the place in the data: another row comes next."""
+    """Resume everything but the place in the data: what comes next is that of the row after it, in every stage."""
     run: Any = healthy.trainer(model, rows, config)
+    following = [*rows[1:], rows[0]]
+    moved = [replace(row, chunks=it.chunks, queries=it.queries) for row, it in zip(rows, following, strict=True)]
 
     def resume(folder: Path) -> None:
-        elsewhere = healthy.trainer(model, [*rows[1:], rows[0]], config)
+        elsewhere = healthy.trainer(model, moved, config)
         elsewhere.resume(folder)
         run.step = elsewhere.step
 

@@ -58,30 +58,7 @@ def reference_state(
         tensors: the hypernetwork's parameters.
         sizes: (d_in, d_out) of each target module.
     """
-    layers, names = base_config.num_hidden_layers, set(config.target_modules)
-    lora = {
-        "peft_type": Call("peft.utils.peft_types.PeftType", ("LORA",)),
-        "r": config.lora_r,
-        "target_modules": names,
-        "lora_alpha": 2 * config.lora_r**1.5,
-        "lora_dropout": 0.0,
-        "runtime_config": Instance("peft.tuners.lora.config.LoraRuntimeConfig", {"ephemeral_gpu_offload": False}),
-    }
-    aggregator = {
-        "aggregator_type": "perceiver",
-        "num_layers": layers,
-        "num_modules": len(names),
-        "num_extra_modules": 0,
-        "output_size": config.latent_size,
-        "feature_size": base_config.hidden_size,
-        "lora_r": config.lora_r,
-        "per_rank_gen": config.per_rank_gen,
-        "n_latent_queries": config.n_latent_queries,
-        "num_blocks": config.num_blocks,
-        "num_self_attn_per_block": config.num_self_attn_per_block,
-        "shared_weights": config.shared_weights,
-        "layer_to_layer_ctx_encoder": config.ctx_encoder_type == "per_layer_activations",
-    }
+    layers = base_config.num_hidden_layers
     hypernet = {
         "latent_size": config.latent_size,
         "use_light_weight_lora": False,
@@ -90,11 +67,11 @@ def reference_state(
         "per_layer_processing": config.per_layer_processing,
         "num_pre_head_layers": config.num_pre_head_layers,
         "dropout_rate": 0.0,
-        "lora_config": Instance("peft.tuners.lora.config.LoraConfig", lora),
+        "lora_config": _lora_config(config),
         "base_hidden_size": base_config.hidden_size,
         "layer_indices": torch.arange(layers),
-        "feature_sizes": tuple({name: sizes[name][side] for name in sorted(names)} for side in (0, 1)),
-        "aggregator_config": Instance("ctx_to_lora.modeling.aggregator.AggregatorConfig", aggregator),
+        "feature_sizes": tuple({name: sizes[name][side] for name in sorted(config.target_modules)} for side in (0, 1)),
+        "aggregator_config": _aggregator_config(config, base_config),
     }
     encoder = {
         "ctx_encoder_model_name_or_path": None,
@@ -109,6 +86,39 @@ def reference_state(
         "hypernet_config": Instance("ctx_to_lora.modeling.hypernet.HypernetConfig", hypernet),
         "ctx_encoder_args": Instance("ctx_to_lora.configs.CtxEncoderArguments", encoder),
     }
+
+
+def _lora_config(config: RunConfig) -> Instance:
+    """Return the LoRA's part of what the reference saves."""
+    fields = {
+        "peft_type": Call("peft.utils.peft_types.PeftType", ("LORA",)),
+        "r": config.lora_r,
+        "target_modules": set(config.target_modules),
+        "lora_alpha": 2 * config.lora_r**1.5,
+        "lora_dropout": 0.0,
+        "runtime_config": Instance("peft.tuners.lora.config.LoraRuntimeConfig", {"ephemeral_gpu_offload": False}),
+    }
+    return Instance("peft.tuners.lora.config.LoraConfig", fields)
+
+
+def _aggregator_config(config: RunConfig, base_config: "PreTrainedConfig") -> Instance:
+    """Return the aggregator's part of what the reference saves."""
+    fields = {
+        "aggregator_type": "perceiver",
+        "num_layers": base_config.num_hidden_layers,
+        "num_modules": len(set(config.target_modules)),
+        "num_extra_modules": 0,
+        "output_size": config.latent_size,
+        "feature_size": base_config.hidden_size,
+        "lora_r": config.lora_r,
+        "per_rank_gen": config.per_rank_gen,
+        "n_latent_queries": config.n_latent_queries,
+        "num_blocks": config.num_blocks,
+        "num_self_attn_per_block": config.num_self_attn_per_block,
+        "shared_weights": config.shared_weights,
+        "layer_to_layer_ctx_encoder": config.ctx_encoder_type == "per_layer_activations",
+    }
+    return Instance("ctx_to_lora.modeling.aggregator.AggregatorConfig", fields)
 
 
 def write_reference_file(path: Path, state: Mapping[str, Any]) -> None:

@@ -90,7 +90,8 @@ def test_files_of_a_cache_are_exchanged_or_cut(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"0123")
     assert _exchange(tmp_path) == "a.bin was cut in half"
     assert (tmp_path / "a.bin").read_bytes() == b"01"
-    (tmp_path / "b.json").write_bytes(b"{}")
+    (tmp_path / "b.json").write_bytes(b"{}x")
+    assert _exchange(tmp_path) == "b.json was cut in half"
     (tmp_path / "c.bin").write_bytes(b"89")
     assert _exchange(tmp_path) == "a.bin and c.bin were exchanged"
     assert (tmp_path / "a.bin").read_bytes() == b"89"

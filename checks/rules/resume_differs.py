@@ -37,6 +37,7 @@ from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
 from checks.training.staged_run import Stage, staged_trainer
+from checks.training.steps import hypernet_values
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _lose_weights(run: Any) -> None:
     resume = run.resume
 
     def forgetful(folder: Path) -> None:
-        before = {name: value.detach().clone() for name, value in run.model.hypernet.named_parameters()}
+        before = hypernet_values(run.model)
         resume(folder)
         for name, value in run.model.hypernet.named_parameters():
             value.data.copy_(before[name])

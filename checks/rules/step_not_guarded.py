@@ -31,7 +31,7 @@ import torch
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.steps import guarded_config, light_model, loss_rows, trained_values
+from checks.training.steps import guarded_config, hypernet_values, light_model, loss_rows
 from d2l.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _spoilt_gradient(model: Any, value: float) -> Iterator[None]:
 
 def _refusal(trainer: Any, what: str, evidence: dict[str, Any]) -> Result | None:
     """Request a step that has to be refused; return what is wrong with the refusal."""
-    before = trained_values(trainer.model)
+    before = hypernet_values(trainer.model)
     try:
         metrics = trainer.step()
     except Exception as error:  # an implementation has errors of its own
@@ -117,7 +117,7 @@ def _refusal(trainer: Any, what: str, evidence: dict[str, Any]) -> Result | None
             remedy=GUARD,
             evidence=evidence,
         )
-    changes = [name for name, value in trained_values(trainer.model).items() if not _same(value, before[name])]
+    changes = [name for name, value in hypernet_values(trainer.model).items() if not _same(value, before[name])]
     if changes:
         return Fail(
             message=f"a refused step {what} changed weights",

@@ -36,11 +36,11 @@ from checks.training.observed import observed_step
 from checks.training.steps import (
     TOLERANCE,
     guarded_config,
+    hypernet_values,
     light_config,
     light_model,
     loss_rows,
     still_model,
-    trained_values,
     worst_parameter,
 )
 
@@ -54,9 +54,9 @@ def check(subject: "Subject") -> Result:
     """Take two steps that move the weights, then two that leave them."""
     config = guarded_config(subject)
     model = light_model(subject, config, dtype=torch.float32)
-    given = trained_values(model)
+    given = hypernet_values(model)
     trainer = subject.implementation.trainer(model, loss_rows(subject), config)
-    before = trained_values(model)
+    before = hypernet_values(model)
     if drawn := [name for name, value in given.items() if not torch.equal(value, before[name])]:
         return Fail(
             message="a new trainer changes the weights before its first step",
@@ -74,7 +74,7 @@ def check(subject: "Subject") -> Result:
             remedy="run the step where the message says; the twin has the run's settings and random weights",
         )
     evidence = {"task_loss": [step.task_loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
-    if finding := _still(before, trained_values(model), evidence):
+    if finding := _still(before, hypernet_values(model), evidence):
         return finding
     if finding := _added_up(subject):
         return finding
@@ -131,7 +131,7 @@ def _added_up(subject: "Subject") -> Result | None:
 
 def _undone(step: Any, trainer: Any) -> Any:
     """Restore the weights after every step."""
-    before = trained_values(trainer.model)
+    before = hypernet_values(trainer.model)
     metrics = step()
     for name, parameter in trainer.model.hypernet.named_parameters():
         parameter.data.copy_(before[name])

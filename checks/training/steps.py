@@ -102,7 +102,7 @@ def guarded_config(subject: "Subject") -> "RunConfig":
     return light_config(subject, **own, learning_rate=1e-3, muon_learning_rate=muon)  # of the run's own OPT204 judges
 
 
-def trained_values(model: Any) -> dict[str, Tensor]:
+def hypernet_values(model: Any) -> dict[str, Tensor]:
     """Return a copy of the parameters of the hypernetwork by name."""
     return {name: value.detach().clone() for name, value in model.hypernet.named_parameters()}
 

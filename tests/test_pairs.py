@@ -18,6 +18,8 @@ def planted(code: str, name: str) -> Planted:
         (("TGT102", "keys-only"), ("DAT304", "tail-lost"), "both named"),
         (("HYP201", "rank-broadcast"), ("GRD201", "latest-binding"), "blocked"),
         (("ATT201", "no-mask"), ("LOR204", "scale-over-r"), "blocked"),
+        (("GRD201", "reentrant"), ("GRD202", "not-handed-on"), "blocked"),
+        (("STP201", "no-guard"), ("LSS203", "one-too-many"), "both named"),
         (("TGT101", "experts"), ("TGT102", "queries-only"), "inapplicable"),
     ],
 )

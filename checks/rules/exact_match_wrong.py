@@ -20,6 +20,7 @@ How to fix
 Count a question when each of its labels is the likeliest token, and divide by the questions of the whole step.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,14 @@ def _labelled(query: Query, order: torch.Tensor, number: int) -> Query:
     return replace(query, labels=tuple(labels))
 
 
-def _too_high(step: Any, trainer: Any) -> Any:
-    """Report one question more than is right."""
-    metrics = step()
-    return replace(metrics, exact_match=metrics.exact_match + 1 / 6)
+def _reporting(change: Callable[[float], float]) -> Any:
+    """Make a fault of a trainer that reports another exact match."""
 
+    def report(step: Any, trainer: Any) -> Any:
+        metrics = step()  # None where another fault leaves a step out
+        return metrics and replace(metrics, exact_match=change(metrics.exact_match))
 
-def _always(step: Any, trainer: Any) -> Any:
-    return replace(step(), exact_match=1.0)
+    return override_step(report)
 
 
 RULE = Rule(
@@ -106,7 +107,7 @@ RULE = Rule(
     requires=("GRD203",),
     check=check,
     faults=(
-        Fault("one-too-many", "a question that is nearly right counts", override_step(_too_high)),
-        Fault("always-one", "every step reports that all is right", override_step(_always)),
+        Fault("one-too-many", "a question that is nearly right counts", _reporting(lambda share: share + 1 / 6)),
+        Fault("always-one", "every step reports that all is right", _reporting(lambda share: 1.0)),
     ),
 )

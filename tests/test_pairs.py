@@ -20,6 +20,7 @@ def planted(code: str, name: str) -> Planted:
         (("ATT201", "no-mask"), ("LOR204", "scale-over-r"), "blocked"),
         (("GRD201", "reentrant"), ("GRD202", "not-handed-on"), "blocked"),
         (("STP201", "no-guard"), ("LSS203", "one-too-many"), "both named"),
+        (("DAT301", "tight-budget"), ("DAT304", "document-cut"), "blocked"),
         (("TGT101", "experts"), ("TGT102", "queries-only"), "inapplicable"),
     ],
 )

@@ -33,7 +33,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.base.mxfp4:dequantize",
+        "d2l.base.mxfp4:_look_up",
         "mxfp4",
         (
             "scale-of-the-block-before",

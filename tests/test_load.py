@@ -1,6 +1,7 @@
 """What is planned, what is loaded, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,10 +113,11 @@ def test_a_config_that_is_nowhere_is_an_error_with_advice(name: str) -> None:
 def test_every_choice_is_stated(base_config, values: dict, expected: dict) -> None:
     choices = plan(base_config, **values)
     assert {name: getattr(choices, name).value for name in expected} == expected
-    for name in ("attention", "experts", "quantization", "dtype", "device"):
+    for name in ("attention", "experts", "quantization", "dtype", "device", "expert_products"):
         assert len(getattr(choices, name).reason) > 10, name
+    reasons = [choice.reason for choice in vars(choices).values() if isinstance(choice, Choice)]
     for name, value in values.items():  # what was asked for is named by the choice that it made
-        assert any(name in choice.reason for choice in vars(choices).values()) or value == choices.experts.value
+        assert any(name in reason for reason in reasons) or value == choices.experts.value
 
 
 def test_sinks_are_the_reason_for_eager_attention() -> None:
@@ -130,6 +132,38 @@ def test_the_dtype_follows_the_device(capability: tuple, dtype: str, monkeypatch
     choices = plan(LLAMA, device=None)
     assert (choices.device.value, choices.dtype.value) == ("cuda", dtype)
     assert f"SM {capability[0]}{capability[1]}" in choices.dtype.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "products", "reason"),
+    [
+        ((9, 0), {}, "grouped", "SM 90 multiplies all experts of a layer in one kernel"),
+        ((10, 0), {}, "grouped", "SM 100"),
+        (
+            (8, 9),
+            {},
+            "one_by_one",
+            "SM 89 has no kernel for all experts .* the host loops over them, several times slower",
+        ),
+        ((12, 0), {}, "one_by_one", "SM 120 has no kernel"),
+        ((9, 0), {"dtype": "float32"}, "one_by_one", "in bfloat16 only, and dtype is float32"),
+        ((7, 5), {}, "one_by_one", "dtype is float32"),
+    ],
+)
+def test_experts_are_grouped_where_that_is_one_kernel(
+    capability: tuple, values: dict, products: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choice = plan(GPT_OSS, device=None, **values).expert_products
+    assert choice.value == products
+    assert re.search(reason, choice.reason)
+
+
+def grouped(choices: LoadPlan, transient: int = 2**20) -> LoadPlan:
+    """The same plan with experts of a whole layer at once, as on a GPU."""
+    products = replace(choices.expert_products, value="grouped")
+    return replace(choices, expert_products=products, expert_transient_bytes=transient)
 
 
 # Random bases
@@ -240,6 +274,19 @@ def test_transformers_itself_reads_what_we_write(checkpoint: Path) -> None:
     theirs.set_experts_implementation("eager")  # as ours on a CPU; others add in another order
     ours = random_base(TWIN, plan(expert_weights="dequantize"), seed=7)
     assert torch.equal(logits(theirs.float()), logits(ours))  # older releases dequantize to bfloat16 whatever the dtype
+
+
+def test_grouped_experts_are_the_same_model_built_and_loaded(checkpoint: Path) -> None:
+    one_by_one = logits(load_base(str(checkpoint), TWIN, plan(), seed=0))
+    for base in (load_base(str(checkpoint), TWIN, grouped(plan()), seed=0), random_base(TWIN, grouped(plan()), seed=7)):
+        assert all(layer.mlp.experts.transient_bytes == 2**20 for layer in base.model.layers)
+        torch.testing.assert_close(logits(base), one_by_one, atol=1e-5, rtol=1e-5)
+    assert plan(expert_transient_gib=0.25).expert_transient_bytes == 2**28
+
+
+def test_a_transient_that_does_not_fit_is_refused_before_weights_are_read(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match=r"expert_transient_gib: .* does not hold 32 columns"):
+        load_base(str(checkpoint), TWIN, grouped(plan(), transient=1000), seed=0)
 
 
 def test_a_dense_checkpoint_is_read_back(tmp_path: Path) -> None:

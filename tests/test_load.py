@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
 from d2l.base.experts import PackedExperts
-from d2l.base.files import save_mxfp4
+from d2l.base.files import refuse_misfit, save_mxfp4
 from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
 from d2l.base.masks import packed_masks
 from d2l.base.twin import twin_config
@@ -308,6 +309,74 @@ def widen(tensors: dict) -> None:
     tensors[f"{ENDING}.down_proj_scales"] = torch.zeros(8, 64, 4, dtype=torch.uint8)
 
 
+def scales_as_numbers(tensors: dict) -> None:
+    name = f"{ENDING}.down_proj_scales"
+    tensors[name] = tensors[name].float()
+
+
+def signed_blocks(tensors: dict) -> None:
+    name = f"{ENDING}.gate_up_proj_blocks"
+    tensors[name] = tensors[name].view(torch.int8)
+
+
+def infinite_scale(tensors: dict) -> None:
+    tensors[f"{ENDING}.down_proj_scales"][3, 5, 1] = 255
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (widen, r"down_proj_scales must be uint8 \[8, 64, 3\] to fit config.json. Got uint8 \[8, 64, 4\]"),
+        (scales_as_numbers, r"down_proj_scales must be uint8 .*Got float32"),
+        (signed_blocks, r"gate_up_proj_blocks must be uint8 .*Got int8"),
+        (infinite_scale, r"down_proj_scales must hold bytes below 253; .*Got 255. Fetch the checkpoint again"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_with_its_file(
+    checkpoint: Path, tmp_path: Path, edit, message: str
+) -> None:
+    folder = edited(checkpoint, tmp_path, edit)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: {re.escape(ENDING)}\.{message}"):
+        load_base(str(folder), TWIN, plan(), seed=0)
+
+
+def test_the_shard_of_a_tensor_is_named(checkpoint: Path) -> None:
+    shards = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    name = f"{ENDING}.down_proj_scales"
+    with pytest.raises(ModelError, match=rf"{shards[name]}: {re.escape(name)} must be uint8"):
+        refuse_misfit(checkpoint, name, torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
+
+
+def shard_cut_short(folder: Path, shard: Path) -> str:
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return f"{shard.name} is missing or damaged: fetch the checkpoint again"
+
+
+def shard_absent(folder: Path, shard: Path) -> str:
+    shard.unlink()
+    return f"{shard.name} is missing or damaged"
+
+
+def index_cut_short(folder: Path, shard: Path) -> str:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:50])
+    return "index.json is no index of weights: fetch the checkpoint again. JSONDecodeError"
+
+
+def index_of_nothing(folder: Path, shard: Path) -> str:
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    return "index.json is no index of weights: .*KeyError"
+
+
+@pytest.mark.parametrize("damage", [shard_cut_short, shard_absent, index_cut_short, index_of_nothing])
+def test_damage_to_a_checkpoint_of_several_files_names_the_file(checkpoint: Path, tmp_path: Path, damage) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shard = sorted(folder.glob("*.safetensors"))[2]
+    message = damage(folder, shard)
+    with pytest.raises(ModelError, match=message):
+        load_base(str(folder), TWIN, plan(), seed=0)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -332,7 +401,7 @@ def test_weights_without_their_quantization_config_are_refused(checkpoint: Path,
     (folder / "config.json").write_text(json.dumps(settings))
     base_config = read_base_config(str(folder))
     assert plan(base_config).experts.value == "dense"
-    with pytest.raises(ModelError, match=r"8 missing .*experts.* 16 unexpected"):
+    with pytest.raises(ModelError, match=r'8 missing .*experts.* 16 unexpected.*"quant_method": "mxfp4"'):
         load_base(str(folder), base_config, plan(base_config), seed=0)
 
 

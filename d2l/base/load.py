@@ -23,6 +23,7 @@ from d2l.base.files import (
     is_config_only,
     read_tensors,
     refuse_incomplete,
+    refuse_misfit,
     weights_folder,
 )
 from d2l.base.masks import causal_lm_class
@@ -302,12 +303,11 @@ def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) ->
         model = _from_config(base_config, plan.torch_dtype, plan.attention.value)
     empty_packed_experts(model)
     _group_experts(model, plan)
-    unexpected: list[str] = []
+    unexpected, places = [], model.state_dict()
     for name, tensor in read_tensors(folder, plan.device.value, plan.torch_dtype):
-        try:
-            unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
-        except RuntimeError as error:
-            raise ModelError(f"{folder}: {name} does not fit config.json. {error}") from error
+        if name in places:
+            refuse_misfit(folder, name, tensor, places[name])
+        unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
     if model.get_input_embeddings().weight.is_meta:  # tied, and the file holds the pair under the other name
         model.get_input_embeddings().weight = model.get_output_embeddings().weight
     model.tie_weights()

@@ -23,7 +23,7 @@ BITS_PER_WEIGHT = 4 + 8 / BLOCK
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 codes 0-7; codes 8-15 are their negatives
 _LARGEST_EXPONENT = 2  # of an E2M1 element: 6 = 1.5 * 2^2
 _BIAS = 127  # of a scale byte
-_SCALE_BYTES = 253  # 6 times the scale of a larger byte is above the largest bfloat16 and float32
+SCALE_BYTES = 253  # 6 times the scale of a larger byte is above the largest bfloat16 and float32
 _KERNEL_DEVICES = ("cuda",)
 _WORDS = {torch.bfloat16: torch.int32, torch.float32: torch.int64, torch.float64: torch.complex128}  # two elements wide
 
@@ -68,8 +68,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
 
     Warns once where it does not.
     """
-    scales = torch.arange(_SCALE_BYTES, dtype=torch.uint8).unsqueeze(-1).expand(-1, 256 // (BLOCK // 2)).contiguous()
-    blocks = torch.arange(256, dtype=torch.uint8).expand(_SCALE_BYTES, -1).contiguous().view(*scales.shape, BLOCK // 2)
+    scales = torch.arange(SCALE_BYTES, dtype=torch.uint8).unsqueeze(-1).expand(-1, 256 // (BLOCK // 2)).contiguous()
+    blocks = torch.arange(256, dtype=torch.uint8).expand(SCALE_BYTES, -1).contiguous().view(*scales.shape, BLOCK // 2)
     expected = _look_up(blocks, scales, torch.bfloat16)
     try:
         from d2l.base.mxfp4_triton import decode

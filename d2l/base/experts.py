@@ -35,6 +35,12 @@ class _PackedLinear(torch.autograd.Function):
         return grad_output @ dequantize(blocks, scales, grad_output.dtype), None, None
 
 
+def _project(projection: Projection, expert: int, inputs: Tensor) -> Tensor:
+    blocks, scales, bias = (part[expert] for part in projection)
+    output: Tensor = _PackedLinear.apply(inputs, blocks, scales) + bias
+    return output
+
+
 class PackedExperts(nn.Module):
     """Drop-in for `GptOssExperts` whose projections stay in MXFP4.
 
@@ -104,22 +110,18 @@ class PackedExperts(nn.Module):
         Returns:
             [tokens, hidden].
         """
+        gate_up_proj, down_proj = self._projection("gate_up_proj"), self._projection("down_proj")
         if self.transient_bytes is not None:
-            projections = self._projection("gate_up_proj"), self._projection("down_proj")
             settings = Settings(self.alpha, self.limit, self.transient_bytes)
-            return grouped_experts(hidden_states, router_indices, routing_weights, *projections, settings)
+            return grouped_experts(hidden_states, router_indices, routing_weights, gate_up_proj, down_proj, settings)
         mixed = torch.zeros_like(hidden_states)
         for expert in router_indices.unique().tolist():
             token, slot = torch.where(router_indices == expert)
-            gate_up = self._project("gate_up_proj", expert, hidden_states[token])
-            output = self._project("down_proj", expert, self._activate(gate_up))
+            gate_up = _project(gate_up_proj, expert, hidden_states[token])
+            output = _project(down_proj, expert, self._activate(gate_up))
             weighted = output * routing_weights[token, slot, None]
             mixed.index_add_(0, token, weighted.to(mixed.dtype))
         return mixed
-
-    def _project(self, name: str, expert: int, inputs: Tensor) -> Tensor:
-        blocks, scales, bias = (part[expert] for part in self._projection(name))
-        return _PackedLinear.apply(inputs, blocks, scales) + bias
 
     def _projection(self, name: str) -> Projection:
         return Projection(*(getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias")))

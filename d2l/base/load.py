@@ -145,7 +145,7 @@ def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:
 
 def _plan_expert_products(device: str, dtype: str) -> Choice:
     if not device.startswith("cuda"):
-        return Choice("one_by_one", f"on {device} a loop over the experts in use is as fast")
+        return Choice("one_by_one", f"on {device} one expert at a time stays in the caches, and nothing waits")
     if dtype != "bfloat16":
         return Choice("one_by_one", f"grouped products are one kernel in bfloat16 only, and dtype is {dtype}")
     major, minor = torch.cuda.get_device_capability(device)

@@ -106,7 +106,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.base.experts:PackedExperts._project",
+        "d2l.base.experts:_project",
         "experts",
         (
             "expert-bias-lost",

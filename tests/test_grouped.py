@@ -49,7 +49,7 @@ def results(module: PackedExperts, arguments: tuple[Tensor, Tensor, Tensor], tra
     hidden, _, weights = arguments
     module.transient_bytes = transient
     output = module(*arguments)
-    direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
     yield output.detach()
     yield from torch.autograd.grad(output, (hidden, weights), direction)
 
@@ -290,3 +290,36 @@ def test_no_strided_half_is_computed_with() -> None:
         patch.setattr(grouped, "clamped_swiglu", swiglu)
         layer(4, 1)
     assert set(seen) == {1}
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_on_cuda_nothing_waits_and_values_are_those_of_one_expert_at_a_time() -> None:
+    """Layers of gpt-oss-20b's width in bfloat16: torch raises where the host would wait. Compared with float64 there."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs CUDA SM 90 or 100")
+    with torch.device("cuda"):
+        module = PackedExperts(8, 2880, 2880, alpha=1.702, limit=7.0, dtype=torch.bfloat16)
+        for buffer in module.buffers():
+            buffer.random_(118, 122) if buffer.shape[-1] != 16 else buffer.random_()
+        for bias in module.parameters():
+            bias.data.normal_()
+        hidden = torch.randn(200, 2880, dtype=torch.bfloat16, requires_grad=True)
+        indices = torch.rand(200, 7).argsort(-1)[:, :4]  # the last expert has no token
+        weights = torch.rand(200, 4, dtype=torch.bfloat16, requires_grad=True)
+    module.transient_bytes = 2**27
+    module(hidden, indices, weights).sum().backward()  # compiles, and compares the kernel with the table
+    hidden.grad = weights.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        at_once = list(results(module, (hidden, indices, weights), 2**27))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    one_by_one = list(results(module, (hidden, indices, weights), None))
+    double = [it.detach().double().requires_grad_() for it in (hidden, weights)]
+    truth = results(module.double(), (double[0], indices, double[1]), None)
+    for found, other, true in zip(at_once, one_by_one, truth, strict=True):
+        errors = [float((it.double() - true).norm() / true.norm()) for it in (found, other)]
+        assert errors[0] <= 1.2 * errors[1] < 0.05

@@ -170,3 +170,14 @@ def test_it_compiles_for_gpus_and_reads_and_writes_sixteen_bytes_at_a_time(
     accesses = re.findall(r"(?:ld|st)\.global[\w.]*", code["ptx"])
     assert accesses == ["ld.global.b8", "ld.global.v4.b32", *["st.global.v4.b32"] * 4]
     assert len(code["cubin"]) > 1000
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_kernel_is_chosen_and_exact() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    blocks, scales = (halves(part.cuda()) for part in random_bytes(3, 64, 90))
+    assert mxfp4._kernel(blocks.device) is not None
+    assert torch.equal(
+        bits(dequantize(blocks, scales, torch.bfloat16)), bits(mxfp4._look_up(blocks, scales, torch.bfloat16))
+    )

@@ -273,14 +273,14 @@ def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: 
     """Return how a tiny base would be loaded: as the implementation plans it, on the CPU; plainly where it has no plan."""
     from d2l.base.load import Choice, LoadPlan
 
-    device = Choice("cpu", "a twin is tiny")
+    device, products = Choice("cpu", "a twin is tiny"), Choice("one_by_one", "a twin is on the CPU")
     try:
-        return replace(implementation.plan(config, base_config), device=device)
+        return replace(implementation.plan(config, base_config), device=device, expert_products=products)
     except NotOffered as absent:
         attention, experts, quantization, dtype = (
             Choice(value, str(absent)) for value in ("eager", "dense", "none", "float32")
         )
-        return LoadPlan(attention, experts, quantization, dtype, device)
+        return LoadPlan(attention, experts, quantization, dtype, device, products, expert_transient_bytes=0)
 
 
 def changed(config: RunConfig, **values: Any) -> RunConfig:

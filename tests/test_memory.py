@@ -1,6 +1,7 @@
 """Bytes computed from shapes against bytes counted."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,21 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
         for switch in (True, False)
     )
     assert off > 5 * on
+
+
+@pytest.mark.parametrize(("transient", "dequantized"), [(2**29, 2**29), (2**31, 32 * 2 * 2880 * 2880 * 2)])
+def test_a_layer_of_experts_at_once_takes_its_transient_and_no_more_than_its_gates_and_ups(
+    transient: int, dequantized: int
+) -> None:
+    config = RunConfig(max_packed_inp_len=1024, max_packed_ctx_len=1024, dtype="bfloat16")
+    one_by_one = plan_load(config, GPT_OSS, "cpu")
+    products = replace(one_by_one.expert_products, value="grouped")
+    at_once = replace(one_by_one, expert_products=products, expert_transient_bytes=transient)
+    peaks = [
+        memory_plan(config, GPT_OSS, plan, hypernet_parameters=1, optimizer_values=2).peak
+        for plan in (at_once, one_by_one)
+    ]
+    assert peaks[0] - peaks[1] == dequantized - 3 * 2880 * 2880 * 2
 
 
 def test_logits_grow_with_the_label_tokens_only() -> None:

@@ -163,5 +163,17 @@ def _activations(
     attention = (3 * heads + 2 * key_value_heads) * head_dim
     layer = tokens * (3 * hidden + attention + mlp) + scores
     kept = kept_layers * tokens * hidden + layer if checkpointing else kept_layers * layer
-    dequantized = 3 * width * hidden if plan.experts.value == "packed" else 0  # both projections of one expert
-    return (kept + _SCORES_AT_WORK * scores + dequantized) * size
+    return (kept + _SCORES_AT_WORK * scores) * size + _dequantized(base_config, plan, width * hidden * size)
+
+
+def _dequantized(base_config: PreTrainedConfig, plan: LoadPlan, matrix: int) -> int:
+    """Compute the bytes of packed experts that are dequantized at a time: a slice of all experts, or one expert.
+
+    Args:
+        matrix: bytes of one expert's down projection; gate and up are twice as large.
+    """
+    if plan.experts.value != "packed":
+        return 0
+    if plan.expert_products.value == "grouped":
+        return min(plan.expert_transient_bytes, 2 * base_config.num_local_experts * matrix)
+    return 3 * matrix

@@ -63,6 +63,11 @@ GROUPS: dict[str, dict[str, Description]] = {
             "(`native`), which cannot train; `auto`: packed",
             "with a base whose checkpoint is MXFP4",
         ),
+        "expert_transient_gib": _own(
+            "Most memory, in GiB, that dequantized weights of packed experts take at a time, where all experts of a layer "
+            "are computed at once; less means more and smaller products",
+            "with packed experts in bfloat16 on CUDA SM 90 and 100",
+        ),
     },
     "Context encoder": {
         "ctx_encoder_type": Description(

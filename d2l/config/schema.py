@@ -73,6 +73,7 @@ class RunConfig(BaseModel):
     attn_implementation: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["auto", "packed", "dequantize", "native"] = "auto"
+    expert_transient_gib: Positive = 0.5
 
     # Context encoder
     ctx_encoder_type: Literal["embed_only", "per_layer_activations", "early_exit", "concat_layers"] = "early_exit"

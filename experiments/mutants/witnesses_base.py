@@ -75,6 +75,25 @@ def experts(values: Values) -> None:
     values["frozen"] = [p.requires_grad for p in module.parameters()]
 
 
+def grouped(values: Values) -> None:
+    """Run the same experts a layer at once, in one slice and in several."""
+    base_config, plan = gpt_oss()
+    for transient in (2**17, 2**30):
+        at_once = replace(plan.expert_products, value="grouped")
+        base = random_base(
+            base_config, replace(plan, expert_products=at_once, expert_transient_bytes=transient), seed=0
+        )
+        module = next(it for it in base.modules() if isinstance(it, PackedExperts))
+        generator = torch.Generator().manual_seed(1)
+        hidden = (20 * torch.randn(7, 64, generator=generator)).requires_grad_()
+        routed = torch.rand(7, 4, generator=generator).requires_grad_()
+        index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(7)])
+        output = module(hidden, index, routed)
+        (output * torch.randn(output.shape, generator=generator)).sum().backward()
+        found = {"output": output.detach(), "hidden": hidden.grad, "routed": routed.grad}
+        values |= {f"{transient} {name}": value for name, value in found.items()}
+
+
 def _logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         masks = packed_masks(base, POSITIONS)

@@ -68,7 +68,8 @@ mutants: install # under 40 minutes on 2 cores: small bugs in d2l, one at a time
 layers: install # the import graph: modules, rooms, floors, arrows
 	$(BIN)/python tests/support/layers.py .
 
-bench: install
+bench: install # ratios against named rules, on CUDA where there is one; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/attention.py

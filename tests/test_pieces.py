@@ -113,6 +113,30 @@ def test_under_autocast_the_gradients_of_pieces_are_summed_in_float32(monkeypatc
     assert all(gradient.dtype == torch.float32 for gradient in pieces)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_piece_recomputes_in_the_precision_of_its_forward(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
+    model = hypernetwork(wide_shape(per_layer=False))
+    features = features_of(model.shape, (40,))
+    with precision(autocast):
+        expected = values_and_gradients(model, features, (40,))
+    monkeypatch.setattr(memory, "PIECE_BYTES", 1)
+    with precision(autocast):
+        latents = model.aggregator(features, Segments((40,)))
+    probe = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(latents)
+    found = torch.autograd.grad((latents * probe).sum(), [features, *model.aggregator.parameters()])  # outside of it
+    for actual, wanted in zip([latents, *found], expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_groups_of_chunks_come_out_in_the_order_of_the_row() -> None:
+    model, lengths = hypernetwork(wide_shape()).double(), (7, 60, 8, 55, 1)
+    features = features_of(model.shape, lengths).double()
+    assert len(cut(model.shape, Segments(lengths), 8)) == 3
+    together = model.aggregator(features, Segments(lengths))
+    for latents, chunk, length in zip(together, features.split(lengths, dim=2), lengths, strict=True):
+        torch.testing.assert_close(latents, model.aggregator(chunk, Segments((length,)))[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("autocast", [False, True])

@@ -193,7 +193,7 @@ class Trainer:
                 raise CheckpointError(f"the checkpoint lacks optimizer moments of {name}; resume from another one")
             if checkpoint.state["step"] > 0:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    key: value.to(parameter.device, copy=True)  # a fused optimizer counts its steps there too
                     for key, value in moments.items()
                     if value is not None
                 }

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from d2l.base.segments import Segments
+from d2l.base.transfer import moved
 from d2l.hypernet.targets import Targets
 
 
@@ -86,10 +87,13 @@ def merge_chunks(chunks: Lora, n_chunks: Sequence[int], bias: Lora | None = None
         ]
     )
 
+    device = next(iter(chunks.A.values())).device
+    places, axes = moved(place.flatten(), device), {"n": len(n_chunks)}
+
     def merged(blocks: Tensor, bias_block: Tensor | None) -> Tensor:
         zeros = torch.zeros_like(blocks[:1])
         table = torch.cat([blocks, zeros if bias_block is None else bias_block, zeros])
-        return rearrange(table[place.to(blocks.device)], "n k l r d -> n l (k r) d")
+        return rearrange(table.index_select(0, places), "(n k) l r d -> n l (k r) d", **axes)
 
     A = {name: merged(a, bias.A[name] if bias else None) for name, a in chunks.A.items()}
     B = {name: merged(b, bias.B[name] if bias else None) for name, b in chunks.B.items()}

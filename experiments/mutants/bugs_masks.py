@@ -60,8 +60,8 @@ MUTANTS = [
         "masks",
         (
             "padding-counted-as-keys",
-            "(occupied | (lengths == 0)).to(x.device)",
-            "torch.ones_like(occupied).to(x.device)",
+            "moved(occupied | (lengths == 0), x.device)",
+            "moved(torch.ones_like(occupied), x.device)",
             "a chunk's LoRA depends on the longest chunk beside it",
         ),
     ),

@@ -150,7 +150,7 @@ def _loading(draw: Random, family: str) -> dict[str, Any]:
     """How the base is held, and how long packed rows are."""
     return {
         "attn_implementation": draw.choice(
-            ["auto", "eager", "per_document", *(["sdpa"] if family not in NO_SDPA else [])]
+            ["auto", "eager", "per_document", "packed_flex", *(["sdpa"] if family not in NO_SDPA else [])]
         ),
         "dtype": draw.choice(["auto", "float32", "bfloat16"]),
         "expert_weights": draw.choice(["auto", "packed", "dequantize"]),

@@ -22,7 +22,7 @@ from support.families import BASES
 from support.sizes import MXFP4, NO_SPECIAL_TOKENS
 
 # Bytes enough, so that the checks of stage `device` run whatever this machine has.
-CLEAN = override(free_memory=lambda healthy: 2**60, free_disk=lambda healthy, config: 2**60)(
+CLEAN = override(gpu=lambda healthy: "cpu", free_memory=lambda healthy: 2**60, free_disk=lambda healthy, config: 2**60)(
     make_subject(load_config())
 )
 OTHERS = sorted(BASES.keys() - {"gpt_oss"})

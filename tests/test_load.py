@@ -5,12 +5,14 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
+from d2l.base import flex
 from d2l.base.experts import PackedExperts
 from d2l.base.files import refuse_misfit, save_mxfp4
 from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
@@ -119,6 +121,29 @@ def test_every_choice_is_stated(base_config, values: dict, expected: dict) -> No
     reasons = [choice.reason for choice in vars(choices).values() if isinstance(choice, Choice)]
     for name, value in values.items():  # what was asked for is named by the choice that it made
         assert any(name in reason for reason in reasons) or value == choices.experts.value
+
+
+CUDA_PLANS: list[tuple[Any, tuple[int, int], str, str]] = [
+    (GPT_OSS, (9, 0), "packed_flex", "sinks"),
+    (GPT_OSS, (7, 5), "eager", "SM 75"),
+    (LLAMA, (9, 0), "sdpa", "supports it"),
+    (AutoConfig.for_model("gpt_neo"), (9, 0), "packed_flex", "does not support SDPA"),
+]
+
+
+@pytest.mark.parametrize(("base_config", "capability", "attention", "reason"), CUDA_PLANS)
+def test_attention_on_cuda(
+    base_config: Any, capability: tuple[int, int], attention: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(flex, "find_spec", lambda name: name)
+    planned = plan(base_config, device=None).attention
+    assert (planned.value, reason in planned.reason) == (attention, True), planned.reason
+
+
+def test_flex_on_a_cpu_says_that_it_fills_all_scores() -> None:
+    assert "all scores" in plan(GPT_OSS, attn_implementation="packed_flex").attention.reason
 
 
 def test_sinks_are_the_reason_for_eager_attention() -> None:

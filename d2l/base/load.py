@@ -26,6 +26,7 @@ from d2l.base.files import (
     refuse_misfit,
     weights_folder,
 )
+from d2l.base.flex import PACKED_FLEX, kernel_obstacle
 from d2l.base.masks import causal_lm_class
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
@@ -50,7 +51,7 @@ class Choice:
 class LoadPlan:
     """Plan of how the base will be loaded. It states facts and refuses nothing; the checks judge it.
 
-    attention: an `attn_implementation` of transformers.
+    attention: an `attn_implementation` of transformers, `per_document` or `packed_flex`.
     experts: packed (MXFP4, our backward to the inputs), dequantize, native (transformers' kernels, no backward), dense.
     quantization: none, mxfp4, bitsandbytes, or the checkpoint's own method.
     dtype: float32 or bfloat16.
@@ -106,7 +107,7 @@ def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | No
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _plan_dtype(config.dtype, where)
     return LoadPlan(
-        attention=_plan_attention(config.attn_implementation, base_config),
+        attention=_plan_attention(config.attn_implementation, base_config, where),
         experts=_plan_experts(config.expert_weights, base_config),
         quantization=_plan_quantization(config.quantize_ctx_encoder, base_config),
         dtype=dtype,
@@ -116,16 +117,27 @@ def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | No
     )
 
 
-def _plan_attention(requested: str, base_config: PreTrainedConfig) -> Choice:
+def _plan_attention(requested: str, base_config: PreTrainedConfig, device: str) -> Choice:
+    on_cuda = device.startswith("cuda")
     if requested != "auto":
-        return Choice(requested, f"attn_implementation: {requested}")
+        computed = "" if on_cuda or requested != PACKED_FLEX else f"; on {device} by its formula, with all scores"
+        return Choice(requested, f"attn_implementation: {requested}{computed}")
     if any(name.endswith(".sinks") for name, _ in skeleton(base_config).named_parameters()):
-        return Choice(
-            "eager", "the attention has sinks: no flash kernel has a backward for them, and SDPA ignores them"
-        )
-    if causal_lm_class(base_config)._supports_sdpa:
+        need = "the attention has sinks, which SDPA ignores and no released flash kernel has a backward for"
+    elif causal_lm_class(base_config)._supports_sdpa:
         return Choice("sdpa", f"{base_config.model_type} supports it, and it takes masks for packed documents")
-    return Choice("eager", f"{base_config.model_type} does not support SDPA")
+    else:
+        need = f"{base_config.model_type} does not support SDPA"
+    obstacle = kernel_obstacle(head_size(base_config)) if on_cuda else f"on {device} it would fill all scores too"
+    if obstacle:
+        return Choice("eager", f"{need}; not {PACKED_FLEX}: {obstacle}")
+    return Choice(PACKED_FLEX, f"{need}; on CUDA flex_attention computes it in memory linear in the length")
+
+
+def head_size(base_config: PreTrainedConfig) -> int:
+    """Return the size of an attention head."""
+    own: int | None = getattr(base_config, "head_dim", None)
+    return own or base_config.hidden_size // base_config.num_attention_heads
 
 
 def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:

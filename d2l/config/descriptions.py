@@ -51,7 +51,8 @@ GROUPS: dict[str, dict[str, Description]] = {
         ),
         "attn_implementation": Description(
             "Attention implementation of transformers, or `per_document`: the model's own on one packed document at a "
-            "time; `auto`: eager for models with sinks or without SDPA, else sdpa",
+            "time, or `packed_flex`: compiled for CUDA, in memory linear in the length; `auto`: sdpa, and for models with "
+            "sinks or without SDPA packed_flex on CUDA, else eager",
             reference="`use_flash_attn`",
         ),
         "dtype": Description(

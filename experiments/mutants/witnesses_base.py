@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from d2l.base.experts import PackedExperts
@@ -179,13 +180,14 @@ def masks(values: Values) -> None:
     gpt = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
     bases = {"gpt_oss": GptOssConfig(**sizes, **gpt), "llama": LlamaConfig(**sizes)}
     for name, base_config in bases.items():
-        for attention in ("eager", "per_document", *(["sdpa"] if name == "llama" else [])):
+        for attention in ("eager", "per_document", "packed_flex", *(["sdpa"] if name == "llama" else [])):
             plan = plan_load(RunConfig(attn_implementation=attention), base_config, device="cpu")
             base = random_base(base_config, plan, seed=0)
             values[f"{name} {attention} logits"] = _logits(base, ids)
             made = packed_masks(base, POSITIONS)
             for kind, mask in (made if isinstance(made, dict) else {"all": made}).items():
-                values[f"{name} {attention} {kind}"] = None if mask is None else mask.double().clamp(min=-9)
+                shown = mask.to_dense() if isinstance(mask, BlockMask) else mask
+                values[f"{name} {attention} {kind}"] = None if shown is None else shown.double().clamp(min=-9)
         values[f"{name} layout"] = [
             list(attention_layout(base_config).layer_types),
             attention_layout(base_config).window,

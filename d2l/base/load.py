@@ -83,18 +83,24 @@ def read_base_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
-def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | None = None) -> LoadPlan:
+def plan_load(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    device: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> LoadPlan:
     """Decide how to load the base.
 
     Args:
         device: as torch names it; by default CUDA where there is one, else the CPU.
+        capability: compute capability (major, minor) of a CUDA device that is not here; by default that of the one here.
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadPlan(
         attention=_plan_attention(config.attn_implementation, base_config),
         experts=_plan_experts(config.expert_weights, base_config),
         quantization=_plan_quantization(config.quantize_ctx_encoder, base_config),
-        dtype=_plan_dtype(config.dtype, where),
+        dtype=_plan_dtype(config.dtype, where, capability),
         device=Choice(where, "named by the caller" if device else "CUDA where there is a device, else the CPU"),
     )
 
@@ -141,12 +147,12 @@ def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig
     return Choice(method or "none", "the checkpoint's quantization_config" if method else "the checkpoint has none")
 
 
-def _plan_dtype(requested: str, device: str) -> Choice:
+def _plan_dtype(requested: str, device: str, capability: tuple[int, int] | None) -> Choice:
     if requested != "auto":
         return Choice(requested, f"dtype: {requested}")
     if not device.startswith("cuda"):
         return Choice("float32", f"on {device} bfloat16 is less exact and hardly faster")
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability or torch.cuda.get_device_capability(device)
     if major < 8:
         return Choice("float32", f"CUDA SM {major}{minor} does not compute in bfloat16; SM 80 and later do")
     return Choice("bfloat16", f"CUDA SM {major}{minor} computes in bfloat16")

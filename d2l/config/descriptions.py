@@ -63,6 +63,10 @@ GROUPS: dict[str, dict[str, Description]] = {
             "(`native`), which cannot train; `auto`: packed",
             "with a base whose checkpoint is MXFP4",
         ),
+        "device_memory": _own(
+            "Memory of the GPU that the run is planned for, in bytes or such as '80GiB'; default: that of the GPU here",
+            "in `d2l plan` and MEM401; the run itself takes what it needs",
+        ),
     },
     "Context encoder": {
         "ctx_encoder_type": Description(

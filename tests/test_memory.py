@@ -120,6 +120,8 @@ WIDE = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 8, 
 GPT = BASES["gpt_oss"].tiny(**WIDE, **MXFP4, num_local_experts=8)
 LARGE_VOCABULARY = BASES["gpt_oss"].tiny(**WIDE | {"vocab_size": 20_000}, **MXFP4, num_local_experts=8)
 LLAMA = BASES["llama"].tiny(**WIDE)
+WIDE_EXPERTS = BASES["gpt_oss"].tiny(**WIDE | {"intermediate_size": 640}, **MXFP4, num_local_experts=8)
+DEEP = BASES["llama"].tiny(**WIDE | {"num_hidden_layers": 24, "intermediate_size": 32})
 SMALL = {"latent_size": 64, "n_latent_queries": 16, "num_blocks": 2, "perceiver_heads": 4, "perceiver_head_dim": 16}
 PER_LAYER, CONCAT = {"ctx_encoder_type": "per_layer_activations"}, {"ctx_encoder_type": "concat_layers"}
 KEPT = {"gradient_checkpointing": False}
@@ -132,6 +134,9 @@ STEPS = {
     "questions, eager": (GPT, [32, 32], [500, 500], 8, CONCAT),
     "questions, per document": (GPT, [32] * 16, [60] * 16, 8, CONCAT | PER_DOCUMENT),
     "questions, nothing recomputed": (GPT, [32, 32], [500, 500], 8, CONCAT | PER_DOCUMENT | KEPT),
+    "experts, nothing recomputed": (WIDE_EXPERTS, [8] * 40, [24] * 40, 4, CONCAT | PER_DOCUMENT | KEPT),
+    "features of many layers": (DEEP, [1500], [8], 4, CONCAT | {"num_blocks": 1, "latent_size": 8}),
+    "LoRAs of many documents": (DEEP, [16] * 60, [8] * 60, 4, CONCAT | {"num_blocks": 1, "n_latent_queries": 1}),
     "logits": (LARGE_VOCABULARY, [64], [500], 400, CONCAT),
     "one set of features": (LLAMA, [256] * 4, [64] * 4, 8, {}),
     "dense, nothing recomputed": (LLAMA, [256] * 2, [512] * 2, 8, {"target_modules": ("down_proj",)} | KEPT),

@@ -238,17 +238,20 @@ def test_hours_cost_and_context_tokens_follow_from_the_steps() -> None:
     assert more.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
 
 
-def test_the_largest_packing_fits_and_the_next_one_does_not() -> None:
-    plan = planned("24GiB", "recommended")
-    found = plan.largest_packing
+@pytest.mark.parametrize("card", ["20GiB", "24GiB", "33GiB", "48GiB", "H100", "H200"])
+def test_the_largest_packing_fits_and_the_next_one_does_not(card: str) -> None:
+    usable, rows = find_card(card).usable, AssumedRows()
+    found = planned(card, "recommended").largest_packing
     assert found is not None
-    assert found.peak_bytes <= plan.card.usable
+    assert found.peak_bytes <= usable
     assert found.max_packed_ctx_len % 128 == 0
-    budgets = {
-        "max_packed_ctx_len": found.max_packed_ctx_len + 128,
-        "max_packed_inp_len": found.max_packed_inp_len + 128,
-    }
-    assert planned("24GiB", "recommended", **budgets).memory.needed > plan.card.usable
+    assert found.max_packed_inp_len == found.max_packed_ctx_len
+    larger = found.max_packed_ctx_len + 128
+    config = configured("recommended", max_packed_ctx_len=larger, max_packed_inp_len=larger)
+    assert memory_plan(ON_H100.sizes(config), rows.shapes(config)).needed > usable
+
+
+def test_nothing_fits_a_card_that_the_base_alone_fills() -> None:
     assert planned("4GiB").largest_packing is None
     assert not planned("4GiB").fits
 

@@ -100,6 +100,7 @@ def step_phases(sizes: Sizes, row: RowShape, experts_at_once: int) -> dict[str, 
     return {
         **_reading(sizes, row, held, hypernet, experts_at_once),
         **_answering(sizes, row, made, experts_at_once),
+        "backward of merging": made | {"generated LoRAs": 3 * hypernet.lora},  # values, gradients, those of the chunks
         "end of the hypernetwork's backward": held
         | {
             "gradients": sizes.trained * _FLOAT32,
@@ -127,7 +128,7 @@ def _reading(
         | {
             "context features": hypernet.features if sizes.mixed else 0,
             "hypernetwork activations": hypernet.kept + hypernet.passing_casts,
-            "generated LoRAs": hypernet.lora,
+            "generated LoRAs": 2 * hypernet.lora,  # before and after the chunks of each document are merged
         },
     }
 

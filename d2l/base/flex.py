@@ -60,13 +60,19 @@ def packed_flex_attention(
     return attend(query, key, value, attention_mask, s_aux, scaling, softcap), None
 
 
-def kernel_obstacle(head_size: int) -> str | None:
-    """Say why the kernels of `flex_attention` cannot run on CUDA here; None where they can."""
+def kernel_obstacle(head_size: int, capability: tuple[int, int] | None = None) -> str | None:
+    """Say why the kernels of `flex_attention` cannot run on CUDA; None where they can.
+
+    Args:
+        capability: compute capability of a card that is not here, and taken to have Triton; by default of the one here.
+    """
     if head_size < SMALLEST_HEAD:
         return f"its kernels take heads of {SMALLEST_HEAD} and more, found {head_size}"
-    if find_spec("triton") is None:
+    if capability is None and find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
-    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    if capability is not None and capability < (8, 0):
         return f"its kernels are for SM 80 and later, found SM {capability[0]}{capability[1]}"
     return None
 

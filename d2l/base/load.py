@@ -98,26 +98,34 @@ def read_base_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
-def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | None = None) -> LoadPlan:
+def plan_load(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    device: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> LoadPlan:
     """Decide how to load the base.
 
     Args:
         device: as torch names it; by default CUDA where there is one, else the CPU.
+        capability: compute capability (major, minor) of a CUDA device that is not here; by default that of the one here.
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _plan_dtype(config.dtype, where)
+    dtype = _plan_dtype(config.dtype, where, capability)
     return LoadPlan(
-        attention=_plan_attention(config.attn_implementation, base_config, where),
+        attention=_plan_attention(config.attn_implementation, base_config, where, capability),
         experts=_plan_experts(config.expert_weights, base_config),
         quantization=_plan_quantization(config.quantize_ctx_encoder, base_config),
         dtype=dtype,
         device=Choice(where, "named by the caller" if device else "CUDA where there is a device, else the CPU"),
-        expert_products=_plan_expert_products(where, dtype.value),
+        expert_products=_plan_expert_products(where, dtype.value, capability),
         expert_transient_bytes=int(config.expert_transient_gib * 2**30),
     )
 
 
-def _plan_attention(requested: str, base_config: PreTrainedConfig, device: str) -> Choice:
+def _plan_attention(
+    requested: str, base_config: PreTrainedConfig, device: str, capability: tuple[int, int] | None
+) -> Choice:
     on_cuda = device.startswith("cuda")
     if requested != "auto":
         computed = "" if on_cuda or requested != PACKED_FLEX else f"; on {device} by its formula, with all scores"
@@ -128,7 +136,9 @@ def _plan_attention(requested: str, base_config: PreTrainedConfig, device: str) 
         return Choice("sdpa", f"{base_config.model_type} supports it, and it takes masks for packed documents")
     else:
         need = f"{base_config.model_type} does not support SDPA"
-    obstacle = kernel_obstacle(head_size(base_config)) if on_cuda else f"on {device} it would fill all scores too"
+    obstacle = (
+        kernel_obstacle(head_size(base_config), capability) if on_cuda else f"on {device} it would fill all scores too"
+    )
     if obstacle:
         return Choice("eager", f"{need}; not {PACKED_FLEX}: {obstacle}")
     return Choice(PACKED_FLEX, f"{need}; on CUDA flex_attention computes it in memory linear in the length")
@@ -155,12 +165,12 @@ def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:
             return Choice("packed", "the checkpoint is MXFP4, and frozen experts need gradients to their inputs only")
 
 
-def _plan_expert_products(device: str, dtype: str) -> Choice:
+def _plan_expert_products(device: str, dtype: str, capability: tuple[int, int] | None) -> Choice:
     if not device.startswith("cuda"):
         return Choice("one_by_one", f"on {device} one expert at a time stays in the caches, and nothing waits")
     if dtype != "bfloat16":
         return Choice("one_by_one", f"grouped products are one kernel in bfloat16 only, and dtype is {dtype}")
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability or torch.cuda.get_device_capability(device)
     if major in _ONE_KERNEL_A_LAYER:
         return Choice("grouped", f"CUDA SM {major}{minor} multiplies all experts of a layer in one kernel")
     return Choice(
@@ -185,12 +195,12 @@ def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig
     return Choice(method or "none", "the checkpoint's quantization_config" if method else "the checkpoint has none")
 
 
-def _plan_dtype(requested: str, device: str) -> Choice:
+def _plan_dtype(requested: str, device: str, capability: tuple[int, int] | None) -> Choice:
     if requested != "auto":
         return Choice(requested, f"dtype: {requested}")
     if not device.startswith("cuda"):
         return Choice("float32", f"on {device} bfloat16 is less exact and hardly faster")
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability or torch.cuda.get_device_capability(device)
     if major < 8:
         return Choice("float32", f"CUDA SM {major}{minor} does not compute in bfloat16; SM 80 and later do")
     return Choice("bfloat16", f"CUDA SM {major}{minor} computes in bfloat16")

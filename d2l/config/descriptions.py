@@ -69,6 +69,10 @@ GROUPS: dict[str, dict[str, Description]] = {
             "are computed at once; less means more and smaller products",
             "with packed experts in bfloat16 on CUDA SM 90 and 100",
         ),
+        "device_memory": _own(
+            "Memory of the GPU that the run is planned for, in bytes or such as '80GiB'; default: that of the GPU here",
+            "in `d2l plan` and MEM401; the run itself takes what it needs",
+        ),
     },
     "Context encoder": {
         "ctx_encoder_type": Description(

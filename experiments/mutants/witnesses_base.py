@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrained
 
 from d2l.base.experts import PackedExperts
 from d2l.base.files import save_mxfp4
-from d2l.base.load import Choice, load_base, plan_load, random_base, read_base_config, skeleton
+from d2l.base.load import load_base, plan_load, random_base, read_base_config, skeleton
 from d2l.base.masks import attention_layout, packed_masks
-from d2l.base.memory import memory_plan
 from d2l.base.mxfp4 import dequantize, quantize
 from d2l.base.segments import Segments
 from d2l.base.twin import twin_config
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 from d2l.hypernet.targets import find_targets, target_sizes
+from d2l.plan.memory import memory_plan
+from d2l.plan.rows import AssumedRows
+from d2l.plan.sizes import HOPPER, Model
 from experiments.mutants.values import Values
 from experiments.mutants.workbench import configurations, llama_config
 
@@ -207,10 +208,8 @@ def masks(values: Values) -> None:
 def memory(values: Values) -> None:
     """Compute the bytes of both runs."""
     for name, config in configurations().items():
-        base_config = read_base_config(config.model_name_or_path)
+        model = Model(read_base_config(config.model_name_or_path), "cuda", HOPPER)
         for checkpointing in (False, True):
             changed = RunConfig(**config.model_dump() | {"gradient_checkpointing": checkpointing})
-            plan = plan_load(changed, base_config, device="cpu")
-            plan = replace(plan, dtype=Choice("bfloat16", ""))
-            made = memory_plan(changed, base_config, plan, hypernet_parameters=10**6, optimizer_values=2 * 10**6)
+            made = memory_plan(model.sizes(changed), AssumedRows().shapes(changed))
             values[f"{name} {checkpointing}"] = {it.name: [it.loading, it.peak, it.steady] for it in made.components}

@@ -143,6 +143,7 @@ def _attend(
 ) -> Tensor:
     """Compute attention over a row of whole blocks; this is what is compiled."""
     length = query.shape[2]
+    assert key.shape[2] == value.shape[2] == length  # the compiler knows one length then, and not three
     blocks = BlockMask(  # made anew: the length that the mask itself carries would be a constant of the graph
         seq_lengths=(length, length),
         kv_num_blocks=mask.kv_num_blocks,

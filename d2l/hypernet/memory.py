@@ -3,7 +3,7 @@
 Shape legend: L = layers of features, n = chunks, T = their tokens, P = those padded to the longest chunk, F = feature
 size, D = latent size, Q = query heads · head size, K = key heads · head size, q = latents of a chunk.
 Parameters, gradients and the residual stream of the latents are in float32; c = bytes of a value that a product makes: 2
-under bfloat16 autocast, else 4.
+under bfloat16 autocast, else 4. A norm saves its input and what is normed; fused, as on CUDA, its input alone.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from d2l.hypernet.shape import MLP_RATIO, QUERIES_PER_KEY, HypernetShape
 # 10^12 operations, milliseconds beside which its launches and its part of the gradients (0.5 GB, published) are little.
 PIECE_BYTES = 2**31
 _FLOAT32 = 4
-# Of a piece's bytes in the modality projection, what its backward works with: gradients of gate, up and silu(gate).
-_GRADIENTS_AT_WORK = 3 / 4
+# Of the bytes that the modality projection keeps: its forward makes gate, silu(gate) and up, then up goes for the product;
+# its backward frees the product, and works with three gradients beside the three that are left.
+_PROJECTION_FORWARD, _PROJECTION_BACKWARD = 3 / 4, 6 / 4
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,46 @@ class ActivationBytes:
 
     Attributes:
         features: of the context encoder, in the base's dtype, without padding; alive until the backward pass is over.
-        kept: from the Perceiver to the LoRA of every chunk, for the backward pass.
-        transient: at work beside them in the Perceiver's backward.
+        perceiver: kept by the Perceiver for its backward pass, copies of features and weights included.
+        heads: kept from the Perceiver's latents to the LoRA of every chunk.
+        passing: copies of weights that end with the forward.
+        forward: at work in the forward of the Perceiver where that is recomputed.
+        backward: at work at the end of the Perceiver's backward, beside the sum of each parameter's gradients: with
+            `perceiver` where it is recomputed, else instead of it.
+        recomputed: whether the Perceiver's pieces are computed again in its backward.
     """
 
     features: int
-    kept: int
-    transient: int
+    perceiver: int
+    heads: int
+    passing: int
+    forward: int
+    backward: int
+    recomputed: bool
+
+    @property
+    def kept(self) -> int:
+        """Bytes from the forward to the backward, the features and the LoRAs aside."""
+        return self.perceiver + self.heads
 
 
 def activation_bytes(
-    shape: HypernetShape, chunk_lengths: Sequence[int], *, feature_bytes: int, compute_bytes: int
+    shape: HypernetShape,
+    chunk_lengths: Sequence[int],
+    *,
+    feature_bytes: int,
+    compute_bytes: int,
+    fused_norms: bool = False,
 ) -> ActivationBytes:
-    """Compute the bytes of a packed row of documents: features L·T·F; kept and transient as follows.
+    """Compute the bytes of a packed row of documents: features L·T·F, and those of the Perceiver as follows.
 
-    * Where the `total_bytes` of the Perceiver fit into `PIECE_BYTES`, they are kept, and three quarters of the largest
-      projection are at work.
-    * Else the pieces of `cut` are recomputed one by one: kept are the decoded latents, transient are the largest piece,
-      three quarters of its projection, twice the Perceiver's parameters (a piece's gradients and their sum), and under
-      autocast a copy of them.
+    * Where the `total_bytes` of the Perceiver fit into `PIECE_BYTES`, they are kept. The end of its backward works with
+      6/4 of the largest projection.
+    * Else the pieces of `cut` are recomputed one by one: kept are the decoded latents. At work is the largest piece, or at
+      its end 6/4 of its projection and the piece's own gradients of the other parameters.
     * Groups of chunks, where there is more than one, have a copy of their features.
+
+    Under autocast there is a copy of the weights besides; of those whose inputs have no gradient, during the forward only.
 
     To either come the heads: for each of the L·n·M·r rows, and each residual MLP, D·(2·4 + 9·c); once D·(4 + c) and the
     row of A and B; under autocast a copy of their weights. The LoRAs, merged and bound, are not among them.
@@ -67,18 +88,32 @@ def activation_bytes(
     """
     chunks, layers = Segments(tuple(chunk_lengths)), shape.feature_layers
     groups = cut(shape, chunks, compute_bytes)
-    largest, at_work = (
-        max(bytes_of(shape, piece, chunks, compute_bytes) for group in groups for piece in group)
-        for bytes_of in (_piece_bytes, _projection_gradients)
-    )
+    pieces = [_size(piece, chunks) for group in groups for piece in group]
+    kept = [perceiver_bytes(shape, *size, compute_bytes, fused_norms=fused_norms) for size in pieces]
+    projection = max(_projection_bytes(shape, size[0], size[2], compute_bytes) for size in pieces)
     features = layers * chunks.n_tokens * shape.feature_size * feature_bytes
     copies = features if len(groups) > 1 else 0
-    kept, transient = total_bytes(shape, groups, chunks, compute_bytes) + copies, at_work
-    if kept - copies > PIECE_BYTES:
-        kept = layers * len(chunks) * shape.outputs * shape.config.latent_size * _FLOAT32
-        gradients = 2 * _FLOAT32 * perceiver_parameters(shape)
-        transient = largest + at_work + gradients + _copied_weights(shape, compute_bytes) + copies // len(groups)
-    return ActivationBytes(features, kept + _head_bytes(shape, len(chunks), compute_bytes), transient)
+    recomputed = total_bytes(shape, groups, chunks, compute_bytes) > PIECE_BYTES
+    first = _first_parameters(shape)
+    others = perceiver_parameters(shape) - first
+    weights, passing = ((n * compute_bytes if compute_bytes < _FLOAT32 else 0) for n in (others, first))
+    forward, at_end = (int(part * projection) for part in (_PROJECTION_FORWARD, _PROJECTION_BACKWARD))
+    if recomputed:
+        perceiver = layers * len(chunks) * shape.outputs * shape.config.latent_size * _FLOAT32
+        copy = copies // len(groups)
+        backward = weights + copy + max(*kept, at_end + others * _FLOAT32)
+        forward, passing = forward + copy, weights + passing
+    else:
+        perceiver, backward = sum(kept) + copies + weights, at_end + copies + weights
+    return ActivationBytes(
+        features=features,
+        perceiver=perceiver,
+        heads=_head_bytes(shape, len(chunks), compute_bytes),
+        passing=passing,
+        forward=forward,
+        backward=backward,
+        recomputed=recomputed,
+    )
 
 
 def cut(shape: HypernetShape, chunks: Segments, compute_bytes: int) -> list[list[Piece]]:
@@ -101,7 +136,14 @@ def cut(shape: HypernetShape, chunks: Segments, compute_bytes: int) -> list[list
 
 
 def perceiver_bytes(
-    shape: HypernetShape, layers: int, chunks: int, tokens: int, padded: int, compute_bytes: int
+    shape: HypernetShape,
+    layers: int,
+    chunks: int,
+    tokens: int,
+    padded: int,
+    compute_bytes: int,
+    *,
+    fused_norms: bool = False,
 ) -> int:
     """Compute what the Perceiver keeps for its backward pass, of chunks of so many tokens in all, and so many padded (P).
 
@@ -111,18 +153,20 @@ def perceiver_bytes(
     * Each layer, for each of its latents: inputs of four norms, and normed, in float32 8·4·D; inputs of products 4·D and
       c·D; queries, and the attention's output in two orders, 3·Q·c; the SwiGLU's 16·D·c; a log-sum-exp for each head.
       Self-attention has keys and values of its latents besides.
+    * Fused norms: 4·D less for each.
     """
     config, autocast = shape.config, compute_bytes < _FLOAT32
     size, heads = config.latent_size, config.perceiver_heads
     keys, queries = (n * config.perceiver_head_dim * compute_bytes for n in (2 * heads // QUERIES_PER_KEY, heads))
     value = _FLOAT32 * size
-    per_key = 2 * value + keys
-    per_latent = 9 * value + (1 + 4 * MLP_RATIO) * size * compute_bytes + 3 * queries + _FLOAT32 * heads
+    normed = 0 if fused_norms else value
+    per_key = value + normed + keys
+    per_latent = 5 * value + 4 * normed + (1 + 4 * MLP_RATIO) * size * compute_bytes + 3 * queries + _FLOAT32 * heads
     context, latents, outputs = (layers * n for n in (padded, chunks * config.n_latent_queries, chunks * shape.outputs))
     blocks, own = config.num_blocks, config.num_blocks * config.num_self_attn_per_block
     encoder = blocks * (context * per_key + latents * per_latent) + own * latents * (per_latent + keys)
     decoder = latents * (per_key + value) + outputs * per_latent
-    norms = 2 * value * (latents + outputs)
+    norms = (value + normed) * (latents + outputs)
     copies = value * (blocks * context + own * latents) if autocast else value * context
     return _projection_bytes(shape, layers, tokens, compute_bytes) + encoder + decoder + norms + copies
 
@@ -156,9 +200,11 @@ def _projection_bytes(shape: HypernetShape, layers: int, tokens: int, compute_by
     return layers * tokens * 4 * MLP_RATIO * shape.feature_size * compute_bytes
 
 
-def _projection_gradients(shape: HypernetShape, piece: Piece, chunks: Segments, compute_bytes: int) -> int:
-    layers, _, tokens, _ = _size(piece, chunks)
-    return int(_GRADIENTS_AT_WORK * _projection_bytes(shape, layers, tokens, compute_bytes))
+def _first_parameters(shape: HypernetShape) -> int:
+    """Count the weights whose inputs are the features, which have no gradient: no product with them is in the backward."""
+    if shape.config.ctx_encoder_type == "concat_layers":
+        return shape.feature_size * shape.config.latent_size
+    return 2 * MLP_RATIO * shape.feature_size**2
 
 
 def _copied_weights(shape: HypernetShape, compute_bytes: int) -> int:

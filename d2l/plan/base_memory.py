@@ -2,14 +2,16 @@
 
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.mxfp4 import BITS_PER_WEIGHT
+from d2l.plan.expert_memory import mlp_backward_bytes, mlp_forward_bytes, mlp_kept_bytes
 from d2l.plan.sizes import Sizes
+from d2l.train.losses import SLICE_BYTES
 
 _FLOAT32 = 4
 # Bytes a weight while transformers dequantizes, measured on a CPU: result, transpose, indices, casts. CUDA takes fewer.
 _LOADING_DEQUANTIZED = 10
 # Copies of a layer's scores that are alive at once: with sinks, shifted and softmax; in backward softmax and gradients.
 _SCORES_AT_WORK = 3
-_LINEAR = "flex"  # in the name of an attention whose memory is linear: it takes grouped heads and masks by blocks
+_SLICES_AT_WORK = 3  # of logits: themselves, their softmax and its gradient
 
 
 def weight_bytes(sizes: Sizes) -> tuple[int, int]:
@@ -42,61 +44,43 @@ def mask_bytes(sizes: Sizes, tokens: int, longest: int) -> int:
     )
 
 
-def expert_transient(sizes: Sizes, experts_at_once: int) -> int:
-    """Return the bytes of packed experts that are dequantized at once, both projections of each."""
-    return experts_at_once * sizes.base.expert_weights * sizes.element if _packed(sizes) else 0
-
-
-def layer_forward_bytes(sizes: Sizes, tokens: int, longest: int, experts_at_once: int) -> int:
-    """Return the bytes at work in one layer without gradients: attention, or the experts behind it."""
+def layer_forward_bytes(sizes: Sizes, tokens: int, longest: int) -> int:
+    """Return the bytes at work in one layer without gradients: attention, or the MLP behind it."""
     base, size = sizes.base, sizes.element
-    share = min(1.0, experts_at_once / base.experts) if base.experts else 1.0  # of the routes that are computed at once
-    routed = int(tokens * base.routes * share) * (8 * base.intermediate + 2 * base.hidden)
     attention = tokens * 2 * base.head_dim * (base.heads + base.key_heads) * size
-    experts = (routed + 2 * tokens * base.hidden) * size + expert_transient(sizes, experts_at_once)
     scores = _SCORES_AT_WORK * scores_bytes(sizes, tokens, longest)
-    return 2 * tokens * base.hidden * size + max(attention + scores, experts)
+    return 2 * tokens * base.hidden * size + max(attention + scores, mlp_forward_bytes(sizes, tokens))
 
 
 def layer_kept_bytes(sizes: Sizes, tokens: int, longest: int) -> int:
     """Return the bytes that one layer keeps for its backward."""
-    return _attention_kept(sizes, tokens, longest) + _mlp_kept(sizes, tokens)
+    return _attention_kept(sizes, tokens, longest) + mlp_kept_bytes(sizes, tokens)
 
 
-def layer_backward_bytes(sizes: Sizes, tokens: int, longest: int, experts_at_once: int) -> int:
+def layer_backward_bytes(sizes: Sizes, tokens: int, longest: int) -> int:
     """Return the bytes of one layer in its backward: what it keeps and the gradients at work.
 
     The experts' backward comes first; what they kept is free when that of the scores begins.
     """
-    base, size = sizes.base, sizes.element
-    share = min(1.0, experts_at_once / base.experts) if base.experts else 1.0
-    routed = int(tokens * base.routes * share) * (4 * base.intermediate + base.hidden) * size
-    experts = _mlp_kept(sizes, tokens) + routed + expert_transient(sizes, experts_at_once)
+    mlp = mlp_kept_bytes(sizes, tokens) + mlp_backward_bytes(sizes, tokens)
     scores = (_SCORES_AT_WORK - 1) * scores_bytes(sizes, tokens, longest)
-    return 3 * tokens * base.hidden * size + _attention_kept(sizes, tokens, longest) + max(experts, scores)
+    residual = 3 * tokens * sizes.base.hidden * sizes.element
+    return residual + _attention_kept(sizes, tokens, longest) + max(mlp, scores)
 
 
 def _attention_kept(sizes: Sizes, tokens: int, longest: int) -> int:
     """Return what attention and the norms keep: queries, keys and values, the output, and the softmax of scores."""
     base = sizes.base
-    repeated = (
-        0 if _LINEAR in sizes.load.attention.value else 2 * base.heads
-    )  # keys and values, for heads that share them
+    repeated = 0 if sizes.linear_attention else 2 * base.heads  # keys and values, for heads that share them
     values = (2 * base.heads + 2 * base.key_heads + repeated) * base.head_dim
-    return tokens * (4 * base.hidden + values) * sizes.element + scores_bytes(sizes, tokens, longest)
-
-
-def _mlp_kept(sizes: Sizes, tokens: int) -> int:
-    """Return what a dense MLP or the experts keep: for a route gate and up, the SwiGLU's values and the output."""
-    base = sizes.base
-    values = base.routes * (6 * base.intermediate + base.hidden) if base.experts else 4 * base.intermediate
-    return tokens * values * sizes.element
+    sums = base.heads * _FLOAT32 if sizes.linear_attention else 0  # log-sum-exp
+    return tokens * ((4 * base.hidden + values) * sizes.element + sums) + scores_bytes(sizes, tokens, longest)
 
 
 def logits_bytes(sizes: Sizes, label_tokens: int) -> int:
-    """Return the bytes of the logits at labels: themselves, in float32, and their softmax or its gradient."""
-    narrow = sizes.element if sizes.element < _FLOAT32 else 0
-    return label_tokens * sizes.base.vocabulary * (narrow + 2 * _FLOAT32 + (0 if narrow else _FLOAT32))
+    """Return the bytes of the logits at labels and their gradient, and of three slices of them in float32 at work."""
+    values = label_tokens * sizes.base.vocabulary
+    return 2 * values * sizes.element + _SLICES_AT_WORK * min(values * _FLOAT32, SLICE_BYTES)
 
 
 def _packed(sizes: Sizes) -> bool:

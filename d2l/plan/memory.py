@@ -7,6 +7,7 @@ operations save; the peak is that of the highest phase.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2l.hypernet.memory import ActivationBytes, perceiver_parameters
 from d2l.plan.base_memory import (
     layer_backward_bytes,
     layer_forward_bytes,
@@ -15,7 +16,7 @@ from d2l.plan.base_memory import (
     mask_bytes,
     weight_bytes,
 )
-from d2l.plan.hypernet_memory import HypernetMemory, hypernet_memory, lora_bytes, projection_backward_bytes
+from d2l.plan.hypernet_memory import hypernet_memory, lora_bytes
 from d2l.plan.rows import RowShape
 from d2l.plan.sizes import Sizes
 
@@ -70,17 +71,14 @@ class MemoryPlan:
         return max(self.loading, self.peak)
 
 
-def memory_plan(sizes: Sizes, rows: Sequence[RowShape], *, experts_at_once: int = 1) -> MemoryPlan:
+def memory_plan(sizes: Sizes, rows: Sequence[RowShape]) -> MemoryPlan:
     """Compute the bytes of a run on one device, at the row that takes most.
 
     Args:
         rows: at least one.
-        experts_at_once: packed experts of a layer that are dequantized together.
     """
     candidates = [
-        (sum(parts.values()), phase, parts, row)
-        for row in rows
-        for phase, parts in step_phases(sizes, row, experts_at_once).items()
+        (sum(parts.values()), phase, parts, row) for row in rows for phase, parts in step_phases(sizes, row).items()
     ]
     _, phase, peak, row = max(candidates, key=lambda it: it[0])
     loading, steady = _loading(sizes), _between_steps(sizes)
@@ -89,51 +87,46 @@ def memory_plan(sizes: Sizes, rows: Sequence[RowShape], *, experts_at_once: int 
     return MemoryPlan(tuple(parts), phase, row)
 
 
-def step_phases(sizes: Sizes, row: RowShape, experts_at_once: int) -> dict[str, Parts]:
+def step_phases(sizes: Sizes, row: RowShape) -> dict[str, Parts]:
     """Compute the components of every phase of a training step over one packed row."""
-    hypernet = hypernet_memory(sizes, row)
+    hypernet, loras = hypernet_memory(sizes, row), lora_bytes(sizes, row)
     held = _held(sizes)
-    made = held | {
-        "hypernetwork activations": hypernet.kept,
-        "generated LoRAs": hypernet.lora,
-    }
+    read = held | {"context features": hypernet.features}
+    made = read | {"hypernetwork activations": hypernet.kept, "generated LoRAs": loras}
     return {
-        **_reading(sizes, row, held, hypernet, experts_at_once),
-        **_answering(sizes, row, made, experts_at_once),
-        "backward of merging": made | {"generated LoRAs": 3 * hypernet.lora},  # values, gradients, those of the chunks
-        "end of the hypernetwork's backward": held
+        "context encoder": read | {"base activations": _encoder_bytes(sizes, row)},
+        "forward of the Perceiver": read | {"hypernetwork activations": hypernet.passing + hypernet.forward},
+        "forward of the hypernetwork": made
         | {
-            "gradients": sizes.trained * _FLOAT32,
-            "hypernetwork activations": hypernet.projection + hypernet.casts + projection_backward_bytes(sizes, row),
+            "hypernetwork activations": hypernet.kept + hypernet.passing,
+            "generated LoRAs": 2 * loras,  # before and after the chunks of each document are merged
         },
-        "optimizer step": _between_steps(sizes) | {"optimizer at work": _optimizer_work(sizes)},
+        **_answering(sizes, row, made),
+        "backward of merging": made | {"generated LoRAs": 3 * loras},  # values, gradients, those of the chunks
+        **_hypernet_backward(sizes, read, hypernet),
+        "optimizer step": _between_steps(sizes) | {"optimizer at work": sizes.optimizer_work},
     }
 
 
-def _reading(
-    sizes: Sizes, row: RowShape, held: Parts, hypernet: HypernetMemory, experts_at_once: int
-) -> dict[str, Parts]:
-    """Compute the phases from the documents' tokens to the end of the hypernetwork's forward."""
-    every = sizes.config.ctx_encoder_type in ("per_layer_activations", "concat_layers")
-    layers = sizes.base.layers if every else 1
-    inputs = row.context_tokens * sizes.base.hidden * sizes.element * layers
-    copies = {"concat_layers": 3, "per_layer_activations": 2}.get(sizes.config.ctx_encoder_type, 1)
-    widened = hypernet.features if sizes.element < _FLOAT32 else 0
+def _encoder_bytes(sizes: Sizes, row: RowShape) -> int:
+    """Return what the base works with in a layer that reads documents; room for the features is made before."""
     tokens, longest = row.context_tokens, row.longest_document
-    layer = layer_forward_bytes(sizes, tokens, longest, experts_at_once) + mask_bytes(sizes, tokens, longest)
+    return layer_forward_bytes(sizes, tokens, longest) + mask_bytes(sizes, tokens, longest)
+
+
+def _hypernet_backward(sizes: Sizes, read: Parts, hypernet: ActivationBytes) -> dict[str, Parts]:
+    """Compute the phases of the hypernetwork's backward behind the heads, which have left their gradients."""
+    every = sizes.trained * _FLOAT32
+    of_heads = every - perceiver_parameters(sizes.shape) * _FLOAT32
+    at_end = hypernet.backward + (hypernet.perceiver if hypernet.recomputed else 0)
+    earlier = max(of_heads, read["gradients"])
     return {
-        "context encoder": held | {"context features": inputs, "base activations": layer},
-        "context features": held | {"context features": max(copies * inputs, inputs + widened)},
-        "forward of the hypernetwork": held
-        | {
-            "context features": hypernet.features if sizes.mixed else 0,
-            "hypernetwork activations": hypernet.kept + hypernet.passing_casts,
-            "generated LoRAs": 2 * hypernet.lora,  # before and after the chunks of each document are merged
-        },
+        "backward of the Perceiver": read | {"gradients": earlier, "hypernetwork activations": hypernet.perceiver},
+        "end of the hypernetwork's backward": read | {"gradients": every, "hypernetwork activations": at_end},
     }
 
 
-def _answering(sizes: Sizes, row: RowShape, made: Parts, experts_at_once: int) -> dict[str, Parts]:
+def _answering(sizes: Sizes, row: RowShape, made: Parts) -> dict[str, Parts]:
     """Compute the phases from the questions' tokens to the gradients of the LoRAs."""
     tokens, longest = row.question_tokens, row.longest_question
     inputs = tokens * sizes.base.hidden * sizes.element
@@ -141,8 +134,7 @@ def _answering(sizes: Sizes, row: RowShape, made: Parts, experts_at_once: int) -
     kept = sizes.base.layers * (inputs if sizes.config.gradient_checkpointing else layer)
     kept += mask_bytes(sizes, tokens, longest)
     earlier = kept if sizes.config.gradient_checkpointing else kept - layer  # without what the last layer keeps
-    forward = layer_forward_bytes(sizes, tokens, longest, experts_at_once)
-    backward = layer_backward_bytes(sizes, tokens, longest, experts_at_once)
+    forward, backward = (bytes_of(sizes, tokens, longest) for bytes_of in (layer_forward_bytes, layer_backward_bytes))
     final = 3 * tokens * sizes.base.hidden * _FLOAT32  # the last norm, in float32
     loras = made["generated LoRAs"] + lora_bytes(sizes, row)  # and their gradients
     return {
@@ -177,13 +169,3 @@ def _between_steps(sizes: Sizes) -> Parts:
         "optimizer states": sizes.optimizer * _FLOAT32,
         "library workspaces": _WORKSPACES if sizes.on_gpu else 0,
     }
-
-
-def _optimizer_work(sizes: Sizes) -> int:
-    """Return the bytes of the step itself: on CUDA AdamW's square roots of all parameters, and Muon's products."""
-    # a stack: Nesterov's momentum, then in bfloat16 (float32 on a CPU) the iterate, two of its products and the next one
-    narrow = 2 if sizes.on_gpu else _FLOAT32
-    muon = sizes.largest_stack * (_FLOAT32 + 4 * narrow)
-    if sizes.config.muon_learning_rate is None:
-        return sizes.trained * _FLOAT32 if sizes.on_gpu else 0
-    return muon

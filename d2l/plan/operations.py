@@ -1,7 +1,8 @@
 """Floating-point operations of one packed row, counted by part: two for each multiplication with its addition."""
 
 from d2l.base.attention import PER_DOCUMENT
-from d2l.hypernet.perceiver import MLP_RATIO, QUERIES_PER_KEY
+from d2l.hypernet.shape import MLP_RATIO, QUERIES_PER_KEY
+from d2l.plan.hypernet_memory import hypernet_memory
 from d2l.plan.rows import RowShape
 from d2l.plan.sizes import Sizes
 
@@ -13,6 +14,7 @@ def count_operations(sizes: Sizes, row: RowShape) -> dict[str, int]:
     base, config = sizes.base, sizes.config
     layer = _layer(sizes, row.question_tokens, row.longest_question)
     again = config.gradient_checkpointing
+    recomputed = hypernet_memory(sizes, row).recomputed
     return {
         "document pass": encoder_layers(sizes) * _layer(sizes, row.context_tokens, row.longest_document),
         "question pass": base.layers * layer,
@@ -20,8 +22,8 @@ def count_operations(sizes: Sizes, row: RowShape) -> dict[str, int]:
         "input gradients": base.layers * _layer_backward(sizes, row.question_tokens, row.longest_question),
         "logits": 2 * 2 * row.label_tokens * base.hidden * base.vocabulary,
         "LoRA": (1 + again + 2) * _lora(sizes, row),
-        "modality projection": _projection(sizes, row),
-        "Perceiver": _TRAINED * _perceiver(sizes, row),
+        "modality projection": _projection(sizes, row, again=recomputed),
+        "Perceiver": (_TRAINED + recomputed) * _perceiver(sizes, row),
         "heads": _TRAINED * _heads(sizes, row),
     }
 
@@ -50,9 +52,12 @@ def _layer_backward(sizes: Sizes, tokens: int, longest: int) -> int:
 
 
 def _scores(sizes: Sizes, tokens: int, longest: int) -> int:
-    """Count scores and their products with values; whole squares where attention is eager."""
+    """Count scores and their products with values, of a mean layer; whole squares where attention is eager."""
+    base = sizes.base
     seen = {"eager": tokens, PER_DOCUMENT: longest}.get(sizes.load.attention.value, longest / 2)
-    return int(4 * sizes.base.heads * sizes.base.head_dim * tokens * seen)
+    if sizes.linear_attention:
+        seen += base.windowed * (min(base.window, seen) - seen)
+    return int(4 * base.heads * base.head_dim * tokens * seen)
 
 
 def _lora(sizes: Sizes, row: RowShape) -> int:
@@ -61,14 +66,14 @@ def _lora(sizes: Sizes, row: RowShape) -> int:
     return 2 * row.question_tokens * rank * widths * sizes.shape.n_layers
 
 
-def _projection(sizes: Sizes, row: RowShape) -> int:
-    """Count the map from features, which have no gradient: the first products of it have two passes."""
+def _projection(sizes: Sizes, row: RowShape, *, again: bool) -> int:
+    """Count the map from features, which have no gradient: the first products of it have two passes, or one again."""
     width, latent = sizes.shape.feature_size, sizes.config.latent_size
     tokens = row.context_tokens * sizes.feature_layers
     if sizes.config.ctx_encoder_type == "concat_layers":
-        return 2 * 2 * tokens * width * latent
+        return (2 + again) * 2 * tokens * width * latent
     inner = MLP_RATIO * width
-    return 2 * tokens * (2 * 2 * width * inner + _TRAINED * inner * latent)
+    return 2 * tokens * ((2 + again) * 2 * width * inner + (_TRAINED + again) * inner * latent)
 
 
 def _perceiver(sizes: Sizes, row: RowShape) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.flex import PACKED_FLEX
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 from d2l.plan.cards import Card
@@ -206,6 +207,8 @@ def _changes(sizes: Sizes, rows: Sequence[RowShape]) -> Iterator[dict[str, Any]]
         yield {"gradient_checkpointing": True}
     if sizes.load.dtype.value == "float32":
         yield {"dtype": "bfloat16"}
+    if not sizes.linear_attention:
+        yield {"attn_implementation": PACKED_FLEX}
     if sizes.load.attention.value == "eager":
         yield {"attn_implementation": PER_DOCUMENT}
     if config.ctx_encoder_type == "per_layer_activations":

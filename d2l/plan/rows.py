@@ -42,6 +42,12 @@ class RowShape:
         return ceil(self.documents / self.contexts)
 
     @property
+    def chunk_lengths(self) -> tuple[int, ...]:
+        """Lengths of the chunks, if all but the longest share its rest evenly."""
+        rest, others = self.context_tokens - self.longest_document, self.documents - 1
+        return (self.longest_document, *(rest * (i + 1) // others - rest * i // others for i in range(others)))
+
+    @property
     def padded_tokens(self) -> int:
         """Tokens of the documents after padding to the longest one."""
         return self.documents * self.longest_document

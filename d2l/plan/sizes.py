@@ -14,7 +14,7 @@ from d2l.errors import ModelError
 from d2l.hypernet.hypernetwork import Hypernetwork
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.shape import HypernetShape
-from d2l.train.optimizer import optimizer_values, parameter_groups
+from d2l.train.optimizer import optimizer_values, step_bytes
 
 HOPPER = (9, 0)  # compute capability of an H100
 
@@ -51,11 +51,13 @@ class BaseSizes:
     routes: int  # experts that a token goes through; 1 for a dense MLP
     vocabulary: int
     layer_kinds: int  # with masks of their own: full attention, sliding attention
+    window: int  # tokens that a layer of sliding attention sees; 0 without one
+    windowed: float  # share of the layers with sliding attention
 
     @classmethod
     def of(cls, base_config: PreTrainedConfig) -> "BaseSizes":
         """Read them off a config of transformers."""
-        hidden, heads = base_config.hidden_size, base_config.num_attention_heads
+        hidden, heads, layout = base_config.hidden_size, base_config.num_attention_heads, attention_layout(base_config)
         routes = getattr(base_config, "num_experts_per_tok", None) or 0
         experts = getattr(base_config, "num_local_experts", None) or getattr(base_config, "num_experts", None)
         width = getattr(base_config, "moe_intermediate_size", None) if routes else None
@@ -69,7 +71,9 @@ class BaseSizes:
             experts=(experts or routes) if routes else 0,
             routes=routes or 1,
             vocabulary=base_config.vocab_size,
-            layer_kinds=len(attention_layout(base_config).kinds),
+            layer_kinds=len(layout.kinds),
+            window=layout.window or 0,
+            windowed=layout.layer_types.count("sliding_attention") / len(layout.layer_types),
         )
 
     @property
@@ -90,8 +94,7 @@ class Sizes:
     Attributes:
         trained: numbers of the hypernetwork that are trained, in float32.
         optimizer: numbers that the optimizer keeps between steps, in float32.
-        largest_stack: numbers of the largest parameter that Muon steps; 0 with AdamW alone.
-        projection: weights of the map from features to latents.
+        optimizer_work: bytes that the optimizer's step works with.
     """
 
     config: RunConfig
@@ -101,8 +104,7 @@ class Sizes:
     shape: HypernetShape
     trained: int
     optimizer: int
-    largest_stack: int
-    projection: int
+    optimizer_work: int
 
     @property
     def element(self) -> int:
@@ -118,6 +120,16 @@ class Sizes:
     def mixed(self) -> bool:
         """Whether the float32 hypernetwork computes in bfloat16 (`DocToLora._hypernet_precision`)."""
         return self.on_gpu and self.load.torch_dtype == torch.bfloat16
+
+    @property
+    def linear_attention(self) -> bool:
+        """Whether attention's memory is linear in the length: it takes grouped heads, and skips blocks that masks hide."""
+        return "flex" in self.load.attention.value
+
+    @property
+    def experts_path(self) -> str:
+        """How experts are computed: packed ones grouped or one_by_one, else as the loading plan names them."""
+        return self.load.expert_products.value if self.load.experts.value == "packed" else self.load.experts.value
 
     @property
     def feature_layers(self) -> int:
@@ -165,8 +177,6 @@ class Model:
             ModelError: no hypernetwork can be made for it.
         """
         hypernet = self._hypernetwork(config)
-        matrices = parameter_groups(hypernet, config)[0]["params"] if config.muon_learning_rate is not None else []
-        projection = [p.numel() for name, p in hypernet.named_parameters() if "modality_projection" in name]
         return Sizes(
             config=config,
             base=BaseSizes.of(self.base_config),
@@ -175,8 +185,7 @@ class Model:
             shape=hypernet.shape,
             trained=sum(parameter.numel() for parameter in hypernet.parameters()),
             optimizer=optimizer_values(hypernet, config),
-            largest_stack=max((parameter.numel() for parameter in matrices), default=0),
-            projection=sum(projection),
+            optimizer_work=step_bytes(hypernet, config, load.device.value),
         )
 
     def _hypernetwork(self, config: RunConfig) -> Hypernetwork:

@@ -136,6 +136,24 @@ def optimizer_values(hypernet: nn.Module, config: RunConfig) -> int:
     return (2 if config.muon_learning_rate is None else 1) * matrices + 2 * others
 
 
+def step_bytes(hypernet: nn.Module, config: RunConfig, device: str) -> int:
+    """Count the bytes that a step works with: AdamW's, fused, works in place; Muon holds one group of matrices at a time.
+
+    That is Nesterov's momentum, of several parameters also side by side, and in `orthogonalize`, in bfloat16 on a GPU, two
+    of their size and two Gram matrices.
+    """
+    if config.muon_learning_rate is None:
+        return 0
+    on_gpu = device.startswith("cuda")
+    largest = 0
+    for alike in _of_one_shape(parameter_groups(hypernet, config)[0]["params"]):
+        shape = alike[0].shape[-2:]
+        values = sum(it.numel() for it in alike)
+        grams = values * min(shape) // max(shape)
+        largest = max(largest, 4 * values * (1 + (len(alike) > 1)) + (2 if on_gpu else 4) * 2 * (values + grams))
+    return largest
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> LambdaLR:
     """Make the schedule of the learning rate over `max_steps`, by its name in transformers."""
     options: dict[str, dict[str, Any]] = {

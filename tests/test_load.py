@@ -154,7 +154,7 @@ def test_sinks_are_the_reason_for_eager_attention() -> None:
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_the_dtype_follows_the_device(capability: tuple, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     choices = plan(LLAMA, device=None)
     assert (choices.device.value, choices.dtype.value) == ("cuda", dtype)
     assert f"SM {capability[0]}{capability[1]}" in choices.dtype.reason
@@ -180,7 +180,7 @@ def test_experts_are_grouped_where_that_is_one_kernel(
     capability: tuple, values: dict, products: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     choice = plan(GPT_OSS, device=None, **values).expert_products
     assert choice.value == products
     assert re.search(reason, choice.reason)

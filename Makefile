@@ -2,12 +2,14 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
+CHECKPOINT ?= /tmp/d2l-random-20b
 OLDEST := .venv-oldest
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test oldest lint types golden fuzz pairs prove study reach mutants layers bench docs clean
+.PHONY: install run test oldest lint types golden fuzz pairs prove study reach mutants layers bench gpu docs clean
 
 install: $(VENV)/installed
 
@@ -68,10 +70,22 @@ mutants: install # under 40 minutes on 2 cores: small bugs in d2l, one at a time
 layers: install # the import graph: modules, rooms, floors, arrows
 	$(BIN)/python tests/support/layers.py .
 
-bench: install
+bench: install # ratios against named rules, on CUDA where there is one; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/attention.py
+
+# What only a CUDA device shows, in minutes: its tests, the table of ratios, and steps of gpt-oss-20b's shapes on random
+# weights, which stay in CHECKPOINT. Where nothing can be installed: make gpu GPU_PYTHON=python3
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m benchmarks.bench
+	$(GPU_PYTHON) benchmarks/real_shapes.py --folder $(CHECKPOINT)
+	$(GPU_PYTHON) benchmarks/real_shapes.py --folder $(CHECKPOINT) --set expert_weights=dequantize
+	$(GPU_PYTHON) benchmarks/real_shapes.py configs/gpt_oss_20b_recommended.yaml --inp 8192 --ctx 8192 --documents 24 --folder $(CHECKPOINT)
+	$(GPU_PYTHON) benchmarks/real_shapes.py --inp 8192 --ctx 8192 --documents 24 --folder $(CHECKPOINT)
+	$(GPU_PYTHON) benchmarks/real_shapes.py --inp 512 --ctx 32768 --documents 1 --folder $(CHECKPOINT)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

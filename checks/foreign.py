@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from checks.machine import free_disk, free_memory
+from checks.machine import free_disk, free_memory, gpu
 from checks.result import UsageError
 from d2l.base.segments import Segments
 from d2l.config.schema import RunConfig
@@ -71,6 +71,10 @@ class Foreign:
         if any("experts" in name for name, _ in base.named_modules()):
             base.set_experts_implementation("eager")  # the batched kernels take no float64
         return base.eval().requires_grad_(False)
+
+    def gpu(self) -> str | None:
+        """Return the GPU that a run would use, as torch names it; None without one."""
+        return gpu()
 
     def free_memory(self) -> int | None:
         """Return the free bytes of the GPU; None without one."""

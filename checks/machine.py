@@ -8,6 +8,11 @@ import torch
 from d2l.config.schema import RunConfig
 
 
+def gpu() -> str | None:
+    """Return the GPU that a run would use, as torch names it; None without one."""
+    return "cuda" if torch.cuda.is_available() else None
+
+
 def free_memory() -> int | None:
     """Return the free bytes of the GPU; None without one."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None

@@ -80,6 +80,17 @@ def base_in_double(base: "PreTrainedModel") -> "PreTrainedModel":
     return base.double()
 
 
+def grouped_twin(subject: "Subject") -> "PreTrainedModel | None":
+    """Make the twin's base with packed experts that are computed a layer at once, in slices, as on a GPU; None without any."""
+    plan = subject.twin_plan
+    if plan.experts.value != "packed":
+        return None
+    products = replace(plan.expert_products, value="grouped")
+    slices = 2**16 * subject.twin_base_config.num_experts_per_tok  # bytes: two and three slices of a projection
+    plan = replace(plan, expert_products=products, expert_transient_bytes=slices)
+    return subject.implementation.build_base(subject.twin_base_config, plan, 0)
+
+
 def large_inputs(hidden: int, seed: int = 0) -> Tensor:
     """Draw inputs [10, hidden] of a twin's MLP, float64, so large that its projections go several times past a clamp at 7."""
     return 8 * torch.randn(10, hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from checks.machine import free_disk, free_memory
+from checks.machine import free_disk, free_memory, gpu
 from checks.subject import Implementation, Offered, Subject
 from d2l.base.files import save_mxfp4
 from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
@@ -113,6 +113,9 @@ class Production:
 
     def import_reference(self, file: Path, folder: Path) -> None:
         import_reference(file, folder)
+
+    def gpu(self) -> str | None:
+        return gpu()
 
     def free_memory(self) -> int | None:
         return free_memory()

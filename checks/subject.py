@@ -140,6 +140,9 @@ class Implementation(Protocol):
     def import_reference(self, file: Path, folder: Path) -> None:
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 
+    def gpu(self) -> str | None:
+        """Return the GPU that the run would use, as torch names it; `None` without one."""
+
     def free_memory(self) -> int | None:
         """Return the free bytes of the GPU that the run would use; `None` without one."""
 
@@ -271,16 +274,19 @@ def build_drawn(implementation: Implementation, base: "PreTrainedModel", config:
 
 def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
     """Return how a tiny base would be loaded: as the implementation plans it, on the CPU; plainly where it has no plan."""
+    from d2l.base.attention import FLASH_4
     from d2l.base.load import Choice, LoadPlan
 
-    device = Choice("cpu", "a twin is tiny")
+    device, products = Choice("cpu", "a twin is tiny"), Choice("one_by_one", "a twin is on the CPU")
     try:
-        return replace(implementation.plan(config, base_config), device=device)
+        if config.attn_implementation == FLASH_4:  # no CPU runs it
+            config = changed(config, attn_implementation="auto")
+        return replace(implementation.plan(config, base_config), device=device, expert_products=products)
     except NotOffered as absent:
         attention, experts, quantization, dtype = (
             Choice(value, str(absent)) for value in ("eager", "dense", "none", "float32")
         )
-        return LoadPlan(attention, experts, quantization, dtype, device)
+        return LoadPlan(attention, experts, quantization, dtype, device, products, expert_transient_bytes=0)
 
 
 def changed(config: RunConfig, **values: Any) -> RunConfig:

@@ -45,6 +45,12 @@ IgnoreOption = Annotated[
         help="Accept the finding of a check, for a reason; it stays visible. Repeatable.",
     ),
 ]
+GpuOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="GPU", help="Card that the run is planned for: H100, A100-80, ..., or a size: 24GiB."
+    ),
+]
 FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint: a step folder, or a run's folder (its newest one).")

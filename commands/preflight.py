@@ -14,6 +14,7 @@ from commands.console import (
     DataOption,
     Format,
     FormatOption,
+    GpuOption,
     IgnoreOption,
     ModelOption,
     OnProgress,
@@ -58,6 +59,7 @@ def preflight(
     tokenizer: TokenizerOption = None,
     data: DataOption = None,
     settings: SetOption = None,
+    gpu: GpuOption = None,
     stages: Annotated[
         Texts,
         typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
@@ -86,7 +88,12 @@ def preflight(
         raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
     if output is not None:
         require_new_file(output)
-    resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
+    chosen = list(settings or ())
+    if gpu is not None:
+        from d2l.plan.cards import find_card
+
+        chosen.append(f"device_memory={find_card(gpu).memory}")
+    resolved = read_config(config, chosen, model=model, tokenizer=tokenizer, data=data)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
     from checks.foreign import load_implementation

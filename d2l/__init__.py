@@ -15,7 +15,7 @@ The layers of this package, from the ground up. A folder or module here imports 
     checkpoint  fingerprint
     build
     train  inference  reference
-    evaluation
+    evaluation  plan
     tiny
 """
 

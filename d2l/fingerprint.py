@@ -12,7 +12,7 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 
-_PATH_KEYS = {"output_dir", "cache", "cache_dir"}  # where files lie does not shape a run
+_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory"}  # where a run takes place does not shape it
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run_fingerprint(
     versions: dict[str, str],
 ) -> Fingerprint:
     """Hash configuration, base config, template, tokenizer and data; add the library versions."""
-    settings = {key: value for key, value in config.resolved().items() if key not in _PATH_KEYS}
+    settings = {key: value for key, value in config.resolved().items() if key not in _PLACE_KEYS}
     parts = {
         "config": _sha256(json.dumps(settings, sort_keys=True)),
         "base_config": _sha256(base_config.to_json_string()),

@@ -1,4 +1,4 @@
-"""Attention one document at a time is the model's own attention, whatever the lengths, in value and in gradient."""
+"""Attention one document at a time, and by first visible places, is the model's own, in value and in gradient."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from d2l.base import attention
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.flex import PACKED_FLEX
 from d2l.base.masks import packed_masks
 from d2l.base.segments import Segments
 
@@ -35,7 +36,7 @@ def logits(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> Tensor:
     return model(input_ids=ids, position_ids=where, attention_mask=packed_masks(model, where), use_cache=False).logits
 
 
-EAGER, DOCUMENTS = gpt_oss("eager"), gpt_oss(PER_DOCUMENT)
+EAGER, DOCUMENTS, BY_PLACES = gpt_oss("eager"), gpt_oss(PER_DOCUMENT), gpt_oss(PACKED_FLEX)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -43,13 +44,14 @@ EAGER, DOCUMENTS = gpt_oss("eager"), gpt_oss(PER_DOCUMENT)
 def test_it_is_eager_attention_in_value_and_gradient(lengths: list[int]) -> None:
     ids = torch.randint(VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     results = []
-    for model in (EAGER, DOCUMENTS):
+    for model in (EAGER, DOCUMENTS, BY_PLACES):
         model.zero_grad()
         found = logits(model, ids, lengths)
         found.pow(2).mean().backward()
         results.append([found, *(parameter.grad for parameter in model.parameters())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for eager, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, eager, atol=1e-5, rtol=1e-4)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -60,7 +62,7 @@ def test_a_short_document_never_pays_for_a_long_one(lengths: list[int]) -> None:
     assert sum(group.numel() * group.shape[1] for group in groups) <= 4 * sum(length**2 for length in lengths)
 
 
-@pytest.mark.parametrize("model", [EAGER, DOCUMENTS])
+@pytest.mark.parametrize("model", [EAGER, DOCUMENTS, BY_PLACES])
 def test_a_row_without_a_grid_is_one_document(model: PreTrainedModel) -> None:
     """Generation and evaluation call the model without masks, in batches of several rows too."""
     ids = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))

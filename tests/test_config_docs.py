@@ -64,7 +64,7 @@ def test_descriptions_in_another_order_are_named(monkeypatch: pytest.MonkeyPatch
 
 def test_descriptions_read_without_the_key_and_name_no_key_that_does_not_exist() -> None:
     choices = {word for key in all_keys().values() if key.is_choice for word in key.range.split(", ")}
-    names = {*known_names(), *CurriculumStage.model_fields, *choices, "per_document"}
+    names = {*known_names(), *CurriculumStage.model_fields, *choices, "per_document", "packed_flex"}
     for key in all_keys().values():
         assert key.text[0].isupper() or key.text[0] == "'", key.name
         assert not key.text.endswith("."), key.name

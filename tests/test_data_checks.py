@@ -363,6 +363,8 @@ SHAPE_NO_ROWS = {
     "attn_implementation": "how the base computes",
     "dtype": "how the base computes",
     "expert_weights": "how the base computes",
+    "expert_transient_gib": "how the base computes",
+    "device_memory": "where it computes",
     "train_ds_names": "which records there are: their contents are in the key",
     "max_train_samples_per_ds": "which records there are",
     **dict.fromkeys(

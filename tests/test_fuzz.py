@@ -56,14 +56,15 @@ def test_the_draw_covers_every_switch() -> None:
     assert {name for name, found in values.items() if len(found) == 1} == NEVER_DRAWN
 
 
-# Keys that no check of the stages static and twin reads: files, data and output; and what a check refuses by design.
+# Keys that no check of the stages static and twin reads: files, data, output and a GPU's memory; and what a check refuses
+# by design.
 NEVER_DRAWN = {
     *("model_name_or_path", "tokenizer_name_or_path", "chat_template", "current_date", "output_dir", "remarks"),
     *("train_ds_names", "max_train_samples_per_ds", "needle_documents", "needle_pairs", "needle_digits"),
     *("needle_style", "needle_filler_words", "curriculum", "cache", "cache_dir", "save_steps", "save_total_limit"),
     *("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_ctx_chunk_len", "min_ctx_chunk_len"),
     *("max_ctx_chunk_num", "num_chunk_probs"),
-    *("per_rank_gen", "quantize_ctx_encoder"),
+    *("device_memory", "expert_transient_gib", "per_rank_gen", "quantize_ctx_encoder"),
 }
 
 

@@ -1,16 +1,20 @@
 """What is planned, what is loaded, and what is refused."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
+from d2l.base import flex
 from d2l.base.experts import PackedExperts
-from d2l.base.files import save_mxfp4
+from d2l.base.files import refuse_misfit, save_mxfp4
 from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
 from d2l.base.masks import packed_masks
 from d2l.base.twin import twin_config
@@ -112,10 +116,34 @@ def test_a_config_that_is_nowhere_is_an_error_with_advice(name: str) -> None:
 def test_every_choice_is_stated(base_config, values: dict, expected: dict) -> None:
     choices = plan(base_config, **values)
     assert {name: getattr(choices, name).value for name in expected} == expected
-    for name in ("attention", "experts", "quantization", "dtype", "device"):
+    for name in ("attention", "experts", "quantization", "dtype", "device", "expert_products"):
         assert len(getattr(choices, name).reason) > 10, name
+    reasons = [choice.reason for choice in vars(choices).values() if isinstance(choice, Choice)]
     for name, value in values.items():  # what was asked for is named by the choice that it made
-        assert any(name in choice.reason for choice in vars(choices).values()) or value == choices.experts.value
+        assert any(name in reason for reason in reasons) or value == choices.experts.value
+
+
+CUDA_PLANS: list[tuple[Any, tuple[int, int], str, str]] = [
+    (GPT_OSS, (9, 0), "packed_flex", "sinks"),
+    (GPT_OSS, (7, 5), "eager", "SM 75"),
+    (LLAMA, (9, 0), "sdpa", "supports it"),
+    (AutoConfig.for_model("gpt_neo"), (9, 0), "packed_flex", "does not support SDPA"),
+]
+
+
+@pytest.mark.parametrize(("base_config", "capability", "attention", "reason"), CUDA_PLANS)
+def test_attention_on_cuda(
+    base_config: Any, capability: tuple[int, int], attention: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(flex, "find_spec", lambda name: name)
+    planned = plan(base_config, device=None).attention
+    assert (planned.value, reason in planned.reason) == (attention, True), planned.reason
+
+
+def test_flex_on_a_cpu_says_that_it_fills_all_scores() -> None:
+    assert "all scores" in plan(GPT_OSS, attn_implementation="packed_flex").attention.reason
 
 
 def test_sinks_are_the_reason_for_eager_attention() -> None:
@@ -126,10 +154,42 @@ def test_sinks_are_the_reason_for_eager_attention() -> None:
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_the_dtype_follows_the_device(capability: tuple, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     choices = plan(LLAMA, device=None)
     assert (choices.device.value, choices.dtype.value) == ("cuda", dtype)
     assert f"SM {capability[0]}{capability[1]}" in choices.dtype.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "products", "reason"),
+    [
+        ((9, 0), {}, "grouped", "SM 90 multiplies all experts of a layer in one kernel"),
+        ((10, 0), {}, "grouped", "SM 100"),
+        (
+            (8, 9),
+            {},
+            "one_by_one",
+            "SM 89 has no kernel for all experts .* the host loops over them, several times slower",
+        ),
+        ((12, 0), {}, "one_by_one", "SM 120 has no kernel"),
+        ((9, 0), {"dtype": "float32"}, "one_by_one", "in bfloat16 only, and dtype is float32"),
+        ((7, 5), {}, "one_by_one", "dtype is float32"),
+    ],
+)
+def test_experts_are_grouped_where_that_is_one_kernel(
+    capability: tuple, values: dict, products: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    choice = plan(GPT_OSS, device=None, **values).expert_products
+    assert choice.value == products
+    assert re.search(reason, choice.reason)
+
+
+def grouped(choices: LoadPlan, transient: int = 2**20) -> LoadPlan:
+    """The same plan with experts of a whole layer at once, as on a GPU."""
+    products = replace(choices.expert_products, value="grouped")
+    return replace(choices, expert_products=products, expert_transient_bytes=transient)
 
 
 # Random bases
@@ -242,6 +302,19 @@ def test_transformers_itself_reads_what_we_write(checkpoint: Path) -> None:
     assert torch.equal(logits(theirs.float()), logits(ours))  # older releases dequantize to bfloat16 whatever the dtype
 
 
+def test_grouped_experts_are_the_same_model_built_and_loaded(checkpoint: Path) -> None:
+    one_by_one = logits(load_base(str(checkpoint), TWIN, plan(), seed=0))
+    for base in (load_base(str(checkpoint), TWIN, grouped(plan()), seed=0), random_base(TWIN, grouped(plan()), seed=7)):
+        assert all(layer.mlp.experts.transient_bytes == 2**20 for layer in base.model.layers)
+        torch.testing.assert_close(logits(base), one_by_one, atol=1e-5, rtol=1e-5)
+    assert plan(expert_transient_gib=0.25).expert_transient_bytes == 2**28
+
+
+def test_a_transient_that_does_not_fit_is_refused_before_weights_are_read(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match=r"expert_transient_gib: .* does not hold 32 columns"):
+        load_base(str(checkpoint), TWIN, grouped(plan(), transient=1000), seed=0)
+
+
 def test_a_dense_checkpoint_is_read_back(tmp_path: Path) -> None:
     written = random_base(LLAMA, plan(LLAMA), seed=0)
     written.save_pretrained(tmp_path)
@@ -259,6 +332,74 @@ def add_stranger(tensors: dict) -> None:
 
 def widen(tensors: dict) -> None:
     tensors[f"{ENDING}.down_proj_scales"] = torch.zeros(8, 64, 4, dtype=torch.uint8)
+
+
+def scales_as_numbers(tensors: dict) -> None:
+    name = f"{ENDING}.down_proj_scales"
+    tensors[name] = tensors[name].float()
+
+
+def signed_blocks(tensors: dict) -> None:
+    name = f"{ENDING}.gate_up_proj_blocks"
+    tensors[name] = tensors[name].view(torch.int8)
+
+
+def infinite_scale(tensors: dict) -> None:
+    tensors[f"{ENDING}.down_proj_scales"][3, 5, 1] = 255
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (widen, r"down_proj_scales must be uint8 \[8, 64, 3\] to fit config.json. Got uint8 \[8, 64, 4\]"),
+        (scales_as_numbers, r"down_proj_scales must be uint8 .*Got float32"),
+        (signed_blocks, r"gate_up_proj_blocks must be uint8 .*Got int8"),
+        (infinite_scale, r"down_proj_scales must hold bytes below 253; .*Got 255. Fetch the checkpoint again"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_with_its_file(
+    checkpoint: Path, tmp_path: Path, edit, message: str
+) -> None:
+    folder = edited(checkpoint, tmp_path, edit)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: {re.escape(ENDING)}\.{message}"):
+        load_base(str(folder), TWIN, plan(), seed=0)
+
+
+def test_the_shard_of_a_tensor_is_named(checkpoint: Path) -> None:
+    shards = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    name = f"{ENDING}.down_proj_scales"
+    with pytest.raises(ModelError, match=rf"{shards[name]}: {re.escape(name)} must be uint8"):
+        refuse_misfit(checkpoint, name, torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
+
+
+def shard_cut_short(folder: Path, shard: Path) -> str:
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return f"{shard.name} is missing or damaged: fetch the checkpoint again"
+
+
+def shard_absent(folder: Path, shard: Path) -> str:
+    shard.unlink()
+    return f"{shard.name} is missing or damaged"
+
+
+def index_cut_short(folder: Path, shard: Path) -> str:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:50])
+    return "index.json is no index of weights: fetch the checkpoint again. JSONDecodeError"
+
+
+def index_of_nothing(folder: Path, shard: Path) -> str:
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    return "index.json is no index of weights: .*KeyError"
+
+
+@pytest.mark.parametrize("damage", [shard_cut_short, shard_absent, index_cut_short, index_of_nothing])
+def test_damage_to_a_checkpoint_of_several_files_names_the_file(checkpoint: Path, tmp_path: Path, damage) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shard = sorted(folder.glob("*.safetensors"))[2]
+    message = damage(folder, shard)
+    with pytest.raises(ModelError, match=message):
+        load_base(str(folder), TWIN, plan(), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +426,7 @@ def test_weights_without_their_quantization_config_are_refused(checkpoint: Path,
     (folder / "config.json").write_text(json.dumps(settings))
     base_config = read_base_config(str(folder))
     assert plan(base_config).experts.value == "dense"
-    with pytest.raises(ModelError, match=r"8 missing .*experts.* 16 unexpected"):
+    with pytest.raises(ModelError, match=r'8 missing .*experts.* 16 unexpected.*"quant_method": "mxfp4"'):
         load_base(str(folder), base_config, plan(base_config), seed=0)
 
 

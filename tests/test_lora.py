@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.lora import Lora, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.lora import Lora, _ends, _has_grouped_products, bind, checkpoint_contexts, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 
 COMBINE = ["combine_01_1", "combine_02_2_1", "combine_03_3_1_2_scalers", "combine_04_2_1_nobias"]
@@ -508,3 +508,32 @@ class TestRecompute:
         with bind({"q_proj": [linear]}, lora, Segments((3,))):
             (actual,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(3, 8, 1, 4), (1, 15)])
+def test_grouped_products_are_the_products_of_each_context(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
+    """The path of a GPU of SM 90, by the same function on the CPU, which computes in another order."""
+    linear = nn.Linear(24, 16).to(dtype).requires_grad_(False)
+    x, probe = torch.randn(1, 16, 24), torch.randn(1, 16, 16, dtype=dtype)
+
+    def run(grouped: bool) -> list[Tensor]:
+        monkeypatch.setattr("d2l.hypernet.lora._has_grouped_products", lambda *_: grouped)
+        lora = random_lora({"q": (24, 16)}, len(lengths), layers=1, rank=8)
+        tokens = x.clone().to(dtype).requires_grad_()
+        with bind({"q": [linear]}, lora, Segments(lengths)):
+            output = linear(tokens)
+        return [output, *torch.autograd.grad(output, [tokens, *leaves(lora)], probe)]
+
+    for actual, expected in zip(run(grouped=True), run(grouped=False), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            actual, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max())
+        )
+    assert _ends(lengths, torch.device("cpu")).tolist() == [sum(lengths[: i + 1]) for i in range(len(lengths))]
+
+
+def test_grouped_products_need_a_gpu_that_has_them() -> None:
+    assert not _has_grouped_products(*(torch.zeros(8, 8, dtype=torch.bfloat16) for _ in range(3)), (8,))

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2l.config.schema import LOSSES, TEACHER_LOSSES, LossName
 from d2l.data.packing import PackedBatch
@@ -221,6 +222,45 @@ def test_one_micro_batch_or_many_give_the_same_losses_and_gradients(
     gradients = (torch.autograd.grad(total, leaves) for _, _, total in (whole, cut))
     for one, many in zip(*gradients, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-7)
+
+
+@every_mode
+@pytest.mark.parametrize("slice_bytes", [1, 2 * 4 * VOCABULARY, 3 * 4 * VOCABULARY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_label_tokens_give_the_same_losses_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, loss: LossName, per_context: bool, slice_bytes: int, dtype: torch.dtype
+) -> None:
+    logits, batch, lora = packed(draw(HARD))
+    normalizer = Normalizer.of([batch], RANK)
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = logits.detach().to(dtype).requires_grad_()
+        task = compute_loss(leaf, batch, lora, normalizer, loss=loss, use_per_ctx_average_loss=per_context).task
+        return task, torch.autograd.grad(task, leaf)[0]
+
+    whole = run()
+    monkeypatch.setattr("d2l.train.losses.SLICE_BYTES", slice_bytes)
+    for actual, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_many_label_tokens_never_have_float32_logits_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2l.train.losses.SLICE_BYTES", 2 * 4 * VOCABULARY)
+    logits, batch, lora = packed(draw(HARD))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.dtype == torch.float32 and made.shape[-1:] == (VOCABULARY,):
+                largest = max(largest, len(made))
+            return made
+
+    leaf = logits.detach().bfloat16().requires_grad_()
+    with Watch():
+        compute_loss(leaf, batch, lora, Normalizer.of([batch], RANK)).total.backward()
+    assert largest == 2 < len(logits)
 
 
 @every_mode

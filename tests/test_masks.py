@@ -11,6 +11,7 @@ from support.sizes import ALTERNATING, WINDOW
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.flex import PACKED_FLEX
 from d2l.base.load import plan_load
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.config.schema import RunConfig
@@ -32,7 +33,8 @@ def config(kind: str) -> PreTrainedConfig:
 
 def implementations(kind: str) -> list[str]:
     """Every attention implementation that can train such a model on a CPU."""
-    return list(dict.fromkeys(["eager", plan_load(RunConfig(), config(kind), "cpu").attention.value, PER_DOCUMENT]))
+    planned = plan_load(RunConfig(), config(kind), "cpu").attention.value
+    return list(dict.fromkeys(["eager", planned, PER_DOCUMENT, PACKED_FLEX]))
 
 
 CASES = [(kind, attention) for kind in (*BASES, *OTHER_KINDS) for attention in implementations(kind)]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
 
+from d2l.train import optimizer as optimizer_module
 from d2l.train.loop import Trainer
 from d2l.train.optimizer import MuonAdamW, optimizer_values, orthogonalize, parameter_groups, state_names
 
@@ -65,6 +66,40 @@ def test_every_matrix_of_a_stack_steps_as_if_it_were_alone(shape: tuple[int, int
         alone = nn.Parameter(torch.ones(shape))
         expected = stepped(muon(alone), alone, [gradient[i] for gradient in taken])
         torch.testing.assert_close(actual[i], expected)
+
+
+def test_parameters_of_one_shape_step_as_if_each_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(8, 32), (3, 8, 32), (32, 8), (8, 32), (2, 2, 8, 32), (5, 7)]
+    taken = [gradients(*shape) for shape in shapes]
+    for bound in (2**26, 1100, 1):  # all of a shape together, the first two of one, each by itself
+        monkeypatch.setattr("d2l.train.optimizer.STACK_VALUES", bound)
+        together = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = MuonAdamW([{"params": together, "matrices": True, "lr": 0.1, "weight_decay": 0.1}])
+        counts = {2**26: [4, 1, 1], 1100: [2, 1, 1, 1, 1], 1: [1] * 6}
+        assert [len(group) for group in optimizer_module._of_one_shape(together)] == counts[bound]
+        for step in range(3):
+            for parameter, own in zip(together, taken, strict=True):
+                parameter.grad = own[step].clone()
+            optimizer.step()
+        for parameter, shape, own in zip(together, shapes, taken, strict=True):
+            alone = nn.Parameter(torch.ones(shape))
+            torch.testing.assert_close(parameter.detach(), stepped(muon(alone), alone, own), rtol=1e-5, atol=1e-6)
+            assert optimizer.state[parameter]["momentum"].shape == shape
+
+
+@pytest.mark.parametrize("spectrum", ["random", "low rank", "six decades"])
+def test_gram_matrices_in_float32_are_as_precise_as_a_step_needs(spectrum: str) -> None:
+    """In bfloat16, as published, the error is one in a hundred."""
+    x = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    if spectrum == "low rank":
+        values[:, 4:] *= 1e-5
+    if spectrum == "six decades":
+        values = torch.logspace(0, -6, 64, dtype=torch.float64).expand(3, -1)
+    x = left * values[:, None] @ right
+    expected = orthogonalize(x)
+    error = (orthogonalize(x.float()).double() - expected).norm() / expected.norm()
+    assert error < 1e-3
 
 
 def test_weights_take_muons_steps_and_everything_else_adamws() -> None:

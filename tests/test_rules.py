@@ -14,9 +14,16 @@ from checks.faults import override
 from checks.production import make_subject
 from checks.report import plain_text
 from checks.result import Report
-from checks.rules import RULES, targets_carry_little
+from checks.rules import (
+    RULES,
+    attention_differs_on_device,
+    attention_without_backward,
+    targets_carry_little,
+)
 from checks.runner import run_checks
 from checks.selftest import run_selftest
+from checks.subject import Subject
+from d2l.base import flex
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.io.resources import resource
@@ -44,14 +51,15 @@ def test_the_shipped_tiny_run_is_green() -> None:
     report = preflight(load_config())
     assert report.exit_code("warn") == 0, plain_text(report)
     others = {outcome.code for outcome in report.outcomes if outcome.outcome != "pass"}
-    assert others <= {"MEM401"}  # without a GPU there is no memory to compare with
+    assert others <= {"ATT401", "MEM401"}  # without a GPU there are no kernels and no memory to compare with
 
 
 def test_the_real_model_is_green_offline_and_what_cannot_run_is_named() -> None:
     report = preflight(load_config(REAL, tokenizer=TINY_TOKENIZER))
     assert report.exit_code() == 0, plain_text(report)
     skipped = {outcome.code: outcome.message for outcome in report.outcomes if outcome.outcome == "skip"}
-    skipped.pop("MEM401", None)
+    for code in ("ATT401", "MEM401"):
+        skipped.pop(code, None)
     assert all("no data: pass --data FILE" in message for message in skipped.values())
     assert skipped.keys() == {rule.code for rule in RULES if rule.stage == "data"}
 
@@ -83,9 +91,77 @@ def test_every_planted_fault_turns_its_check_and_only_it_red() -> None:
 
 
 def test_the_faults_of_the_device_stage_are_caught_where_there_is_a_device() -> None:
-    roomy = override(free_memory=lambda healthy: 10**12)(make_subject(load_config()))
+    roomy = on_device({}, free_memory=lambda healthy: 10**12)
     selftest = run_selftest(roomy, RULES, stages=("device",))
-    assert {trial.code: trial.result for trial in selftest.trials} == {"MEM401": "caught", "DSK401": "caught"}
+    assert selftest.exit_code() == 0, plain_text(selftest)
+    assert {trial.code for trial in selftest.trials} == {"ATT401", "MEM401", "DSK401"}
+
+
+def on_device(overrides: dict[str, str], path: Path | None = None, **methods: Any) -> Subject:
+    """Make a subject whose GPU is this CPU."""
+    subject = make_subject(load_config(path, overrides, **({"tokenizer": TINY_TOKENIZER} if path else {})))
+    return override(gpu=lambda healthy: "cpu", **methods)(subject)
+
+
+@pytest.mark.parametrize("attention", ["packed_flex", "per_document"])
+@pytest.mark.parametrize("path", [None, REAL])
+def test_attention_on_the_device_is_compared_with_eager(path: Path | None, attention: str) -> None:
+    (outcome,) = run_checks(on_device({"attn_implementation": attention}, path), RULES, select=("ATT401",)).outcomes
+    assert (outcome.outcome, outcome.evidence["attention"]) == ("pass", attention), outcome.message
+
+
+@pytest.mark.parametrize("factor", [0.99, float("nan")])
+def test_a_small_difference_on_the_device_is_seen(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = flex._finished
+    monkeypatch.setattr(flex, "_finished", lambda output, *others: finished(factor * output, *others))
+    report = run_checks(on_device({"attn_implementation": "packed_flex"}), RULES, select=("ATT401",))
+    assert report.outcomes[0].found_fault
+    assert "differs from eager" in report.outcomes[0].message
+
+
+def test_attention_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("PTX was compiled for another card")
+
+    monkeypatch.setattr(flex, "_by_formula", broken)
+    (outcome,) = run_checks(on_device({"attn_implementation": "packed_flex"}), RULES, select=("ATT401",)).outcomes
+    assert outcome.found_fault
+    assert outcome.actual == "RuntimeError: PTX was compiled for another card"
+    assert "per_document" in str(outcome.remedy)
+
+
+@pytest.mark.gpu
+def test_attention_on_a_gpu() -> None:
+    subject = make_subject(load_config(REAL, tokenizer=TINY_TOKENIZER))
+    assert subject.plan.attention.value == "packed_flex"
+    selftest = run_selftest(subject, RULES, stages=("device",), select=("ATT401",))
+    assert selftest.exit_code() == 0, plain_text(selftest)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attention_4_is_allowed_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin, on the CPU, cannot run it; on the GPU, ATT401 compares it in its own dtype."""
+    monkeypatch.setattr(attention_without_backward, "_flash_4_installed", lambda: installed)
+    subject = make_subject(load_config(REAL, {"attn_implementation": "flash_attention_4"}, tokenizer=TINY_TOKENIZER))
+    assert subject.twin_plan.attention.value == "eager"
+    outcomes = {outcome.code: outcome for outcome in run_checks(subject, RULES, select=("ATT101", "ATT201")).outcomes}
+    assert outcomes["ATT101"].found_fault != installed
+    assert outcomes["ATT201"].outcome == "pass"
+
+
+def test_what_takes_no_float32_is_compared_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_differs_on_device, "FLASH_4", "packed_flex")  # it runs here
+    (outcome,) = run_checks(on_device({"attn_implementation": "packed_flex"}), RULES, select=("ATT401",)).outcomes
+    assert outcome.outcome == "pass", outcome.message
+    assert outcome.evidence["logits"] > 0.1
+
+
+def test_a_lost_term_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_differs_on_device, "FLASH_4", "packed_flex")
+    subject = on_device({"attn_implementation": "packed_flex"})
+    for fault in attention_differs_on_device.RULE.faults[:2]:
+        (outcome,) = run_checks(fault.plant(subject), RULES, select=("ATT401",)).outcomes
+        assert outcome.found_fault, fault.name
 
 
 # The documented faults that a configuration can express, written into the real model's; F4 and F6 are planted in code.

@@ -59,8 +59,29 @@ def test_padding_equals_a_loop(lengths: tuple[int, ...]) -> None:
     x = torch.randn(2, sum(lengths), 3)
     padded, keys = Segments(lengths).pad(x)
     width = max(1, *lengths)
-    assert (padded.shape, keys.shape) == ((2, len(lengths), width, 3), (len(lengths), width))
+    assert padded.shape == (2, len(lengths), width, 3)
+    assert (keys is None) == (len(set(lengths)) == 1)  # then all are keys
     for segment, (piece, length) in enumerate(zip(x.split(lengths, dim=1), lengths, strict=True)):
         assert padded[:, segment, :length].equal(piece)
         assert not padded[:, segment, length:].any()
-        assert keys[segment].tolist() == ([True] * length + [False] * (width - length) if length else [True] * width)
+        if keys is not None:
+            assert keys[segment].tolist() == (
+                [True] * length + [False] * (width - length) if length else [True] * width
+            )
+
+
+@many
+@given(lengths_of_some)
+def test_segments_of_similar_length_are_grouped_without_much_padding(lengths: tuple[int, ...]) -> None:
+    segments = Segments(lengths)
+    groups = segments.of_similar_length()
+    assert sorted(number for group in groups for number in group) == [*range(len(lengths))]
+    for group in groups:
+        width = max(lengths[i] for i in group)
+        assert len(groups) == 1 or all(width < 2 * max(1, lengths[i]) for i in group)
+        x = torch.arange(sum(lengths))
+        wanted = [place for i in group for place in x.split(lengths)[i].tolist()]
+        assert segments.places(group).tolist() == wanted
+    if len(groups) == 1:
+        padding = len(lengths) * max(lengths) - sum(lengths)
+        assert 2 * padding <= sum(lengths) or len({max(0, length - 1).bit_length() for length in lengths}) == 1

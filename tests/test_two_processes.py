@@ -22,7 +22,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -31,6 +31,8 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [note["folder"] for note in notes] == [str(folder)] * 2
     assert all(note["refused"].startswith("step 4 ") and "the loss is nan" in note["refused"] for note in notes)
+
+    assert all(note["buckets"] > 3 for note in notes)
 
     config = config_for(processes=1)
     alone = Trainer(tiny_model(config), random_rows(), config)

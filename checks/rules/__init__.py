@@ -5,6 +5,7 @@ from checks.rules import (
     accumulation_changes_gradients,
     aggregator_without_ranks,
     assistant_mask_wrong,
+    attention_differs_on_device,
     attention_without_backward,
     base_forward_bypassed,
     base_not_frozen,
@@ -111,6 +112,7 @@ RULES: tuple[Rule, ...] = (
     rows_over_limits.RULE,
     chunk_counts_drawn_wrong.RULE,
     stale_token_cache.RULE,
+    attention_differs_on_device.RULE,
     memory_exceeded.RULE,
     disk_exceeded.RULE,
 )

@@ -57,7 +57,11 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
             settings={"expert_weights": "auto"},
         )
-    return Pass(f"experts are held as {experts.value}: {experts.reason}", evidence)
+    if experts.value == "dequantize":
+        return Pass(f"experts are held as dequantize: {experts.reason}", evidence)
+    products = subject.plan.expert_products
+    evidence |= {"products": products.value, "why": products.reason}
+    return Pass(f"experts are held as packed: {experts.reason}; {products.reason}", evidence)
 
 
 def _not_recognised(healthy: Implementation, config: Any, base_config: Any) -> Any:

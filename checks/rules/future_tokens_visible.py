@@ -61,11 +61,12 @@ def _both_ways(healthy: Implementation, base: Any, config: Any) -> Model:
     masks = model.attention_mask
 
     def symmetric(mask: Any, position_ids: Any) -> Any:
-        if mask is not None and mask.dtype == torch.bool:
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
             return mask | mask.transpose(-1, -2)
-        if mask is not None and mask.is_floating_point():
+        if isinstance(mask, torch.Tensor) and mask.is_floating_point():
             return torch.maximum(mask, mask.transpose(-1, -2))
-        # `per_document` has a grid of places, and SDPA none where it is causal by itself; both take a mask as well
+        # `per_document` has a grid of places, `packed_flex` a block mask, and SDPA none where it is causal by itself;
+        # all take a mask as well
         document = segment_starts(position_ids).cumsum(0)
         apart = document[:, None] != document
         return torch.zeros(apart.shape, dtype=base.dtype).masked_fill(apart, torch.finfo(base.dtype).min)[None, None]

@@ -14,6 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 PER_DOCUMENT = "per_document"
+FLASH_4 = (
+    "flash_attention_4"  # of transformers: on CUDA only, in bfloat16 only, and judged by the checks like any other
+)
 
 
 def per_document_attention(

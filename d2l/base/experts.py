@@ -5,6 +5,7 @@ put packed ones in their place, round them, or choose what computes them.
 """
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from d2l.base.grouped import Projection, Settings, grouped_experts
 from d2l.base.mxfp4 import BLOCK, dequantize, quantize
+from d2l.base.swiglu import clamped_swiglu
 from d2l.errors import ModelError
 
 _PROJECTIONS = ("gate_up_proj", "down_proj")  # what MXFP4 holds of experts; their biases stay as they are
@@ -32,14 +35,23 @@ class _PackedLinear(torch.autograd.Function):
         return grad_output @ dequantize(blocks, scales, grad_output.dtype), None, None
 
 
+def _project(projection: Projection, expert: int, inputs: Tensor) -> Tensor:
+    blocks, scales, bias = (part[expert] for part in projection)
+    output: Tensor = _PackedLinear.apply(inputs, blocks, scales) + bias
+    return output
+
+
 class PackedExperts(nn.Module):
     """Drop-in for `GptOssExperts` whose projections stay in MXFP4.
 
-    One expert at a time is dequantized, in forward and again in backward. Gradients reach the hidden states and the
-    routing weights; the experts themselves are frozen.
+    They are dequantized in forward and again in backward: one expert at a time, or where `transient_bytes` is set, all
+    experts of the layer at once in slices of so many bytes. Gradients reach the hidden states and the routing weights; the
+    experts themselves are frozen.
 
     Its `state_dict` has the names and shapes of the official checkpoints.
     """
+
+    transient_bytes: int | None = None
 
     def __init__(
         self,
@@ -98,25 +110,25 @@ class PackedExperts(nn.Module):
         Returns:
             [tokens, hidden].
         """
+        gate_up_proj, down_proj = self._projection("gate_up_proj"), self._projection("down_proj")
+        if self.transient_bytes is not None:
+            settings = Settings(self.alpha, self.limit, self.transient_bytes)
+            return grouped_experts(hidden_states, router_indices, routing_weights, gate_up_proj, down_proj, settings)
         mixed = torch.zeros_like(hidden_states)
         for expert in router_indices.unique().tolist():
             token, slot = torch.where(router_indices == expert)
-            gate_up = self._project("gate_up_proj", expert, hidden_states[token])
-            output = self._project("down_proj", expert, self._activate(gate_up))
+            gate_up = _project(gate_up_proj, expert, hidden_states[token])
+            output = _project(down_proj, expert, self._activate(gate_up))
             weighted = output * routing_weights[token, slot, None]
             mixed.index_add_(0, token, weighted.to(mixed.dtype))
         return mixed
 
-    def _project(self, name: str, expert: int, inputs: Tensor) -> Tensor:
-        parts: list[Tensor] = [getattr(self, f"{name}_{part}")[expert] for part in ("blocks", "scales", "bias")]
-        blocks, scales, bias = parts
-        return _PackedLinear.apply(inputs, blocks, scales) + bias
+    def _projection(self, name: str) -> Projection:
+        return Projection(*(getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias")))
 
     def _activate(self, gate_up: Tensor) -> Tensor:
-        """Apply the clamped SwiGLU of GPT-OSS; gate and up are interleaved columns."""
-        gate = gate_up[..., 0::2].clamp(max=self.limit)
-        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        """Apply the clamped SwiGLU; gate and up are interleaved columns."""
+        return clamped_swiglu(gate_up[..., 0::2], gate_up[..., 1::2], self.alpha, self.limit)
 
     def extra_repr(self) -> str:
         experts, doubled, groups = self.get_buffer("gate_up_proj_scales").shape
@@ -137,6 +149,25 @@ def empty_packed_experts(model: PreTrainedModel) -> None:
     for name, dense in _dense_experts(model):
         with torch.device("meta"):
             model.set_submodule(name, PackedExperts.like(dense))
+
+
+def group_packed_experts(model: PreTrainedModel, transient_bytes: int, dtype: torch.dtype) -> None:
+    """Compute all packed experts of a layer at once, with at most so many bytes of dequantized weights at a time.
+
+    Raises:
+        ModelError: the smallest slice of this model's weights, in `dtype`, is larger.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            experts, hidden, groups = module.get_buffer("down_proj_scales").shape
+            least = 2 * BLOCK * experts * max(hidden, groups * BLOCK) * dtype.itemsize
+            if transient_bytes < least:
+                raise ModelError(
+                    f"expert_transient_gib: {transient_bytes / 2**30:g} does not hold {BLOCK} columns of the gate and up "
+                    f"projections of {experts} experts, which are dequantized at a time. Set it to "
+                    f"{ceil(least / 2**20) / 1024:g} or more."
+                )
+            module.transient_bytes = transient_bytes
 
 
 def round_experts(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from d2l.base.mxfp4 import SCALE_BYTES
 from d2l.errors import ModelError
 from d2l.io.hub import from_cache_or_hub
 from d2l.io.resources import local_or_shipped, resource
@@ -71,9 +72,7 @@ def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tupl
     Raises:
         ModelError: a file is absent or damaged.
     """
-    index = folder / _INDEX
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [_SINGLE_FILE]
-    for file in files:
+    for file in sorted(set(_shards(folder).values())) or [_SINGLE_FILE]:
         try:
             with safe_open(folder / file, framework="pt", device=device) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
@@ -85,14 +84,46 @@ def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tupl
             ) from error
 
 
+def _shards(folder: Path) -> dict[str, str]:
+    """Return the file of every tensor, by the index; empty where there is a single file."""
+    index = folder / _INDEX
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) if index.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is no index of weights: fetch the checkpoint again. {first_line(error)}") from error
+
+
+def refuse_misfit(folder: Path, name: str, tensor: Tensor, place: Tensor) -> None:
+    """Raise ModelError where a tensor is not of its place's shape and kind, or scales MXFP4 beyond all numbers."""
+    kinds = [it.is_floating_point() or it.dtype for it in (tensor, place)]
+    if tensor.shape != place.shape or kinds[0] != kinds[1]:
+        expected, actual = (f"{str(it.dtype).removeprefix('torch.')} {list(it.shape)}" for it in (place, tensor))
+        problem = f"must be {expected} to fit config.json. Got {actual}. Take both from one model's checkpoint."
+    elif name.endswith("_scales") and (largest := int(tensor.max())) >= SCALE_BYTES:
+        problem = f"must hold bytes below {SCALE_BYTES}; others make infinite numbers. Got {largest}. Fetch the checkpoint again."
+    else:
+        return
+    raise ModelError(f"{folder / _shards(folder).get(name, _SINGLE_FILE)}: {name} {problem}")
+
+
 def refuse_incomplete(folder: Path, missing: Collection[object], unexpected: Collection[object]) -> None:
     """Raise ModelError where names in the files and names in the model differ: such a model would be partly random."""
     found = {"missing": missing, "unexpected": unexpected}
     if lines := [f"{len(names)} {kind} (such as {min(map(str, names))})" for kind, names in found.items() if names]:
         raise ModelError(
             f"{folder}: the weights are not those that config.json describes: {' and '.join(lines)}. What is missing "
-            f"would be random. Use a complete checkpoint; save a dequantized model with save_original_format=False."
+            f"would be random. {_remedy(unexpected)}"
         )
+
+
+def _remedy(unexpected: Collection[object]) -> str:
+    """Say what to change where names differ."""
+    if any(str(name).endswith("_scales") for name in unexpected):  # a dequantized model is saved with *_blocks alone
+        return (
+            "The files hold MXFP4 (*_blocks, *_scales), and config.json has no quantization_config that says so: add "
+            '"quantization_config": {"quant_method": "mxfp4"} to it, or take it from the original checkpoint.'
+        )
+    return "Use a complete checkpoint; save a dequantized model with save_original_format=False."
 
 
 def save_mxfp4(base: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:

@@ -10,15 +10,23 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
-from d2l.base.experts import compute_experts_eagerly, empty_packed_experts, pack_experts, round_experts
+from d2l.base.experts import (
+    compute_experts_eagerly,
+    empty_packed_experts,
+    group_packed_experts,
+    pack_experts,
+    round_experts,
+)
 from d2l.base.files import (
     LOADING_FAILURES,
     first_line,
     is_config_only,
     read_tensors,
     refuse_incomplete,
+    refuse_misfit,
     weights_folder,
 )
+from d2l.base.flex import PACKED_FLEX, kernel_obstacle
 from d2l.base.masks import causal_lm_class
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
@@ -26,6 +34,9 @@ from d2l.io.hub import from_cache_or_hub
 from d2l.io.resources import local_or_shipped, resource
 
 GPT_OSS_20B = "openai/gpt-oss-20b"
+# Compute capabilities, major, where torch 2.11 to 2.13 multiply all experts in one kernel; on others it copies the
+# offsets to the host and loops. Source: aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_cuda`.
+_ONE_KERNEL_A_LAYER = (9, 10)
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,13 @@ class Choice:
 class LoadPlan:
     """Plan of how the base will be loaded. It states facts and refuses nothing; the checks judge it.
 
-    attention: an `attn_implementation` of transformers.
+    attention: an `attn_implementation` of transformers, `per_document` or `packed_flex`.
     experts: packed (MXFP4, our backward to the inputs), dequantize, native (transformers' kernels, no backward), dense.
     quantization: none, mxfp4, bitsandbytes, or the checkpoint's own method.
     dtype: float32 or bfloat16.
     device: as torch names it.
+    expert_products: of packed experts: grouped (a whole layer at once) or one_by_one.
+    expert_transient_bytes: most bytes of dequantized weights at a time, where packed experts are grouped.
     """
 
     attention: Choice
@@ -52,6 +65,8 @@ class LoadPlan:
     quantization: Choice
     dtype: Choice
     device: Choice
+    expert_products: Choice
+    expert_transient_bytes: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -83,32 +98,56 @@ def read_base_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
-def plan_load(config: RunConfig, base_config: PreTrainedConfig, device: str | None = None) -> LoadPlan:
+def plan_load(
+    config: RunConfig,
+    base_config: PreTrainedConfig,
+    device: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> LoadPlan:
     """Decide how to load the base.
 
     Args:
         device: as torch names it; by default CUDA where there is one, else the CPU.
+        capability: compute capability (major, minor) of a CUDA device that is not here; by default that of the one here.
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _plan_dtype(config.dtype, where, capability)
     return LoadPlan(
-        attention=_plan_attention(config.attn_implementation, base_config),
+        attention=_plan_attention(config.attn_implementation, base_config, where, capability),
         experts=_plan_experts(config.expert_weights, base_config),
         quantization=_plan_quantization(config.quantize_ctx_encoder, base_config),
-        dtype=_plan_dtype(config.dtype, where),
+        dtype=dtype,
         device=Choice(where, "named by the caller" if device else "CUDA where there is a device, else the CPU"),
+        expert_products=_plan_expert_products(where, dtype.value, capability),
+        expert_transient_bytes=int(config.expert_transient_gib * 2**30),
     )
 
 
-def _plan_attention(requested: str, base_config: PreTrainedConfig) -> Choice:
+def _plan_attention(
+    requested: str, base_config: PreTrainedConfig, device: str, capability: tuple[int, int] | None
+) -> Choice:
+    on_cuda = device.startswith("cuda")
     if requested != "auto":
-        return Choice(requested, f"attn_implementation: {requested}")
+        computed = "" if on_cuda or requested != PACKED_FLEX else f"; on {device} by its formula, with all scores"
+        return Choice(requested, f"attn_implementation: {requested}{computed}")
     if any(name.endswith(".sinks") for name, _ in skeleton(base_config).named_parameters()):
-        return Choice(
-            "eager", "the attention has sinks: no flash kernel has a backward for them, and SDPA ignores them"
-        )
-    if causal_lm_class(base_config)._supports_sdpa:
+        need = "the attention has sinks, which SDPA ignores and no released flash kernel has a backward for"
+    elif causal_lm_class(base_config)._supports_sdpa:
         return Choice("sdpa", f"{base_config.model_type} supports it, and it takes masks for packed documents")
-    return Choice("eager", f"{base_config.model_type} does not support SDPA")
+    else:
+        need = f"{base_config.model_type} does not support SDPA"
+    obstacle = (
+        kernel_obstacle(head_size(base_config), capability) if on_cuda else f"on {device} it would fill all scores too"
+    )
+    if obstacle:
+        return Choice("eager", f"{need}; not {PACKED_FLEX}: {obstacle}")
+    return Choice(PACKED_FLEX, f"{need}; on CUDA flex_attention computes it in memory linear in the length")
+
+
+def head_size(base_config: PreTrainedConfig) -> int:
+    """Return the size of an attention head."""
+    own: int | None = getattr(base_config, "head_dim", None)
+    return own or base_config.hidden_size // base_config.num_attention_heads
 
 
 def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:
@@ -126,6 +165,21 @@ def _plan_experts(requested: str, base_config: PreTrainedConfig) -> Choice:
             return Choice("packed", "the checkpoint is MXFP4, and frozen experts need gradients to their inputs only")
 
 
+def _plan_expert_products(device: str, dtype: str, capability: tuple[int, int] | None) -> Choice:
+    if not device.startswith("cuda"):
+        return Choice("one_by_one", f"on {device} one expert at a time stays in the caches, and nothing waits")
+    if dtype != "bfloat16":
+        return Choice("one_by_one", f"grouped products are one kernel in bfloat16 only, and dtype is {dtype}")
+    major, minor = capability or torch.cuda.get_device_capability(device)
+    if major in _ONE_KERNEL_A_LAYER:
+        return Choice("grouped", f"CUDA SM {major}{minor} multiplies all experts of a layer in one kernel")
+    return Choice(
+        "one_by_one",
+        f"CUDA SM {major}{minor} has no kernel for all experts of a layer at once (SM 90 and 100 have): the host loops over "
+        f"them, several times slower",
+    )
+
+
 def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig) -> Choice:
     method = quantization_method(base_config)
     if quantize_ctx_encoder and method:
@@ -141,12 +195,12 @@ def _plan_quantization(quantize_ctx_encoder: bool, base_config: PreTrainedConfig
     return Choice(method or "none", "the checkpoint's quantization_config" if method else "the checkpoint has none")
 
 
-def _plan_dtype(requested: str, device: str) -> Choice:
+def _plan_dtype(requested: str, device: str, capability: tuple[int, int] | None) -> Choice:
     if requested != "auto":
         return Choice(requested, f"dtype: {requested}")
     if not device.startswith("cuda"):
         return Choice("float32", f"on {device} bfloat16 is less exact and hardly faster")
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability or torch.cuda.get_device_capability(device)
     if major < 8:
         return Choice("float32", f"CUDA SM {major}{minor} does not compute in bfloat16; SM 80 and later do")
     return Choice("bfloat16", f"CUDA SM {major}{minor} computes in bfloat16")
@@ -188,6 +242,7 @@ def random_base(base_config: PreTrainedConfig, plan: LoadPlan, seed: int) -> Pre
             round_experts(model)
         case "packed":
             pack_experts(model)
+            _group_experts(model, plan)
         case "native":
             for experts in pack_experts(model):
                 experts.register_forward_hook(lambda module, inputs, output: output.detach())
@@ -269,17 +324,23 @@ def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) ->
     with init_empty_weights(include_buffers=False):  # rotary buffers are in no file, so they must be computed
         model = _from_config(base_config, plan.torch_dtype, plan.attention.value)
     empty_packed_experts(model)
-    unexpected: list[str] = []
+    _group_experts(model, plan)
+    unexpected, places = [], model.state_dict()
     for name, tensor in read_tensors(folder, plan.device.value, plan.torch_dtype):
-        try:
-            unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
-        except RuntimeError as error:
-            raise ModelError(f"{folder}: {name} does not fit config.json. {error}") from error
+        if name in places:
+            refuse_misfit(folder, name, tensor, places[name])
+        unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
     if model.get_input_embeddings().weight.is_meta:  # tied, and the file holds the pair under the other name
         model.get_input_embeddings().weight = model.get_output_embeddings().weight
     model.tie_weights()
     refuse_incomplete(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta], unexpected)
     return model
+
+
+def _group_experts(model: PreTrainedModel, plan: LoadPlan) -> None:
+    """Let packed experts be computed in whole layers where the plan says so."""
+    if plan.expert_products.value == "grouped":
+        group_packed_experts(model, plan.expert_transient_bytes, plan.torch_dtype)
 
 
 def _frozen(model: PreTrainedModel, plan: LoadPlan) -> PreTrainedModel:

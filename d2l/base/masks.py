@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from d2l.base.attention import PER_DOCUMENT
+from d2l.base.blocks import block_mask, first_visible
+from d2l.base.flex import PACKED_FLEX
 from d2l.base.segments import Segments
 from d2l.errors import ModelError
 
 _BUILDERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
-Masks = Tensor | None | dict[str, Tensor | None]
+Mask = Tensor | BlockMask | None
+Masks = Mask | dict[str, Mask]
 
 
 @dataclass(frozen=True)
@@ -94,22 +98,32 @@ def packed_masks(base: PreTrainedModel, position_ids: Tensor) -> Masks:
     Returns:
         One mask where all layers are alike, else one for each layer type. Under eager [1, 1, T, T] in the base's dtype,
         to be added to the scores; under sdpa bool, or None where plain causal attention is right; under per_document
-        int64 [1, 1, n, S], the documents' `Segments.grid`.
+        int64 [1, 1, n, S], the documents' `Segments.grid`; under packed_flex a block mask (`d2l.base.blocks`).
     """
     layout = attention_layout(base.config)
     if base.config._attn_implementation == PER_DOCUMENT:
         grid = Segments.from_position_ids(position_ids).grid(position_ids.device)[None, None]
         return dict.fromkeys(layout.kinds, grid) if len(layout.kinds) > 1 else grid
+    make = _block_mask if base.config._attn_implementation == PACKED_FLEX else _dense_mask
+    masks = {kind: make(base, kind, position_ids) for kind in layout.kinds}
+    return masks if len(masks) > 1 else masks[layout.kinds[0]]
+
+
+def _dense_mask(base: PreTrainedModel, kind: str, position_ids: Tensor) -> Mask:
+    """Make one mask as transformers makes it."""
     embeddings = position_ids.new_empty((*position_ids.shape, 0), dtype=base.dtype)  # read for shape, dtype and device
     # no mask and no cache: the condition under which transformers looks for packed documents
-    masks: dict[str, Any] = {
-        kind: _BUILDERS[kind](
-            base.config,
-            embeddings,
-            None,  # the attention mask
-            None,  # the cache, by position: `past_key_values` before transformers 5.24, `cache` from then on
-            position_ids=position_ids,
-        )
-        for kind in layout.kinds
-    }
-    return masks if len(masks) > 1 else masks[layout.kinds[0]]
+    mask: Any = _BUILDERS[kind](
+        base.config,
+        embeddings,
+        None,  # the attention mask
+        None,  # the cache, by position: `past_key_values` before transformers 5.24, `cache` from then on
+        position_ids=position_ids,
+    )
+    return mask
+
+
+def _block_mask(base: PreTrainedModel, kind: str, position_ids: Tensor) -> Mask:
+    """Make one mask for `packed_flex`."""
+    window = base.config.sliding_window if kind == "sliding_attention" else None
+    return block_mask(first_visible(position_ids, window))

@@ -4,10 +4,16 @@ Layout of the official checkpoints, per projection: `*_blocks` [experts, out, in
 byte with the even element in the low nibble; `*_scales` [experts, out, in / 32] uint8. A value is
 E2M1[code] * 2^(scale - 127).
 Source: OCP Microscaling Formats (MX) specification 1.0.
+
+A table decodes on every device. On CUDA a Triton kernel makes bfloat16, six times as fast, once it has shown there that it
+decodes as the table does.
 """
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from textwrap import shorten
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -17,6 +23,8 @@ BITS_PER_WEIGHT = 4 + 8 / BLOCK
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 codes 0-7; codes 8-15 are their negatives
 _LARGEST_EXPONENT = 2  # of an E2M1 element: 6 = 1.5 * 2^2
 _BIAS = 127  # of a scale byte
+SCALE_BYTES = 253  # 6 times the scale of a larger byte is above the largest bfloat16 and float32
+_KERNEL_DEVICES = ("cuda",)
 _WORDS = {torch.bfloat16: torch.int32, torch.float32: torch.int64, torch.float64: torch.complex128}  # two elements wide
 
 
@@ -34,17 +42,49 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Decode the bytes into the weights that they stand for, exactly.
 
     Args:
-        blocks: [..., groups, 16] uint8.
+        blocks: [..., groups, 16] uint8; a strided view, such as of other rows or columns, is not copied on CUDA.
         scales: [..., groups] uint8.
         dtype: bfloat16, float32 or float64; each holds every MXFP4 value whose scale byte is below 253.
 
     Returns:
-        [..., groups * 32] of `dtype`.
+        [..., groups * 32] of `dtype`, contiguous.
     """
     assert blocks.shape[:-1] == scales.shape, f"blocks {tuple(blocks.shape)} do not fit scales {tuple(scales.shape)}"
+    if dtype == torch.bfloat16 and blocks.device.type in _KERNEL_DEVICES and (kernel := _kernel(blocks.device)):
+        return kernel(blocks, scales)
+    return _look_up(blocks, scales, dtype)
+
+
+def _look_up(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode by a table of what every byte stands for."""
     words, factors = _tables(dtype, blocks.device)
     elements = words.index_select(0, blocks.flatten().int()).view(dtype).view(*scales.shape, BLOCK)
     return elements.mul_(factors[scales.int()].unsqueeze(-1)).flatten(-2)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the Triton kernel if it compiles there and decodes every byte under every scale as the table does on a CPU.
+
+    Warns once where it does not.
+    """
+    scales = torch.arange(SCALE_BYTES, dtype=torch.uint8).unsqueeze(-1).expand(-1, 256 // (BLOCK // 2)).contiguous()
+    blocks = torch.arange(256, dtype=torch.uint8).expand(SCALE_BYTES, -1).contiguous().view(*scales.shape, BLOCK // 2)
+    expected = _look_up(blocks, scales, torch.bfloat16)
+    try:
+        from d2l.base.mxfp4_triton import decode
+
+        decoded = decode(blocks.to(device), scales.to(device)).cpu()
+    except Exception as error:  # Triton, the compiler and the driver raise what they like: each has the same remedy
+        reason = shorten(f"{type(error).__name__}: {error}", width=300)
+    else:
+        if torch.equal(decoded.view(torch.int16), expected.view(torch.int16)):
+            return decode
+        reason = "it decodes bytes to other numbers than they stand for"
+    warn(
+        f"MXFP4 experts are decoded by a table on {device}, several times slower than by Triton: {reason}", stacklevel=2
+    )
+    return None
 
 
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from d2l.base.transfer import moved
+
 
 def segment_starts(position_ids: Tensor) -> Tensor:
     """Mark the first token of every segment: a position that is not one more than the one before.
@@ -70,7 +72,7 @@ class Segments:
         steps = torch.arange(max(self.lengths), device=device)
         return torch.where(steps < lengths, lengths.cumsum(0) - lengths + steps, -1)
 
-    def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def pad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give every segment a row of its own, with zeros after its tokens.
 
         A segment of no tokens keeps its zeros as keys: a softmax over nothing would be NaN.
@@ -79,11 +81,31 @@ class Segments:
             x: [L, T, D].
 
         Returns:
-            [L, n, S, D], and bool [n, S]: which of them are keys.
+            [L, n, S, D], and bool [n, S]: which of them are keys; None where all are, because no segment is longer.
         """
         n, width = len(self), max(1, *self.lengths)
+        if self.n_tokens == n * width:
+            return rearrange(x, "l (n s) d -> l n s d", n=n), None
         lengths = torch.tensor(self.lengths)[:, None]
         occupied = torch.arange(width) < lengths
-        cells = occupied.flatten().nonzero().flatten().to(x.device)
+        cells = moved(occupied.flatten().nonzero().flatten(), x.device)
         padded = x.new_zeros(x.shape[0], n * width, x.shape[2]).index_copy(1, cells, x)
-        return rearrange(padded, "l (n s) d -> l n s d", n=n), (occupied | (lengths == 0)).to(x.device)
+        keys = None if len(set(self.lengths)) == 1 else moved(occupied | (lengths == 0), x.device)
+        return rearrange(padded, "l (n s) d -> l n s d", n=n), keys
+
+    def of_similar_length(self) -> list[tuple[int, ...]]:
+        """Group the segments, so that padding within a group never doubles one: lists of their numbers, ascending.
+
+        All are one group where padding them to the longest adds less than half of their tokens.
+        """
+        if len(self) * max(self.lengths) <= 1.5 * self.n_tokens:
+            return [tuple(range(len(self)))]
+        groups: dict[int, list[int]] = {}
+        for number, length in enumerate(self.lengths):
+            groups.setdefault(max(0, length - 1).bit_length(), []).append(number)
+        return [tuple(numbers) for _, numbers in sorted(groups.items())]
+
+    def places(self, numbers: Sequence[int]) -> Tensor:
+        """Return the places of these segments' tokens in the row, one segment after another; int64, on the CPU."""
+        starts = [*accumulate(self.lengths, initial=0)]
+        return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in numbers])

@@ -1,5 +1,6 @@
 """A tiny config of the same kind as a model's: its faults are the same, and cost milliseconds to find."""
 
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -13,15 +14,18 @@ INTERMEDIATE = (96, 128)  # the first that is not the hidden size, nor is its do
 HEAD_DIMS = (16, 32)  # the first with which the heads do not add up to the hidden size
 VOCABULARY = 128
 WINDOW = 4  # shorter than any probe
+KERNEL_WINDOW = 128  # of the attention twin: one block of a kernel, and what GPT-OSS has
 LAYERS = 4
 _POSITIONS = 64  # of the original rope, so that its scaling acts within a probe's length
 _LARGEST_GROUP = 8  # query heads to a key-value head
 _BLOCK = 32  # of MXFP4: a multiple of it is every input of an expert
 
+_Widths = Callable[[PreTrainedConfig, int], tuple[int, int]]
+
 TWIN_CANNOT_SHOW = (
     "running out of memory: a twin is a few megabytes",
     "overflow and rounding in bfloat16 at the real width and depth",
-    "CUDA kernels: attention, Triton and fused kernels that only run on a GPU",
+    "CUDA kernels: attention (ATT401 judges it on a GPU), Triton and fused kernels that only run on a GPU",
     "damage to the real weights, such as a transposed or truncated tensor",
     "what the real model knows: losses of a random model say nothing about quality",
 )
@@ -37,18 +41,42 @@ def twin_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ModelError: transformers refuses the smaller config.
     """
+    return _made(base_config, lambda: _shrunk(base_config, _widths))
+
+
+def attention_twin_config(base_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Shrink all but the size of a head, and the window to 128 tokens at most: kernels are made for these sizes.
+
+    Every expert is taken by every token: a difference in rounding cannot grow by changing a route.
+
+    Raises:
+        ModelError: transformers refuses the smaller config.
+    """
+
+    def shrunk() -> dict[str, Any]:
+        values = _shrunk(base_config, _real_widths)
+        for name, size in _experts(base_config).items():
+            values[base_config.attribute_map.get(name, name)] = min(size, base_config.num_experts_per_tok)
+        if values.get("sliding_window") is not None:
+            values["sliding_window"] = min(base_config.sliding_window, KERNEL_WINDOW)
+        return values
+
+    return _made(base_config, shrunk)
+
+
+def _made(base_config: PreTrainedConfig, shrink: Callable[[], dict[str, Any]]) -> PreTrainedConfig:
     try:
-        return type(base_config).from_dict(_shrunk(base_config))
+        return type(base_config).from_dict(shrink())
     except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"no twin can be made of model_type {base_config.model_type}: {error}") from error
 
 
-def _shrunk(base_config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields of the twin's config."""
+def _shrunk(base_config: PreTrainedConfig, widths: _Widths) -> dict[str, Any]:
+    """Return the fields of the twin's config; `widths` chooses hidden size and head size for a number of heads."""
     values = base_config.to_dict()
     layers = _depth(base_config)
     heads, key_value_heads = _heads(base_config)
-    hidden, head_dim = _widths(base_config, heads)
+    hidden, head_dim = widths(base_config, heads)
     intermediate = next(size for size in INTERMEDIATE if hidden not in (size, 2 * size))
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
@@ -112,6 +140,14 @@ def _widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
     ):
         return heads * share, share
     return heads * share, next(size for size in HEAD_DIMS if size != share)
+
+
+def _real_widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
+    """Choose the hidden size, and keep the real head size; the heads add up to the former where the model's do."""
+    hidden, _ = _widths(base_config, heads)
+    head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
+    adds_up = base_config.num_attention_heads * head_dim == base_config.hidden_size
+    return heads * head_dim if adds_up else hidden, head_dim
 
 
 def _rotates(base_config: PreTrainedConfig, head_dim: int) -> bool:

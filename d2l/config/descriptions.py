@@ -51,7 +51,8 @@ GROUPS: dict[str, dict[str, Description]] = {
         ),
         "attn_implementation": Description(
             "Attention implementation of transformers, or `per_document`: the model's own on one packed document at a "
-            "time; `auto`: eager for models with sinks or without SDPA, else sdpa",
+            "time, or `packed_flex`: compiled for CUDA, in memory linear in the length; `auto`: sdpa, and for models with "
+            "sinks or without SDPA packed_flex on CUDA, else eager",
             reference="`use_flash_attn`",
         ),
         "dtype": Description(
@@ -62,6 +63,15 @@ GROUPS: dict[str, dict[str, Description]] = {
             "Form of MXFP4 experts in memory: packed as in the checkpoint, dequantized, or the kernels of transformers "
             "(`native`), which cannot train; `auto`: packed",
             "with a base whose checkpoint is MXFP4",
+        ),
+        "expert_transient_gib": _own(
+            "Most memory, in GiB, that dequantized weights of packed experts take at a time, where all experts of a layer "
+            "are computed at once; less means more and smaller products",
+            "with packed experts in bfloat16 on CUDA SM 90 and 100",
+        ),
+        "device_memory": _own(
+            "Memory of the GPU that the run is planned for, in bytes or such as '80GiB'; default: that of the GPU here",
+            "in `d2l plan` and MEM401; the run itself takes what it needs",
         ),
     },
     "Context encoder": {

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from d2l.config.numbers import (
+    Bytes,
     Count,
     Digits,
     Fraction,
@@ -73,6 +74,9 @@ class RunConfig(BaseModel):
     attn_implementation: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["auto", "packed", "dequantize", "native"] = "auto"
+    expert_transient_gib: Positive = 0.5
+
+    device_memory: Bytes | None = None
 
     # Context encoder
     ctx_encoder_type: Literal["embed_only", "per_layer_activations", "early_exit", "concat_layers"] = "early_exit"

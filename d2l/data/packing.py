@@ -5,7 +5,7 @@ with positions that restart. Every row is packed or reported.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from d2l.base.segments import Segments, segment_starts
+from d2l.base.transfer import moved
 from d2l.data.tokenize import IGNORE_INDEX, Row
 
 _JITTER = 0.1  # of a row's size when it is put in order: other groups for every seed, at no measurable cost in fill
@@ -49,10 +50,19 @@ class PackedBatch:
     record_ids: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """Return the same batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # vars() holds cached properties too
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        """Return the same batch with its tensors on `device`.
+
+        What is read off its tensors is read before: on a GPU, the host would wait for each.
+        """
+        place = torch.device(device)
+
+        def on_device(names: Iterable[str]) -> dict[str, Any]:  # vars() holds the cached properties too
+            values = {name: getattr(self, name) for name in names}
+            return {name: moved(x, place) if isinstance(x, Tensor) else x for name, x in values.items()}
+
+        batch = replace(self, **on_device(field.name for field in fields(self)))
+        vars(batch).update(on_device(name for name, it in vars(PackedBatch).items() if isinstance(it, cached_property)))
+        return batch
 
     @property
     def n_labels(self) -> int:
@@ -97,6 +107,24 @@ class PackedBatch:
     def label_queries(self) -> Tensor:
         """The query of each token at `label_positions`, counted from 0 over the packed row, int64 [N]."""
         return segment_starts(self.position_ids).cumsum(0)[self.label_positions] - 1
+
+    @cached_property
+    def label_weights(self) -> Tensor:
+        """The weight of each token at `label_positions` in a sum over contexts, float32 [N].
+
+        A context is the mean over its queries, a query the mean over its label tokens; one that has none is left out.
+        """
+        query = self.label_queries
+        tokens = torch.bincount(query, minlength=sum(self.n_queries))
+        context = torch.repeat_interleave(torch.tensor(self.n_queries))  # [queries]
+        labelled = torch.zeros(len(self.n_queries)).index_add(0, context, (tokens > 0).float())
+        return 1 / (tokens[query] * labelled[context[query]])
+
+    @cached_property
+    def largest_teacher_id(self) -> int:
+        """The largest token id of the teacher's; -1 without a teacher."""
+        ids = self.logprobs_indices
+        return -1 if ids is None or not ids.numel() else int(ids.max())
 
 
 def collate(rows: Sequence[Row]) -> PackedBatch:

@@ -16,9 +16,8 @@ from d2l.base.segments import Segments
 from d2l.errors import ModelError
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.perceiver import Perceiver
-from d2l.hypernet.shape import HypernetShape
+from d2l.hypernet.shape import MLP_RATIO, HypernetShape
 
-MLP_RATIO = 4
 ZERO_LATENT = 1e-6  # a latent shorter than this is not stretched to length 1: a zero latent stays zero
 
 

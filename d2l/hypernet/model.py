@@ -54,9 +54,11 @@ class DocToLora(nn.Module):
         return packed_masks(self.base, position_ids)
 
     def features(self, batch: PackedBatch) -> Tensor:
-        """Read all chunks into features `[1, layers, Tc, hidden]` or `[1, Tc, features]`; see `ContextEncoder`."""
+        """Read all chunks into features `[1, layers, Tc, hidden]` or `[1, Tc, features]`, in the base's dtype; see
+        `ContextEncoder`.
+        """
         mask = self.attention_mask(batch.ctx_position_ids)
-        return self.encoder(batch.ctx_ids, batch.ctx_position_ids, mask).float()
+        return self.encoder(batch.ctx_ids, batch.ctx_position_ids, mask)
 
     def latents(self, batch: PackedBatch) -> Tensor:
         """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.shape import HypernetShape
+from d2l.hypernet.recompute import in_pieces
+from d2l.hypernet.shape import MLP_RATIO, QUERIES_PER_KEY, HypernetShape
 
-QUERIES_PER_KEY = 4  # query heads that share a key and a value head
-MLP_RATIO = 4
 NORM_EPS = 1e-6
 
 
@@ -131,13 +130,12 @@ class Perceiver(nn.Module):
         config = shape.config
         self.shape = shape
         self.rank = config.lora_r if config.per_rank_gen else None
-        n_outputs = len(shape.names) * (self.rank or 1) * (1 if shape.per_layer_features else shape.n_layers)
         layers = _blocks(shape)
         self.perceiver = nn.ModuleDict(
             {
                 "modality_projection": _modality_projection(shape),
                 "encoder": Resampler(shape, config.n_latent_queries, layers),
-                "decoder": Resampler(shape, n_outputs, [Layer(shape, cross=True)]),
+                "decoder": Resampler(shape, shape.outputs, [Layer(shape, cross=True)]),
             }
         )
         with torch.no_grad():
@@ -172,16 +170,21 @@ class Perceiver(nn.Module):
                 f"chunks of {chunks.lengths} tokens need features of one row with {chunks.n_tokens} tokens, not of "
                 f"{features.shape[0]} with {features.shape[2]}"
             )
-        tokens = features[0].to(next(self.parameters()).dtype)
-        context, mask = chunks.pad(self.perceiver["modality_projection"](tokens))
-        latents = self.perceiver["encoder"](
-            rearrange(context, "l n s d -> (l n) s d"), repeat(mask, "n s -> (l n) s", l=context.shape[0])
-        )
-        decoded = self.perceiver["decoder"](latents)
-        axes = {"n": len(chunks), "m": len(self.shape.names)}  # lf: layers of the features; lq: of the latents
+        decoded = in_pieces(self.read, features[0], chunks, self.shape, tuple(self.parameters()))
+        axes = {"m": len(self.shape.names)}  # lf: layers of the features; lq: of the latents
         if self.rank is None:
-            return rearrange(decoded, "(lf n) (lq m) d -> n (lf lq) m d", **axes)
-        return rearrange(decoded, "(lf n) (lq m r) d -> n (lf lq) m r d", r=self.rank, **axes)
+            return rearrange(decoded, "lf n (lq m) d -> n (lf lq) m d", **axes)
+        return rearrange(decoded, "lf n (lq m r) d -> n (lf lq) m r d", r=self.rank, **axes)
+
+    def read(self, features: Tensor, chunks: Segments) -> Tensor:
+        """Read chunks under each layer's features [l, T, F] by itself into decoded latents [l, n, outputs, D]."""
+        if not torch.is_autocast_enabled(features.device.type):  # which casts them by itself, and without a copy more
+            features = features.to(next(self.parameters()).dtype)
+        context, mask = chunks.pad(self.perceiver["modality_projection"](features))
+        n_layers = len(context)
+        keys = None if mask is None else repeat(mask, "n s -> (l n) s", l=n_layers)
+        latents = self.perceiver["encoder"](rearrange(context, "l n s d -> (l n) s d"), keys)
+        return rearrange(self.perceiver["decoder"](latents), "(l n) q d -> l n q d", l=n_layers)
 
 
 def _modality_projection(shape: HypernetShape) -> nn.Module:

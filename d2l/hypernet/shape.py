@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from d2l.config.schema import RunConfig
 
+QUERIES_PER_KEY = 4  # query heads of the Perceiver that share a key and a value head
+MLP_RATIO = 4  # inner width of every MLP of the hypernetwork, as a multiple of its input's
+
 
 @dataclass(frozen=True, kw_only=True)
 class HypernetShape:
@@ -45,3 +48,14 @@ class HypernetShape:
     def per_layer_features(self) -> bool:
         """Whether the context encoder gives features of every layer, or one set of features for all."""
         return self.config.ctx_encoder_type == "per_layer_activations"
+
+    @property
+    def feature_layers(self) -> int:
+        """Sets of features: one for every layer, or one for all."""
+        return self.n_layers if self.per_layer_features else 1
+
+    @property
+    def outputs(self) -> int:
+        """Latents that a chunk is decoded to under one set of features."""
+        ranks = self.config.lora_r if self.config.per_rank_gen else 1
+        return len(self.modules) * ranks * (self.n_layers // self.feature_layers)

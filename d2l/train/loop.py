@@ -7,6 +7,7 @@ each optimizer step: its micro-batches are dealt out by rank, and every loss is 
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor, nn
 
 from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint, step_folder
 from d2l.config.schema import LossName, RunConfig
@@ -25,6 +26,7 @@ from d2l.errors import CheckpointError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
 from d2l.train.curriculum import Curriculum
+from d2l.train.gradients import SummedGradients
 from d2l.train.guards import require_finite_step
 from d2l.train.losses import Loss, Normalizer, compute_loss
 from d2l.train.optimizer import make_optimizer, make_schedule, state_names
@@ -123,14 +125,16 @@ class Trainer:
         started = time.perf_counter()
         batches = self._next_batches()
         normalizer = Normalizer.of(batches, self.config.lora_r)
-        task, l1, exact_match = self._accumulate(batches, normalizer)
+        sums = self._accumulate(batches, normalizer)
         parameters = list(self.model.hypernet.parameters())
         grad_norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        # the one time in a step that the host waits for the device; nothing has been changed yet
+        task, l1, exact_match, norm = torch.cat([sums, grad_norm.detach().to(sums)[None]]).tolist()
         coefficient = self.config.gen_lora_l1_reg_coef
         require_finite_step(
             step=self.step_number + 1,
             loss=task + coefficient * l1 if coefficient else task,
-            grad_norm=float(grad_norm),
+            grad_norm=norm,
             label_tokens=normalizer.label_tokens,
             records=[record for batch in batches for record in batch.record_ids],
             parameters=self.model.hypernet.named_parameters(),
@@ -148,7 +152,7 @@ class Trainer:
             step=self.step_number,
             loss=self.config.loss,
             task_loss=task,
-            grad_norm=float(grad_norm),
+            grad_norm=norm,
             gen_lora_l1_norm=l1,
             exact_match=exact_match,
             stage=stage,
@@ -193,7 +197,7 @@ class Trainer:
                 raise CheckpointError(f"the checkpoint lacks optimizer moments of {name}; resume from another one")
             if checkpoint.state["step"] > 0:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    key: value.to(parameter.device, copy=True)  # a fused optimizer counts its steps there too
                     for key, value in moments.items()
                     if value is not None
                 }
@@ -206,21 +210,20 @@ class Trainer:
         if "rng.cuda" in checkpoint.trainer and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.trainer["rng.cuda"])
 
-    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> tuple[float, float, float]:
-        """Accumulate the step's gradients; return task loss, L1 norm and exact match, summed over all processes."""
+    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> Tensor:
+        """Accumulate the step's gradients; return task loss, L1 norm and exact match [3], summed over all processes."""
         self.optimizer.zero_grad(set_to_none=True)
         count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
         sums = torch.zeros(3, device=device)
-        for batch in batches[rank::count]:
-            loss = batch_loss(self.model, batch.to(device), normalizer, self.config)
-            loss.total.backward()
+        own = [batch.to(device) for batch in batches[rank::count]]  # every copy is queued before the first forward
+        for number, batch in enumerate(own, start=1):
+            loss = batch_loss(self.model, batch, normalizer, self.config)
+            # losses are divided by counts of all processes, so gradients add up
+            shared = SummedGradients([*self.model.hypernet.parameters()]) if count > 1 and number == len(own) else None
+            with shared.during() if shared else nullcontext():
+                loss.total.backward()
             sums += torch.stack([loss.task.detach(), loss.l1.detach(), loss.exact_match])
-        if count > 1:  # losses are divided by counts of all processes, so gradients add up
-            for parameter in self.model.hypernet.parameters():
-                parameter.grad = reduce(parameter.grad, reduction="sum")
-            sums = reduce(sums, reduction="sum")
-        task, l1, exact_match = sums.tolist()
-        return task, l1, exact_match
+        return reduce(sums, reduction="sum") if count > 1 else sums
 
     def _next_batches(self) -> list[PackedBatch]:
         """Take the micro-batches of the next step, for all processes; an epoch's rest joins the next epoch."""

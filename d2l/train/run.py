@@ -19,8 +19,17 @@ from d2l.train.processes import processes
 
 CONFIG, PREFLIGHT = "config.yaml", "preflight.json"
 
-# Settings that may change when a run is resumed: its length, how often it saves, and paths.
-_CHANGEABLE = {"max_steps", "save_steps", "save_total_limit", "output_dir", "cache", "cache_dir"}
+# Settings that may change when a run is resumed: its length, how often it saves, paths, and what its memory may be.
+_CHANGEABLE = {
+    "max_steps",
+    "save_steps",
+    "save_total_limit",
+    "output_dir",
+    "cache",
+    "cache_dir",
+    "device_memory",
+    "expert_transient_gib",
+}
 
 
 def new_folder(config: RunConfig, *, numbered: bool) -> Path:

@@ -49,8 +49,8 @@ MUTANTS = [
         ),
         (
             "adam-step-restarts",
-            'value.clone() if key == "step"',
-            'torch.zeros_like(value) if key == "step"',
+            "value.to(parameter.device, copy=True)",
+            'value.to(parameter.device, copy=True) * (key != "step")',
             "the bias correction of moments starts anew: huge updates",
         ),
         (

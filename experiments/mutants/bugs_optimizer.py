@@ -67,7 +67,7 @@ MUTANTS = [
         _AREA,
         "d2l.train.optimizer:MuonAdamW.step",
         "optimizer",
-        ("muon-skips-matrices", "parameter.grad is not None", "parameter.grad is None", "no weight matrix learns"),
+        ("muon-skips-matrices", "it.grad is not None", "it.grad is None", "no weight matrix learns"),
     ),
     *bugs(
         _AREA,
@@ -75,14 +75,19 @@ MUTANTS = [
         "optimizer",
         (
             "muon-momentum-inverted",
-            "lerp_(gradient, 1 - MUON_MOMENTUM)",
-            "lerp_(gradient, MUON_MOMENTUM)",
+            "lerp_(momenta, gradients, 1 - MUON_MOMENTUM)",
+            "lerp_(momenta, gradients, MUON_MOMENTUM)",
             "no momentum",
         ),
-        ("muon-without-nesterov", "gradient.lerp(momentum, MUON_MOMENTUM)", "momentum", "another optimizer"),
+        (
+            "muon-without-nesterov",
+            "torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)",
+            "momenta",
+            "another optimizer",
+        ),
         (
             "muon-size-ignored",
-            "_ADAMW_RMS * max(parameter.shape[-2:]) ** 0.5",
+            "_ADAMW_RMS * max(parameters[0].shape[-2:]) ** 0.5",
             "_ADAMW_RMS",
             "large matrices learn tens of times too slowly",
         ),

@@ -154,8 +154,8 @@ MUTANTS = [
         ),
         (
             "mean-of-means",
-            "batch.to(device), normalizer, self.config)",
-            "batch.to(device), Normalizer.of([batch], self.config.lora_r), self.config)",
+            "batch, normalizer, self.config)",
+            "batch, Normalizer.of([batch], self.config.lora_r), self.config)",
             "the gradient depends on accumulation steps",
         ),
         (

@@ -17,7 +17,13 @@ WITNESSES: dict[str, Callable[[Values], None]] = {
         ),
         *(witnesses_data.rows, witnesses_data.batches, witnesses_data.cache),
         *(witnesses_data.records, witnesses_data.chat, witnesses_data.needles, witnesses_data.teacher),
-        *(witnesses_base.mxfp4, witnesses_base.experts, witnesses_base.load, witnesses_base.masks),
+        *(
+            witnesses_base.mxfp4,
+            witnesses_base.experts,
+            witnesses_base.grouped,
+            witnesses_base.load,
+            witnesses_base.masks,
+        ),
         *(witnesses_base.memory, witnesses_files.checkpoint, witnesses_files.export, witnesses_files.reference),
     )
 }

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from d2l.base.experts import PackedExperts
 from d2l.base.files import save_mxfp4
-from d2l.base.load import Choice, load_base, plan_load, random_base, read_base_config, skeleton
+from d2l.base.load import load_base, plan_load, random_base, read_base_config, skeleton
 from d2l.base.masks import attention_layout, packed_masks
-from d2l.base.memory import memory_plan
 from d2l.base.mxfp4 import dequantize, quantize
 from d2l.base.segments import Segments
 from d2l.base.twin import twin_config
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 from d2l.hypernet.targets import find_targets, target_sizes
+from d2l.plan.memory import memory_plan
+from d2l.plan.rows import AssumedRows
+from d2l.plan.sizes import HOPPER, Model
 from experiments.mutants.values import Values
 from experiments.mutants.workbench import configurations, llama_config
 
@@ -73,6 +76,25 @@ def experts(values: Values) -> None:
         (output * torch.randn(output.shape, generator=generator)).sum().backward()
         values |= {f"{size} output": output.detach(), f"{size} hidden": hidden.grad, f"{size} routed": routed.grad}
     values["frozen"] = [p.requires_grad for p in module.parameters()]
+
+
+def grouped(values: Values) -> None:
+    """Run the same experts a layer at once, in one slice and in several."""
+    base_config, plan = gpt_oss()
+    for transient in (2**17, 2**30):
+        at_once = replace(plan.expert_products, value="grouped")
+        base = random_base(
+            base_config, replace(plan, expert_products=at_once, expert_transient_bytes=transient), seed=0
+        )
+        module = next(it for it in base.modules() if isinstance(it, PackedExperts))
+        generator = torch.Generator().manual_seed(1)
+        hidden = (20 * torch.randn(7, 64, generator=generator)).requires_grad_()
+        routed = torch.rand(7, 4, generator=generator).requires_grad_()
+        index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(7)])
+        output = module(hidden, index, routed)
+        (output * torch.randn(output.shape, generator=generator)).sum().backward()
+        found = {"output": output.detach(), "hidden": hidden.grad, "routed": routed.grad}
+        values |= {f"{transient} {name}": value for name, value in found.items()}
 
 
 def _logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -160,13 +182,14 @@ def masks(values: Values) -> None:
     gpt = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
     bases = {"gpt_oss": GptOssConfig(**sizes, **gpt), "llama": LlamaConfig(**sizes)}
     for name, base_config in bases.items():
-        for attention in ("eager", "per_document", *(["sdpa"] if name == "llama" else [])):
+        for attention in ("eager", "per_document", "packed_flex", *(["sdpa"] if name == "llama" else [])):
             plan = plan_load(RunConfig(attn_implementation=attention), base_config, device="cpu")
             base = random_base(base_config, plan, seed=0)
             values[f"{name} {attention} logits"] = _logits(base, ids)
             made = packed_masks(base, POSITIONS)
             for kind, mask in (made if isinstance(made, dict) else {"all": made}).items():
-                values[f"{name} {attention} {kind}"] = None if mask is None else mask.double().clamp(min=-9)
+                shown = mask.to_dense() if isinstance(mask, BlockMask) else mask
+                values[f"{name} {attention} {kind}"] = None if shown is None else shown.double().clamp(min=-9)
         values[f"{name} layout"] = [
             list(attention_layout(base_config).layer_types),
             attention_layout(base_config).window,
@@ -186,10 +209,8 @@ def masks(values: Values) -> None:
 def memory(values: Values) -> None:
     """Compute the bytes of both runs."""
     for name, config in configurations().items():
-        base_config = read_base_config(config.model_name_or_path)
+        model = Model(read_base_config(config.model_name_or_path), "cuda", HOPPER)
         for checkpointing in (False, True):
             changed = RunConfig(**config.model_dump() | {"gradient_checkpointing": checkpointing})
-            plan = plan_load(changed, base_config, device="cpu")
-            plan = replace(plan, dtype=Choice("bfloat16", ""))
-            made = memory_plan(changed, base_config, plan, hypernet_parameters=10**6, optimizer_values=2 * 10**6)
+            made = memory_plan(model.sizes(changed), AssumedRows().shapes(changed))
             values[f"{name} {checkpointing}"] = {it.name: [it.loading, it.peak, it.steady] for it in made.components}

@@ -20,7 +20,7 @@ TOP_K = 4
 
 @cache
 def configurations() -> dict[str, RunConfig]:
-    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, packed and dequantized, and a Llama.
+    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, three times, and a Llama.
 
     The last reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
     averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong.
@@ -30,6 +30,7 @@ def configurations() -> dict[str, RunConfig]:
     return {
         "tiny_gpt_oss": shipped,
         "dequantized": dequantized,
+        "packed_flex": shipped.model_copy(update={"attn_implementation": "packed_flex"}),
         "llama": llama_config((str(_documents_with_teacher()),), loss="kl"),
     }
 

@@ -22,7 +22,7 @@ from support.families import BASES
 from support.sizes import MXFP4, NO_SPECIAL_TOKENS
 
 # Bytes enough, so that the checks of stage `device` run whatever this machine has.
-CLEAN = override(free_memory=lambda healthy: 2**60, free_disk=lambda healthy, config: 2**60)(
+CLEAN = override(gpu=lambda healthy: "cpu", free_memory=lambda healthy: 2**60, free_disk=lambda healthy, config: 2**60)(
     make_subject(load_config())
 )
 OTHERS = sorted(BASES.keys() - {"gpt_oss"})
@@ -150,7 +150,7 @@ def _loading(draw: Random, family: str) -> dict[str, Any]:
     """How the base is held, and how long packed rows are."""
     return {
         "attn_implementation": draw.choice(
-            ["auto", "eager", "per_document", *(["sdpa"] if family not in NO_SDPA else [])]
+            ["auto", "eager", "per_document", "packed_flex", *(["sdpa"] if family not in NO_SDPA else [])]
         ),
         "dtype": draw.choice(["auto", "float32", "bfloat16"]),
         "expert_weights": draw.choice(["auto", "packed", "dequantize"]),

@@ -13,6 +13,7 @@ import torch
 
 from d2l.config.schema import RunConfig
 from d2l.errors import NonFiniteError
+from d2l.train import gradients
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.processes import processes
 from d2l.train.run import new_folder
@@ -32,13 +33,15 @@ def main(output: Path) -> None:
     folder = new_folder(config.model_copy(update={"output_dir": str(output / "run")}), numbered=True)
     folder.mkdir(exist_ok=True)
     (folder / f"seen by {rank}").touch()
+    gradients.BUCKET_BYTES = 20_000  # several buckets for a tiny hypernetwork
     trainer = Trainer(tiny_model(config), random_rows(), config)
+    buckets = len(gradients.SummedGradients([*trainer.model.hypernet.parameters()])._buckets)
     for _ in train_steps(trainer, folder):
         pass
     if rank == 1:
         with torch.no_grad():
             trainer.model.hypernet.get_parameter("head.weight").view(-1)[0] = math.nan
-    note = {"folder": str(folder), "refused": ""}
+    note = {"folder": str(folder), "refused": "", "buckets": buckets}
     try:
         trainer.step()
     except NonFiniteError as error:

@@ -1,0 +1,107 @@
+"""One table of ratios, ours beside a named rule in one run, and `benchmarks/RESULTS.md` with device, versions and spread.
+
+python -m benchmarks.bench            # some minutes on a CPU; on CUDA where there is one
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.comparisons import DEVICE, DTYPE, comparisons
+from benchmarks.packing import count_batches, count_greedy_batches, draw_sizes
+from benchmarks.timing import ratio
+
+RESULTS = Path("benchmarks/RESULTS.md")
+BEGIN, END = "<!-- make bench -->\n", "<!-- end of make bench -->\n"
+HEADER = ("what", "case", "rule", "ours / rule", "spread", "bound")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: the median of ours / rule, its spread, and the bound where there is one."""
+
+    what: str
+    case: str
+    rule: str
+    median: float
+    spread: str
+    bound: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        bound = "" if self.bound is None else f"{self.bound:.2f}" + ("" if self.median <= self.bound else " missed")
+        return self.what, self.case, self.rule, f"{self.median:.2f}", self.spread, bound
+
+
+def lines(repeats: int) -> Iterator[Line]:
+    """Measure all lines."""
+    for make in comparisons():
+        it = make()
+        found = ratio(it.ours, it.other, repeats)
+        yield Line(it.what, it.case, it.rule, found.median, found.spread, it.bound)
+    sizes, budgets = draw_sizes(100_000, 4096, 8192), (4096, 8192)
+    batches = count_batches(sizes, budgets) / count_greedy_batches(sizes, budgets)
+    yield Line("packing, batches", "100,000 rows, 4,096 / 8,192", "greedy", batches, "exact")
+    found = ratio(_preflight, _imports, repeats=3)
+    yield Line(
+        "preflight", "tiny config, whole process", "importing torch and transformers", found.median, found.spread
+    )
+
+
+def _preflight() -> None:
+    command = [sys.executable, "cli.py", "preflight", "configs/tiny_gpt_oss.yaml", "--format", "json"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _imports() -> None:
+    command = [sys.executable, "-c", "import torch; from transformers import AutoModelForCausalLM"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def machine() -> str:
+    """Name the device and the versions of what computes."""
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    )
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    return (
+        f"{date.today()}, {device}, {str(DTYPE).removeprefix('torch.')}, Python {platform.python_version()}, {versions}"
+    )
+
+
+def write(found: list[Line], where: str) -> None:
+    """Put the table into the results page, in the place of the one before."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *(line.cells() for line in found))]
+    before, _, rest = RESULTS.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    RESULTS.write_text(f"{before}{BEGIN}{where}\n\n" + "\n".join(rows) + f"\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each comparison")
+    options = parser.parse_args()
+    found = []
+    for line in lines(options.repeats):
+        found.append(line)
+        sys.stderr.write(f"{line.what}, {line.case}: {line.median:.2f}\n")
+    table = Table(*HEADER, title=machine())
+    for line in found:
+        table.add_row(*line.cells())
+    Console().print(table)
+    write(found, machine())
+
+
+if __name__ == "__main__":
+    main()

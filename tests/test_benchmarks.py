@@ -1,0 +1,64 @@
+"""The benchmarks run, say what they measured, and leave nothing behind."""
+
+import importlib
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+if not (Path(__file__).parents[1] / "benchmarks").is_dir():
+    pytest.skip("needs a checkout: benchmarks/ is not in the sdist", allow_module_level=True)
+
+TINY = "configs/tiny_gpt_oss.yaml"
+
+
+def run_real_shapes(*arguments: str) -> None:
+    importlib.import_module("benchmarks.real_shapes").main(
+        [TINY, "--inp", "48", "--ctx", "48", "--steps", "1", *arguments]
+    )
+
+
+def test_real_shapes_steps_on_a_checkpoint_that_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_real_shapes("--kernels", "3")
+    out = capsys.readouterr().out
+    assert "experts packed, float32 on cpu" in out
+    assert "step 1: " in out
+    assert "tokens/s" in out
+    assert "GiB at the peak" in out
+    assert "a profiled step" in out
+    assert len(out.split("a profiled step")[1].splitlines()) == 4
+    assert not list(tmp_path.glob("d2l-*"))
+
+
+def test_real_shapes_keeps_a_named_folder_and_uses_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoint"
+    run_real_shapes("--kernels", "0", "--folder", str(folder))
+    assert "GiB written" in capsys.readouterr().out
+    files = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    run_real_shapes("--kernels", "0", "--folder", str(folder))
+    assert "GiB written" not in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == files
+
+
+def test_the_table_takes_the_place_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("benchmarks.bench")
+    page = tmp_path / "RESULTS.md"
+    page.write_text(f"# Results\n\n{bench.BEGIN}old\n{bench.END}\n## Kept\n", encoding="utf-8")
+    monkeypatch.setattr(bench, "RESULTS", page)
+    bench.write([bench.Line("loss", "a case", "a rule", 0.2, "0.1–0.3", 0.14)], "on a machine")
+    text = page.read_text(encoding="utf-8")
+    assert "| loss | a case | a rule | 0.20 | 0.1–0.3 | 0.14 missed |" in text
+    assert "old" not in text
+    assert text.startswith("# Results\n")
+    assert text.endswith("## Kept\n")
+
+
+def test_a_ratio_is_that_of_turns() -> None:
+    timing = importlib.import_module("benchmarks.timing")
+    found = timing.ratio(lambda: time.sleep(0.004), lambda: time.sleep(0.001), repeats=3)
+    assert 1.5 < found.median < 8
+    assert len(found.values) == 3

@@ -225,11 +225,16 @@ def _changes(sizes: Sizes, rows: Sequence[RowShape]) -> Iterator[dict[str, Any]]
 
 def _assumptions(sizes: Sizes, rows: Rows, card: Card) -> tuple[str, ...]:
     """State what the figures rest on."""
-    base = [f"rows: {rows.source}", f"the base in {sizes.load.dtype.value}: {sizes.load.dtype.reason}"]
+    load = sizes.load
+    base = [f"rows: {rows.source}", f"the base in {load.dtype.value}: {load.dtype.reason}"]
+    base.append(f"attention: {load.attention.value}; {load.attention.reason}")
+    if load.experts.value == "packed":
+        base.append(f"experts: {load.expert_products.value}; {load.expert_products.reason}")
     if card.flops is None:
         return (*base, "time and cost: unknown, as the card is named by its memory alone; name a card such as H100")
     speed = (
-        "time: counted operations at the rate and fixed time a step that were measured on one H100 (d2l/plan/speed.py)"
+        "time: counted operations at the rate and fixed time a step that were measured on one H100, for grouped experts "
+        "and flex_attention those of a prototype (d2l/plan/speed.py)"
     )
     if "H100" in card.name:
         return (*base, speed)

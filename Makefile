@@ -45,7 +45,7 @@ golden: install # needs ../shared and fails without it; the last line counts the
 	$(BIN)/pytest -n 0 -m golden
 
 fuzz: install # 500 clean configurations, every planted fault in ten, all published models, twins of all head counts
-	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py tests/test_published.py tests/test_twin.py tests/test_rules.py
+	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py tests/test_published.py tests/test_twin.py tests/test_rules.py tests/test_memory.py
 
 pairs: install # two planted faults at once: both are named, or one is blocked by the other
 	$(BIN)/python experiments/pairs.py

@@ -68,10 +68,9 @@ NEVER_DRAWN = {
 }
 
 
-each_fault = pytest.mark.parametrize(
-    ("index", "rule", "fault"),
-    [pytest.param(index, *planted, id=f"{planted[0].code}-{planted[1].name}") for index, planted in enumerate(PLANTED)],
-)
+FAULTS = [
+    pytest.param(index, *planted, id=f"{planted[0].code}-{planted[1].name}") for index, planted in enumerate(PLANTED)
+]
 
 
 def turns_red(rule: Rule, fault: Fault, drawn: Subject) -> bool:
@@ -99,13 +98,16 @@ def plant(rule: Rule, fault: Fault, first_seed: int, places: int) -> None:
     pytest.fail(f"{rule.code} {fault.name} applies to {planted} of {draws} random configurations, wanted {places}")
 
 
-@each_fault
+@pytest.mark.parametrize(
+    ("index", "rule", "fault"),
+    [it for it in FAULTS if it.values[1].stage != "device"],  # those take seconds; test_rules.py plants them once
+)
 def test_every_planted_fault_turns_its_check_red(index: int, rule: Rule, fault: Fault) -> None:
     plant(rule, fault, first_seed=index, places=1)
 
 
 @pytest.mark.slow
-@each_fault
+@pytest.mark.parametrize(("index", "rule", "fault"), FAULTS)
 def test_every_planted_fault_turns_its_check_red_10(index: int, rule: Rule, fault: Fault) -> None:
     plant(rule, fault, first_seed=1000 + index, places=10)
 

@@ -279,7 +279,10 @@ def _pad(segments: Segments, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("documents", [(1024,), (300, 307, 274), (256,) * 8])
+@pytest.mark.parametrize(
+    "documents",
+    [(1024,), pytest.param((300, 307, 274), marks=pytest.mark.slow), pytest.param((256,) * 8, marks=pytest.mark.slow)],
+)
 def test_the_published_hypernetwork_keeps_what_the_plan_says(name: str, documents, whole: bool, monkeypatch) -> None:
     """Its real passes in the 20B model's shapes under autocast, on fake tensors: no memory is taken."""
     sizes = ON_H100.sizes(configured(name))

@@ -93,7 +93,7 @@ CASES: list[tuple[list[int], int | None, float | None, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("training", ["query key value sinks", "query key value", "query", ""])
+@pytest.mark.parametrize("training", ["query key value sinks", "query", ""])
 @pytest.mark.parametrize(("lengths", "window", "cap", "with_sinks"), CASES)
 def test_what_is_compiled_computes_the_formula_in_value_and_gradient(
     lengths: list[int],

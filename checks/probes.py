@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2l.base.mxfp4 import BLOCK
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import Query, Row
 
@@ -86,9 +87,11 @@ def grouped_twin(subject: "Subject") -> "PreTrainedModel | None":
     if plan.experts.value != "packed":
         return None
     products = replace(plan.expert_products, value="grouped")
-    slices = 2**16 * subject.twin_base_config.num_experts_per_tok  # bytes: two and three slices of a projection
+    config = subject.twin_base_config
+    widest = max(config.hidden_size, config.intermediate_size)
+    slices = 2 * BLOCK * config.num_local_experts * widest * plan.torch_dtype.itemsize  # the smallest that there are
     plan = replace(plan, expert_products=products, expert_transient_bytes=slices)
-    return subject.implementation.build_base(subject.twin_base_config, plan, 0)
+    return subject.implementation.build_base(config, plan, 0)
 
 
 def large_inputs(hidden: int, seed: int = 0) -> Tensor:

@@ -73,6 +73,12 @@ FAULTS = [
 ]
 
 
+def test_packed_experts_wider_than_the_shipped_ones_are_judged_a_layer_at_once_too() -> None:
+    outcomes = run_checks(random_subject(1058), RULES, select=("QNT202", "QNT204")).outcomes
+    assert [outcome.outcome for outcome in outcomes] == ["pass", "pass"]
+    assert "layer 0, a layer at once" in outcomes[0].evidence
+
+
 def turns_red(rule: Rule, fault: Fault, drawn: Subject) -> bool:
     """Plant a fault and demand that its check turns red; returns whether the fault applies to this configuration."""
     (clean,) = run_checks(drawn, [rule]).outcomes

@@ -168,7 +168,9 @@ def _grouped_without_router(healthy: Implementation, base_config: Any, plan: Any
 
 
 def _not_packed(subject: "Subject") -> str:
-    return "" if subject.twin_plan.experts.value == "packed" else "no experts stay packed"
+    if subject.twin_plan.experts.value != "packed":
+        return "no experts stay packed"
+    return "every token has one expert, of weight 1" if subject.twin_base_config.num_experts_per_tok == 1 else ""
 
 
 def _dequantized(subject: "Subject") -> str:

@@ -63,7 +63,10 @@ def summary(results: Results) -> str:
 def markdown(results: Results, versions: Mapping[str, str], seconds: float, day: date) -> str:
     """Return the whole page."""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    head = f"{day.isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes, with {listed}."
+    head = (
+        f"Latest run {day.isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes of all runs, with {listed}.\n"
+        "Mutants that changed since the last whole run were run by themselves, and their rows put in."
+    )
     parts = [_INTRODUCTION, head, summary(results)]
     for area in dict.fromkeys(mutant.area for mutant, _ in results):
         rows = [_row(mutant, verdict) for mutant, verdict in results if mutant.area == area]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, PreTrainedModel
 
 from benchmarks.timing import Work
-from d2l.base.load import plan_load, random_base
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.base.segments import Segments
 from d2l.build import build_model
 from d2l.config.schema import RunConfig

@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig
 
+from d2l.base.config import quantization_method, read_base_config, skeleton
 from d2l.base.experts import empty_packed_experts
-from d2l.base.load import load_base, plan_load, quantization_method, read_base_config, skeleton
+from d2l.base.load import load_base
+from d2l.base.load_plan import plan_load
 from d2l.build import build_model
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig

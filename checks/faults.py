@@ -90,6 +90,7 @@ _COMPUTED: dict[str, set[str]] = {
     "plan": {"plan"},
     "twin_plan": {"plan"},
     "_twin_base": {"plan", "build_base"},
+    "_grouped_twin_base": {"plan", "build_base"},
     "chat": {"chat"},
     "rows": {"chat", "rows"},
 }

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2l.base.mxfp4 import BLOCK
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import Query, Row
 
@@ -79,19 +78,6 @@ def base_in_double(base: "PreTrainedModel") -> "PreTrainedModel":
     if getattr(base.config, "num_experts_per_tok", None):
         base.set_experts_implementation("eager")
     return base.double()
-
-
-def grouped_twin(subject: "Subject") -> "PreTrainedModel | None":
-    """Make the twin's base with packed experts that are computed a layer at once, in slices, as on a GPU; None without any."""
-    plan = subject.twin_plan
-    if plan.experts.value != "packed":
-        return None
-    products = replace(plan.expert_products, value="grouped")
-    config = subject.twin_base_config
-    widest = max(config.hidden_size, config.intermediate_size)
-    slices = 2 * BLOCK * config.num_local_experts * widest * plan.torch_dtype.itemsize  # the smallest that there are
-    plan = replace(plan, expert_products=products, expert_transient_bytes=slices)
-    return subject.implementation.build_base(config, plan, 0)
 
 
 def large_inputs(hidden: int, seed: int = 0) -> Tensor:

@@ -12,8 +12,10 @@ from transformers.utils import logging
 
 from checks.machine import free_disk, free_memory, gpu
 from checks.subject import Implementation, Offered, Subject
+from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
-from d2l.base.load import LoadPlan, load_base, plan_load, random_base, read_base_config
+from d2l.base.load import load_base, random_base
+from d2l.base.load_plan import LoadPlan, plan_load
 from d2l.build import Components, build_chat, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from d2l.config.load import saved_config

@@ -21,7 +21,7 @@ from d2l.config.schema import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from d2l.base.load import LoadPlan
+    from d2l.base.load_plan import LoadPlan
     from d2l.data.chat.format import ChatFormat
     from d2l.data.packing import PackedBatch
     from d2l.data.records import Record
@@ -245,6 +245,24 @@ class Subject:
     def _twin_base(self) -> "PreTrainedModel":
         return self.implementation.build_base(self.twin_base_config, self.twin_plan, seed=0)
 
+    def grouped_twin_base(self) -> "PreTrainedModel | None":
+        """Return the same with packed experts computed a layer at once, in slices, as on a GPU; `None` without any."""
+        return deepcopy(self._grouped_twin_base)
+
+    @cached_property
+    def _grouped_twin_base(self) -> "PreTrainedModel | None":
+        from d2l.base.grouped import smallest_transient
+
+        config, plan = self.twin_base_config, self.twin_plan
+        if plan.experts.value != "packed":
+            return None
+        shape = config.num_local_experts, config.hidden_size, config.intermediate_size
+        slices = smallest_transient(*shape, plan.torch_dtype)
+        plan = replace(
+            plan, expert_products=replace(plan.expert_products, value="grouped"), expert_transient_bytes=slices
+        )
+        return self.implementation.build_base(config, plan, seed=0)
+
     @cached_property
     def twin_plan(self) -> "LoadPlan":
         """Return how the twin's base is loaded: as the real one, but in float32 on the CPU."""
@@ -275,7 +293,7 @@ def build_drawn(implementation: Implementation, base: "PreTrainedModel", config:
 def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
     """Return how a tiny base would be loaded: as the implementation plans it, on the CPU; plainly where it has no plan."""
     from d2l.base.attention import FLASH_4
-    from d2l.base.load import Choice, LoadPlan
+    from d2l.base.load_plan import Choice, LoadPlan
 
     device, products = Choice("cpu", "a twin is tiny"), Choice("one_by_one", "a twin is on the CPU")
     try:

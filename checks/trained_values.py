@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from d2l.base.load import skeleton
+from d2l.base.config import skeleton
 from d2l.errors import ModelError
 from d2l.train.optimizer import optimizer_values
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from d2l.base.config import read_base_config
 from d2l.base.files import is_config_only
-from d2l.base.load import load_base, plan_load, read_base_config
+from d2l.base.load import load_base
+from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout
 from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.cache import cached_rows, default_folder

@@ -15,7 +15,8 @@ from support.sizes import LAYERS, RANK
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from d2l.base.load import plan_load, random_base
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ModelError
 from d2l.hypernet.lora import Lora, bind, merge_chunks

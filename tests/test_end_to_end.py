@@ -8,7 +8,8 @@ from support import golden
 from support.golden import Case, assert_close, assert_gradients, load_case, stored_gradients
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from d2l.base.load import plan_load, random_base
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora

@@ -10,7 +10,8 @@ import torch
 from support.families import ANSWERED, ATTENTION, CONVERSATION, DATE, FAMILIES, MLP, THOUGHTLESS, Family
 from support.sizes import HYPERNETWORK, LAYERS
 
-from d2l.base.load import plan_load, random_base
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat, chat_format, default_template
 from d2l.data.chat.supervision import supervised_texts, supervision_faults

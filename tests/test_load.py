@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
 from d2l.base import flex
+from d2l.base.config import read_base_config
 from d2l.base.experts import PackedExperts
 from d2l.base.files import refuse_misfit, save_mxfp4
-from d2l.base.load import Choice, LoadPlan, load_base, plan_load, random_base, read_base_config
+from d2l.base.load import load_base, random_base
+from d2l.base.load_plan import Choice, LoadPlan, plan_load
 from d2l.base.masks import packed_masks
 from d2l.base.twin import twin_config
 from d2l.config.schema import RunConfig

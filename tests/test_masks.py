@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.flex import PACKED_FLEX
-from d2l.base.load import plan_load
+from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError

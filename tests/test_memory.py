@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from d2l.base.load import Choice, plan_load, random_base, read_base_config, skeleton
+from d2l.base.config import read_base_config, skeleton
+from d2l.base.load import random_base
+from d2l.base.load_plan import Choice, plan_load
 from d2l.base.segments import Segments
 from d2l.base.twin import twin_config
 from d2l.config.load import load_config

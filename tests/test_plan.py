@@ -20,7 +20,9 @@ import cli
 from checks.production import make_subject
 from checks.result import Fail, Pass, Skip
 from checks.rules.memory_exceeded import RULE, check
-from d2l.base.load import Choice, plan_load, random_base, read_base_config
+from d2l.base.config import read_base_config
+from d2l.base.load import random_base
+from d2l.base.load_plan import Choice, plan_load
 from d2l.base.segments import Segments
 from d2l.build import Components
 from d2l.config.load import load_config

@@ -6,7 +6,7 @@ import pytest
 
 from checks import preflight
 from checks.report import plain_text
-from d2l.base.load import read_base_config, skeleton
+from d2l.base.config import read_base_config, skeleton
 from d2l.base.twin import twin_config
 from d2l.config.load import load_config
 

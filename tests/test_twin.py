@@ -9,7 +9,9 @@ from support.sizes import MXFP4, NO_SPECIAL_TOKENS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from d2l.base.load import plan_load, quantization_method, random_base, read_base_config, skeleton
+from d2l.base.config import quantization_method, read_base_config, skeleton
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.base.twin import TWIN_CANNOT_SHOW, WINDOW, twin_config
 from d2l.config.schema import RunConfig

@@ -38,7 +38,8 @@ from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import Implementation, Model
 from d2l.base.attention import FLASH_4
-from d2l.base.load import Choice, skeleton
+from d2l.base.config import skeleton
+from d2l.base.load_plan import Choice
 from d2l.base.masks import attention_layout
 from d2l.base.twin import attention_twin_config
 from d2l.data.packing import collate

@@ -43,7 +43,7 @@ def check(subject: "Subject") -> Result:
     from checks.subject import changed
     from d2l.base.attention import FLASH_4, PER_DOCUMENT
     from d2l.base.flex import PACKED_FLEX
-    from d2l.base.load import plan_load
+    from d2l.base.load_plan import plan_load
     from d2l.base.masks import attention_layout
 
     choice = subject.plan.attention

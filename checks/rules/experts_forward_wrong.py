@@ -30,7 +30,7 @@ from torch import Tensor
 
 from checks.faults import override
 from checks.oracles import experts
-from checks.probes import TOLERANCE, base_in_double, difference, grouped_twin, hidden_states, large_inputs
+from checks.probes import TOLERANCE, base_in_double, difference, hidden_states, large_inputs
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
@@ -72,7 +72,7 @@ def check(subject: "Subject") -> Result:
 def _ways(subject: "Subject") -> Iterator[tuple[str, float, Any]]:
     """Yield each way of computing the experts: its mark in the evidence, how far off it may be, and a base."""
     yield "", EXACT, base_in_double(subject.twin_base())
-    if (base := grouped_twin(subject)) is not None:
+    if (base := subject.grouped_twin_base()) is not None:
         yield AT_ONCE, TOLERANCE, base
 
 

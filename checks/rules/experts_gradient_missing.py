@@ -35,7 +35,6 @@ from checks.probes import (
     TOLERANCE,
     base_in_double,
     difference,
-    grouped_twin,
     hidden_states,
     large_inputs,
     probe_batch,
@@ -92,7 +91,7 @@ def _beyond_the_clamp(subject: "Subject") -> dict[str, float]:
     """Compare the gradient of MLP blocks by large inputs with the formulas': difference by layer, each way."""
     one_by_one = _block_gradients(subject, base_in_double(subject.twin_base()))
     found = {f"layer {number}": value for number, value in one_by_one.items()}
-    if (base := grouped_twin(subject)) is not None:
+    if (base := subject.grouped_twin_base()) is not None:
         found |= {f"layer {number}, at once": value for number, value in _block_gradients(subject, base).items()}
     return found
 

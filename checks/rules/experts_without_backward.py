@@ -27,7 +27,7 @@ from checks.faults import configure, override
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import Implementation
-from d2l.base.load import Choice
+from d2l.base.load_plan import Choice
 
 if TYPE_CHECKING:
     from checks.subject import Subject

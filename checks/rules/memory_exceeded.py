@@ -45,7 +45,7 @@ REMEDY = (
 
 def check(subject: "Subject") -> Result:
     """Compare the bytes needed with the bytes free."""
-    from d2l.base.load import plan_load
+    from d2l.base.load_plan import plan_load
     from d2l.plan.cards import sized_card
     from d2l.plan.memory import memory_plan
     from d2l.plan.sizes import HOPPER, Model

@@ -42,7 +42,7 @@ REMEDY = "name Linears that every layer has, for GPT-OSS among q_proj, k_proj, v
 
 def check(subject: "Subject") -> Result:
     """Count modules by name and layer, requested and found."""
-    from d2l.base.load import skeleton
+    from d2l.base.config import skeleton
 
     base = skeleton(subject.base_config)
     names, layers = subject.config.target_modules, subject.base_config.num_hidden_layers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from d2l.base.grouped import Projection, Settings, grouped_experts
+from d2l.base.grouped import Projection, Settings, grouped_experts, smallest_transient
 from d2l.base.mxfp4 import BLOCK, dequantize, quantize
 from d2l.base.swiglu import clamped_swiglu
 from d2l.errors import ModelError
@@ -160,7 +160,7 @@ def group_packed_experts(model: PreTrainedModel, transient_bytes: int, dtype: to
     for module in model.modules():
         if isinstance(module, PackedExperts):
             experts, hidden, groups = module.get_buffer("down_proj_scales").shape
-            least = 2 * BLOCK * experts * max(hidden, groups * BLOCK) * dtype.itemsize
+            least = smallest_transient(experts, hidden, groups * BLOCK, dtype)
             if transient_bytes < least:
                 raise ModelError(
                     f"expert_transient_gib: {transient_bytes / 2**30:g} does not hold {BLOCK} columns of the gate and up "

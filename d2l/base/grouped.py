@@ -214,6 +214,14 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return grouped_mm(rows, matrices, offs=ends)
 
 
+def smallest_transient(experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the smallest slice of dequantized weights that is computed at a time.
+
+    It holds a block of columns of all experts: of their gate and up projections, or of the down projection.
+    """
+    return 2 * BLOCK * experts * max(hidden, intermediate) * dtype.itemsize
+
+
 def slices(width: int, column_bytes: int, most_bytes: int) -> list[slice]:
     """Cut a width into slices as equal as blocks of 32 allow, of at most `most_bytes`, but of one block at least.
 

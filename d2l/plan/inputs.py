@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from d2l.base.load import read_base_config
+from d2l.base.config import read_base_config
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress

@@ -6,8 +6,9 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from d2l.base.config import skeleton
 from d2l.base.experts import expert_projections
-from d2l.base.load import LoadPlan, plan_load, skeleton
+from d2l.base.load_plan import LoadPlan, plan_load
 from d2l.base.masks import attention_layout
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError

@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.base.load:_frozen_config",
+        "d2l.base.config:frozen_config",
         "load",
         ("dropout-stays", "setattr(config, name, 0.0)", "pass", "noise in every step with checkpointing"),
     ),
@@ -283,7 +283,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.base.load:quantization_method",
+        "d2l.base.config:quantization_method",
         "load",
         ("mxfp4-not-recognised", "if settings is None:", "if True:", "packed experts are read as dense ones"),
     ),

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from d2l.base.config import read_base_config, skeleton
 from d2l.base.experts import PackedExperts
 from d2l.base.files import save_mxfp4
-from d2l.base.load import load_base, plan_load, random_base, read_base_config, skeleton
+from d2l.base.load import load_base, random_base
+from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.base.mxfp4 import dequantize, quantize
 from d2l.base.segments import Segments

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from d2l.base.load import plan_load, random_base, read_base_config
+from d2l.base.config import read_base_config
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate

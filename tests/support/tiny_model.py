@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from d2l.base.load import plan_load, random_base
+from d2l.base.load import random_base
+from d2l.base.load_plan import plan_load
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row

@@ -492,3 +492,10 @@ def test_data_is_read_only_where_a_check_of_stage_data_is_requested(tmp_path: Pa
     for stages in ((), ("static", "data")):
         with pytest.raises(DataError, match=r"train_ds_names\[0\] .*absent.jsonl: does not exist"):
             preflight(config, stages=stages)
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_the_shipped_needles_are_green_in_every_stage_of_their_curriculum(pairs: int) -> None:
+    stage = f"[{{pairs: {pairs}, digits: 1}}]"
+    config = load_config(Path("configs/needle_tiny.yaml"), {"curriculum": stage, "needle_documents": "120"})
+    assert red(make_subject(config)) == set()

@@ -2,7 +2,8 @@
 
 What it does
 ------------
-Tokenizes a hundred copies of one document of the run with probabilities of the check's own, and counts their chunks.
+Tokenizes a hundred copies of one document, a text of the run three times, with probabilities of the check's own, and
+counts their chunks.
 
 Why it matters
 --------------
@@ -44,7 +45,8 @@ def check(subject: "Subject") -> Result:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     by_length = sorted(subject.rows.rows[:COPIES], key=lambda row: row.size[1])
     record = subject.records[by_length[len(by_length) // 2].record]
-    one = replace(record, prompts=record.prompts[:1], responses=record.responses[:1])
+    text = " ".join([record.context] * max(PROBABILITIES))  # a document of two tokens has no three chunks
+    one = replace(record, context=text, prompts=record.prompts[:1], responses=record.responses[:1])
     copies = tuple(replace(one, logprobs_vals=None, logprobs_indices=None) for _ in range(COPIES))
     limits = {"max_ctx_chunk_len": ROOM, "min_ctx_chunk_len": -1, "max_ctx_chunk_num": None, "max_ctx_len": -1}
     config = changed(

@@ -469,7 +469,7 @@ def test_storages_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
         second.orig_filename = first.orig_filename
         file._size = 30_000
         file.read_tensor(file.root["a"])
-        with pytest.raises(CheckpointError, match="lie over each other|Overlapped|damaged"):
+        with pytest.raises(CheckpointError, match=r"lie over each other|Overlapped|damaged"):
             file.read_tensor(file.root["b"])
 
 

@@ -9,7 +9,6 @@ import yaml
 
 from d2l.errors import ConfigError
 
-
 ROOM_FOR_ALIASES = 100_000  # characters that aliases may add when written out; the largest shipped config has 3,000
 
 

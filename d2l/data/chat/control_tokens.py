@@ -52,9 +52,9 @@ class ControlTokens:
             match = self._pattern.search(self._normalizer.normalize_str(value))
         return match[0] if match else None
 
-    def count(self, text: str) -> int:
-        """Count the control tokens in a text."""
-        return len(self._pattern.findall(text))
+    def is_control(self, token: int) -> bool:
+        """Return whether an id is that of a control token."""
+        return token in self._tokens
 
     def choose_hidden(self, *values: Any) -> Hidden:
         """Return a character for each one that begins a control token; none of them occurs in the values.

@@ -63,7 +63,7 @@ class ChatFormat:
             ModelError: the template is not valid Jinja, or does not end.
         """
         hidden = self._hidden(messages, tools)
-        return self._control.reveal(self._rendered(messages, tools, add_generation_prompt, hidden)[0], hidden)
+        return self.control.reveal(self._rendered(messages, tools, add_generation_prompt, hidden)[0], hidden)
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
@@ -81,7 +81,7 @@ class ChatFormat:
         text, spans = self._rendered(messages, tools, add_generation_prompt, hidden)
         encoding: Any
         if hidden:
-            ids, encoding = self._control.encode(text, hidden)
+            ids, encoding = self.control.encode(text, hidden)
         else:
             encoding = self.tokenizer(text, add_special_tokens=False)
             ids = list(encoding["input_ids"])
@@ -96,7 +96,7 @@ class ChatFormat:
         if not self._holds_control_tokens(text):
             return self.encode_text(text)
         ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        self._control.require_text(ids)
+        self.control.require_text(ids)
         return ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -177,7 +177,8 @@ class ChatFormat:
         return Renderer(self.tokenizer, self.template, self.supervision, self.current_date)
 
     @cached_property
-    def _control(self) -> ControlTokens:
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
         return ControlTokens(self.tokenizer)
 
     @cached_property
@@ -186,7 +187,7 @@ class ChatFormat:
 
     def _holds_control_tokens(self, value: Any) -> bool:
         """Return whether texts hold control tokens that have to be encoded as text; `DataError` where they are refused."""
-        found = None if self.control_tokens == "keep" else self._control.find(value)
+        found = None if self.control_tokens == "keep" else self.control.find(value)
         if found is not None and self.control_tokens == "refuse":
             raise DataError(
                 f"holds the control token {found!r} of the tokenizer, and control_tokens: refuse accepts none; remove it, "
@@ -199,14 +200,14 @@ class ChatFormat:
         if not self._holds_control_tokens([*messages, tools]):
             return {}
         self._renderer.render(messages, tools, False)  # a template may refuse some that it finds, as a likely mistake
-        return self._control.choose_hidden(self.template, list(messages), tools)
+        return self.control.choose_hidden(self.template, list(messages), tools)
 
     def _rendered(
         self, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, hidden: Hidden
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render a conversation with these control tokens of its texts hidden."""
         if hidden:
-            messages, tools = (self._control.hide(value, hidden) for value in (messages, tools))
+            messages, tools = (self.control.hide(value, hidden) for value in (messages, tools))
         return self._renderer.render(messages, tools, add_generation_prompt)
 
 

@@ -159,6 +159,7 @@ def test_preflight_reports_it_where_other_dropped_records_are(tmp_path: Path) ->
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_the_bound_of_the_real_tokenizer(shared: Path) -> None:
     tokenizer = load_tokenizer(str(shared / "tokenizers/gpt-oss"))
     assert characters_per_token(tokenizer) == 128

@@ -166,15 +166,14 @@ class ConversationFormat:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     @cached_property
-    def special_tokens(self) -> dict[str, Any]:
-        """The tokenizer's special tokens by their text."""
-        return {str(token): token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokenizer's special tokens by their text."""
+        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids of the tokenizer's special tokens, that for unknown text apart."""
-        ids = self.tokenizer.convert_tokens_to_ids([*self.special_tokens])
-        return frozenset(ids) - {self.tokenizer.unk_token_id}
+        return frozenset(self.special_tokens.values()) - {self.tokenizer.unk_token_id}
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -264,7 +263,7 @@ class ConversationFormat:
         for piece in filter(None, self._special.split(text)):
             if piece in self.special_tokens:
                 token_at += [len(ids)] * len(piece)
-                ids.append(int(self.tokenizer.convert_tokens_to_ids(piece)))
+                ids.append(self.special_tokens[piece])
                 continue
             for name, stand_in in stand_ins.items():
                 piece = piece.replace(stand_in, name)

@@ -61,7 +61,7 @@ class Renderer:
         try:
             if not turns:
                 raise ValueError("the conversation is empty")
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[turns],
                 tools=None if tools is None else list(tools),
                 chat_template=_PRELUDE + self.template,
@@ -73,7 +73,8 @@ class Renderer:
             raise ModelError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         except (jinja2.TemplateError, TypeError, ValueError, *_TOO_MUCH) as error:
             raise DataError(f"the chat template refuses {str(messages)[:300]}: {error}") from error
-        return texts[0], spans[0]
+        (text,), (spans,) = rendered
+        return text, spans
 
     @cached_property
     def _variables(self) -> dict[str, Any]:

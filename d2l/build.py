@@ -130,7 +130,13 @@ def build_chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFor
             template = named.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"chat_template: cannot read {config.chat_template}: {error}") from None
-    return chat_format(tokenizer, template=template, supervision=config.supervision, current_date=config.current_date)
+    return chat_format(
+        tokenizer,
+        template=template,
+        supervision=config.supervision,
+        current_date=config.current_date,
+        control_tokens=config.control_tokens,
+    )
 
 
 def load_records(config: RunConfig) -> tuple[Record, ...]:

@@ -49,6 +49,12 @@ class WordChat:
     def encode_text(self, text: str) -> list[int]:
         return [10 + len(word) for word in text.split()]
 
+    def least_tokens(self, text: str) -> int:
+        return 0
+
+    def encode_contents(self, text: str) -> list[int]:
+        return self.encode_text(text)
+
     def context_affixes(self) -> tuple[list[int], list[int]]:
         return [USER], [END]
 

@@ -1,5 +1,7 @@
 """The configuration: every mistake at once with its line, the reference's keys, and a resolved config that reads back."""
 
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -59,6 +61,33 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=r".") as caught:
         load_config(write(tmp_path, text))
     assert expected in str(caught.value)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in pairwise("abcdefghi")
+)
+MERGES = "a: &a {k: v}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join(9 * [f'*{old}'])}]}}\n" for old, new in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "text", [LAUGHS, MERGES, "train_ds_names: &a [*a]\n", f"a: &a {'x' * 2000}\nb: [{'*a, ' * 100}]\n"]
+)
+def test_aliases_that_stand_for_gigabytes_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="aliases stand for more than 100,000 characters"):
+        load_config(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="aliases stand for more than 100,000 characters"):
+        load_config(overrides={"train_ds_names": text})
+    assert time.monotonic() - started < 5
+
+
+def test_plain_aliases_and_long_lists_are_read(tmp_path: Path) -> None:
+    names = [f"file-{number}.jsonl" for number in range(20_000)]
+    text = f"train_ds_names: {names}\nlora_r: &size 4\nlatent_size: *size\n"
+    config = load_config(write(tmp_path, text))
+    assert (len(config.train_ds_names), config.latent_size) == (20_000, 4)
 
 
 def test_command_line_values_win_and_are_named_in_errors(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def with_field(field: str, change: Callable[[Record], Any]) -> Plant:
     return before(
         tokenize,
         "_make_query",
-        lambda record, position, chat: (replace(record, **{field: change(record)}), position, chat),
+        lambda record, position, *rest: (replace(record, **{field: change(record)}), position, *rest),
     )
 
 
@@ -331,7 +331,7 @@ def limit_of_key(name: str) -> Plant:
 
 
 KEYS: dict[str, tuple[Plant, str]] = {
-    "chat": (part_of_key("chat"), "chat_template, supervision, current_date"),
+    "chat": (part_of_key("chat"), "control_tokens, chat_template, supervision, current_date"),
     "tokenizer": (part_of_key("tokenizer"), "tokenizer_name_or_path"),
     "seed": (part_of_key("seed"), "seed"),
     "context": (field_of_records("context"), "documents"),

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -432,6 +433,44 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path, rest: Any, numel
     path = write_archive(tmp_path / "file.bin", members)
     with TorchFile(path, ()) as file, pytest.raises(CheckpointError, match=expected):
         file.read_tensor(file.root["w"])
+
+
+def test_a_storage_costs_its_size_once_and_hundreds_of_names_are_refused(tmp_path: Path) -> None:
+    shared = torch.arange(2**18, dtype=torch.float32)  # 1 MiB
+    path = tmp_path / "file.bin"
+    torch.save({f"w{number}": shared for number in range(400)}, path)
+    taken: list[torch.Tensor] = []
+    tracemalloc.start()
+    with TorchFile(path, ()) as file, pytest.raises(CheckpointError, match="more than 32 times the file's") as caught:
+        taken += (file.read_tensor(it) for it in file.root.values())  # what was read before stays
+    assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    tracemalloc.stop()
+    assert "tampered" in str(caught.value)
+
+
+def test_a_storage_that_several_layers_share_is_read(tmp_path: Path) -> None:
+    shared = torch.arange(6, dtype=torch.float32)
+    path = tmp_path / "file.bin"
+    torch.save({"a": shared[:3], "b": shared.view(2, 3), "c": shared[3:].view(3, 1)}, path)
+    with TorchFile(path, ()) as file:
+        read = {name: file.read_tensor(it) for name, it in file.root.items()}
+    assert read["b"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (read["a"].tolist(), read["c"].tolist()) == ([0, 1, 2], [[3], [4], [5]])
+    assert len({it.untyped_storage().data_ptr() for it in read.values()}) == 1
+
+
+def test_storages_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    """Two entries of the archive's directory that name the same bytes: a small file would unpack to any size."""
+    path = tmp_path / "file.bin"
+    torch.save({"a": torch.ones(4096), "b": torch.ones(4096)}, path)
+    with TorchFile(path, ()) as file:
+        first, second = (file._archive.getinfo(f"file/data/{key}") for key in "01")
+        second.header_offset = first.header_offset
+        second.orig_filename = first.orig_filename
+        file._size = 30_000
+        file.read_tensor(file.root["a"])
+        with pytest.raises(CheckpointError, match=r"lie over each other|Overlapped|damaged"):
+            file.read_tensor(file.root["b"])
 
 
 def test_a_storage_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ class WordChat:
     def encode_text(self, text: str) -> list[int]:
         return [10 + len(word) for word in text.split()]
 
+    def least_tokens(self, text: str) -> int:
+        return 0
+
+    def encode_contents(self, text: str) -> list[int]:
+        return self.encode_text(text)
+
     def context_affixes(self) -> tuple[list[int], list[int]]:
         return [USER, USER], [END]
 
@@ -127,7 +133,7 @@ def test_a_conversation_that_the_template_refuses_is_named() -> None:
     with pytest.raises(DataError) as caught:
         tokenize_records([record(), refused], CHAT, Limits())
     assert str(caught.value).splitlines() == [
-        "1 questions cannot be used:",
+        "1 questions or documents cannot be used:",
         "  record 1, prompt 1 (a.jsonl:7): the chat template refuses this conversation: it says forbidden",
     ]
 

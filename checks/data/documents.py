@@ -52,7 +52,11 @@ class DocumentReader:
                 continue
             joined = [token for piece in cut for token in piece or ()]
             text = self.form.decode(joined)
-            if text == document or joined == (ids := self.form.encode(document)) or text == self.form.decode(ids):
+            if (
+                text == document
+                or joined == (ids := self.form.encode_contents(document))
+                or text == self.form.decode(ids)
+            ):
                 return None
             texts.append(text)
         if not texts:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
     from d2l.data.records import Record
 
+LATER = 1_000_000  # characters of a record's questions that are encoded only where a batch has one of them
 _KEPT = 4  # sets of records whose expectations stay in memory: the run's own and those of the probes
 _known: list["ExpectedData"] = []
 
@@ -23,18 +24,18 @@ def conversation_format(subject: "Subject") -> ConversationFormat:
     assert subject.tokenizer is not None
     day = subject.config.current_date or subject.chat.current_date
     return ConversationFormat(
-        subject.tokenizer, subject.chat.template, subject.config.supervision, date.fromisoformat(day)
+        subject.tokenizer,
+        subject.chat.template,
+        subject.config.supervision,
+        date.fromisoformat(day),
+        keeps_control_tokens=subject.config.control_tokens == "keep",
     )
 
 
 def expected_data(form: ConversationFormat, records: "Sequence[Record]") -> "ExpectedData":
     """Return the expectations for some records; the latest ones are kept, as several checks compare with them."""
     for known in _known:
-        same = known.form.tokenizer is form.tokenizer and (known.form.template, known.form.supervision) == (
-            form.template,
-            form.supervision,
-        )
-        if same and known.form.day == form.day and known.records == records:
+        if known.form == form and known.records == records:
             return known
     made = ExpectedData(form, records)
     _known[:] = [made, *_known[: _KEPT - 1]]
@@ -54,6 +55,8 @@ class ExpectedData:
         self.stops = np.zeros(self.offsets[-1], dtype=np.int32)
         self._places: dict[int, list[int]] = {}
         for offset, record in zip(self.offsets, records, strict=False):
+            if sum(map(len, (*record.prompts, *record.responses))) > LATER:
+                continue
             for place, expected in enumerate(self._expected(record, each=False), offset):
                 if expected is not None:
                     self.starts[place], self.stops[place] = expected.start, expected.stop

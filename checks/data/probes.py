@@ -47,7 +47,7 @@ def tight_runs(subject: "Subject", folder: Path) -> Iterator[TightRun]:
     numbers = [*dict.fromkeys(row.record for row in rows)][:PICKED]
     records = tuple(subject.records[number] for number in numbers)
     form = conversation_format(subject)
-    lengths = [len(form.encode(record.context)) for record in records]
+    lengths = [len(form.encode_contents(record.context)) for record in records]
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
     base_limit = getattr(subject.base_config, "max_position_embeddings", None)
     refusing, more = _refusing(subject.config, form, records, max(lengths) + affixes)

@@ -103,7 +103,7 @@ class QuestionReader:
     def _own_responses(self, record: int) -> list[str]:
         """Return the record's responses, also as a tokenizer that lacks some of their letters reads them back."""
         responses = self.data.records[record].responses
-        return [*responses, *(self.form.decode(self.form.encode(response)) for response in responses)]
+        return [*responses, *(self.form.decode(self.form.encode_contents(response)) for response in responses)]
 
     @cached_property
     def _all_responses(self) -> set[str]:

@@ -57,7 +57,7 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
     chat = _probe_chat(subject)
     form = ConversationFormat(chat.tokenizer, chat.template, chat.supervision, date.fromisoformat(chat.current_date))
     records = _probe_records(subject, form)
-    text = max(len(form.encode(record.context)) for record in records)
+    text = max(len(form.encode_contents(record.context)) for record in records)
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
     questions = [pair for record in records for pair in zip(record.prompts, record.responses, strict=True)]
     question = max(len(expected.ids) for expected in form.expected(questions) if expected)
@@ -76,6 +76,7 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
         max_packed_ctx_len=ROOMY,
         cache=False,
         supervision=chat.supervision,
+        control_tokens="text",
     )
     first = Inputs("nothing", config, chat, records)
     yield first
@@ -100,8 +101,14 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
 
 
 def _conversations(first: Inputs) -> Iterator[Inputs]:
-    """Yield another template, supervision, date and tokenizer."""
+    """Yield another template, supervision, date and tokenizer, and control tokens that are kept."""
     config, chat = first.config, first.chat
+    yield replace(
+        first,
+        field="control_tokens",
+        config=changed(config, control_tokens="keep"),
+        chat=replace(chat, control_tokens="keep"),
+    )
     yield replace(first, field="chat_template", chat=replace(chat, template=f".{chat.template}"))
     supervision: Any = "sampled" if config.supervision == "content" else "content"
     yield replace(
@@ -148,21 +155,26 @@ def _probe_chat(subject: "Subject") -> "ChatFormat":
     assert subject.tokenizer is not None
     tokenizer = subject.tokenizer if len(subject.tokenizer) <= LARGE else load_tokenizer(SMALL_TOKENIZER)
     chat = subject.implementation.chat(subject.config, tokenizer)
-    return replace(chat, template=PRINTED + chat.template)
+    return replace(chat, template=PRINTED + chat.template, control_tokens="text")
 
 
 def _probe_records(subject: "Subject", form: ConversationFormat) -> "tuple[Record, ...]":
-    """Return two short records made of the run's own texts: long enough to be cut, with two questions and with one."""
+    """Return two short records made of the run's own texts: long enough to be cut, with two questions and with one.
+
+    The first question spells a control token.
+    """
     assert subject.records is not None
     numbers = [*dict.fromkeys(row.record for row in subject.rows.rows[:20])][:2]
     made: list[Record] = []
     for record in (subject.records[number] for number in numbers):
         context = record.context.strip()[:TEXT]
-        while len(form.encode(context)) < TOKENS:
+        while len(form.encode_contents(context)) < TOKENS:
             context = f"{context} {context}"
         prompts, responses = (record.prompts * 2)[:2], (record.responses * 2)[:2]
         if len(record.prompts) == 1:
             prompts = (prompts[0], f"{prompts[0]} {prompts[0]}")
+        if not made:
+            prompts = (f"{prompts[0]} {next(iter(form.special_tokens), '')}", *prompts[1:])
         asked = 1 if made else 2
         short = replace(record, context=context, prompts=prompts[:asked], responses=responses[:asked])
         made.append(replace(short, logprobs_vals=None, logprobs_indices=None))

@@ -4,10 +4,13 @@ Source: `apply_chat_template` and `__call__` of transformers' tokenizers. Texts 
 without added tokens. Which tokens are supervised is a rule on the rendered text: with `content` the answer's text and
 the token that ends it, with `sampled` all that the model writes after the generation prompt. White space and control
 tokens right beside them belong to it where the template's generation tags enclose them.
+
+Control tokens in the texts are text, unless a run keeps them: such a conversation is rendered with other letters in their
+places, cut at the control tokens that are there then, which are the template's, and encoded piece by piece.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -53,12 +56,16 @@ class _Frame:
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """A tokenizer, the text of a chat template, `content` or `sampled`, and the day that templates print for today."""
+    """A tokenizer, the text of a chat template, `content` or `sampled`, and the day that templates print for today.
+
+    `keeps_control_tokens`: whether those in the texts of messages and documents are control tokens, and not text.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     supervision: str
     day: date
+    keeps_control_tokens: bool = False
 
     def render(self, conversations: Sequence[Sequence[dict[str, str]]], *, prompt: bool = False) -> list[str]:
         """Render conversations as texts; with `prompt`, each ends where the assistant's turn begins.
@@ -78,6 +85,11 @@ class ConversationFormat:
     def encode(self, text: str) -> list[int]:
         """Encode a text as token ids; control tokens in it are read as such, none is added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_contents(self, text: str) -> list[int]:
+        """Encode a document as token ids: control tokens in it are text, unless they are kept."""
+        splits = not self.keeps_control_tokens
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=splits)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids as text, control tokens included and white space unchanged."""
@@ -99,9 +111,17 @@ class ConversationFormat:
             for (question, answer), is_plain in zip(questions, plain, strict=True)
         ]
         return [
-            None if text is None else self._tokens(text, answer)
-            for text, (_, answer) in zip(texts, questions, strict=True)
+            None if text is None else self._by_pieces(*pair) if self.has_special(*pair) else self._tokens(text, pair[1])
+            for text, pair in zip(texts, questions, strict=True)
         ]
+
+    def count_special(self, text: str) -> int:
+        """Count the special tokens that a text spells."""
+        return len(self._special.findall(text))
+
+    def has_special(self, *texts: str) -> bool:
+        """Tell whether texts hold special tokens that have to be read as text."""
+        return not self.keeps_control_tokens and any(map(self._special.search, texts))
 
     def document(self, text: str) -> str:
         """Render a document as a user's message of its own.
@@ -144,6 +164,21 @@ class ConversationFormat:
         """A pattern of any control token of the tokenizer, the longest that fits."""
         names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokenizer's special tokens by their text."""
+        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the tokenizer's special tokens, that for unknown text apart."""
+        return frozenset(self.special_tokens.values()) - {self.tokenizer.unk_token_id}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)")
 
     @cached_property
     def _frame(self) -> _Frame:
@@ -210,15 +245,54 @@ class ConversationFormat:
         skipped = len(frame.opening_ids) if text.startswith(frame.opening) else 0
         text = text[len(frame.opening) :] if skipped else text
         encoding = self.tokenizer(text, add_special_tokens=False)
+        found = self._supervised(text, answer, encoding.char_to_token)
+        if found is None:
+            return None
+        first, last = (skipped + place for place in found)
         ids = [*frame.opening_ids[:skipped], *encoding["input_ids"]]
+        return Expected(ids, max(first, 1), last + 1)  # nothing predicts the first token
+
+    def _by_pieces(self, question: str, answer: str) -> Expected | None:
+        """Encode a conversation whose texts hold special tokens piece by piece, cut at those of the template."""
+        letters = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in question + answer)
+        stand_ins = {name: next(letters) * len(name) for name in self.special_tokens}
+        asked, answered = (self._special.sub(lambda match: stand_ins[match[0]], text) for text in (question, answer))
+        text = self.render([_turns(asked, answered)])[0]
+        ids: list[int] = []
+        token_at: list[int | None] = []
+        for piece in filter(None, self._special.split(text)):
+            if piece in self.special_tokens:
+                token_at += [len(ids)] * len(piece)
+                ids.append(self.special_tokens[piece])
+                continue
+            for name, stand_in in stand_ins.items():
+                piece = piece.replace(stand_in, name)
+            lead = self._lead if ids else ""
+            encoding = self.tokenizer(lead + piece, add_special_tokens=False, split_special_tokens=True)
+            before = len(self.tokenizer(lead, add_special_tokens=False)["input_ids"]) if lead else 0
+            places = (encoding.char_to_token(len(lead) + place) for place in range(len(piece)))
+            token_at += [None if place is None else len(ids) + place - before for place in places]
+            ids += encoding["input_ids"][before:]
+        found = self._supervised(text, answered, token_at.__getitem__)
+        return None if found is None else Expected(ids, max(found[0], 1), found[1] + 1)
+
+    @cached_property
+    def _lead(self) -> str:
+        """What goes before a piece so that it is not read as the beginning of a text, where a space would be added."""
+        both, one = self.encode("\nx"), self.encode("\n")
+        return "" if both[len(one) :] == self.encode("x") else "\n"
+
+    def _supervised(self, text: str, answer: str, token_at: Callable[[int], int | None]) -> tuple[int, int] | None:
+        """Find the first and the last supervised token by the place of the answer; None where it is not there."""
+        frame = self._frame
         for written in dict.fromkeys((answer, answer.rstrip(), answer.lstrip(), answer.strip())):
             stop = len(text) - len(frame.tail)
             start = stop - len(written)
             if text.endswith(written + frame.tail) and text[:start].endswith(frame.middle):
                 inside = range(start - frame.lead, stop + frame.trail)
-                first = next((at for place in inside if (at := encoding.char_to_token(place)) is not None), 0)
-                last = next((at for place in reversed(inside) if (at := encoding.char_to_token(place)) is not None), -1)
-                return Expected(ids, max(skipped + first, 1), skipped + last + 1)  # nothing predicts the first token
+                first = next((at for place in inside if (at := token_at(place)) is not None), 0)
+                last = next((at for place in reversed(inside) if (at := token_at(place)) is not None), -1)
+                return first, last
         return None
 
 

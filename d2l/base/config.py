@@ -1,6 +1,7 @@
 """The config of a base model: reading it, facts that follow from it, and the model that it describes."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -9,6 +10,7 @@ from d2l.base.files import LOADING_FAILURES, first_line
 from d2l.base.masks import causal_lm_class
 from d2l.errors import ModelError
 from d2l.io.hub import from_cache_or_hub
+from d2l.io.remote_code import refuse_model_code
 from d2l.io.resources import local_or_shipped, resource
 
 GPT_OSS_20B = "openai/gpt-oss-20b"
@@ -18,25 +20,29 @@ def read_base_config(name_or_path: str) -> PreTrainedConfig:
     """Read the config of a local folder, a config file or a hub id; openai/gpt-oss-20b needs no network.
 
     Raises:
-        ModelError: there is none, or transformers does not know its model type.
+        ModelError: there is none, transformers does not know its model type, or it brings code of its own.
     """
     source = local_or_shipped(name_or_path)
     try:
         if name_or_path == GPT_OSS_20B:
             try:
-                return AutoConfig.from_pretrained(GPT_OSS_20B, local_files_only=True)
+                return _read_config(GPT_OSS_20B, local_files_only=True)
             except OSError:  # not in the cache: the same facts are shipped
-                return AutoConfig.from_pretrained(resource("configs/models/gpt_oss_20b.json"))
+                return _read_config(resource("configs/models/gpt_oss_20b.json"))
         if source is not None:
-            return AutoConfig.from_pretrained(source)
-        return from_cache_or_hub(
-            lambda local: AutoConfig.from_pretrained(name_or_path, local_files_only=local), name_or_path
-        )
+            return _read_config(source)
+        return from_cache_or_hub(lambda local: _read_config(name_or_path, local_files_only=local), name_or_path)
     except LOADING_FAILURES as error:
         raise ModelError(
             f"no config of a base model in {name_or_path!r}: expected a folder with config.json, a config file, or a "
             f"hub id that is cached or can be reached. {first_line(error)}"
         ) from error
+
+
+def _read_config(name_or_path: str | Path, local_files_only: bool = False) -> PreTrainedConfig:
+    """Read a config by transformers, after a look for code that it would need."""
+    refuse_model_code(name_or_path, local_files_only)
+    return AutoConfig.from_pretrained(name_or_path, local_files_only=local_files_only, trust_remote_code=False)
 
 
 def quantization_method(base_config: PreTrainedConfig) -> str | None:
@@ -67,7 +73,9 @@ def build_model(base_config: PreTrainedConfig, dtype: torch.dtype, attention: st
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     except LOADING_FAILURES as error:
         raise ModelError(
             f"transformers cannot build {config.model_type} with attn_implementation: {attention}. {first_line(error)}"

@@ -91,6 +91,7 @@ def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: L
             attn_implementation=plan.attention.value,
             device_map={"": plan.device.value},
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
     except LOADING_FAILURES as error:

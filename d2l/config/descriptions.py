@@ -49,6 +49,10 @@ GROUPS: dict[str, dict[str, Description]] = {
             "Tokens of an answer that carry labels: its text and end token (`content`), or everything that the model "
             "has to sample, channel headers included (`sampled`)"
         ),
+        "control_tokens": _own(
+            "What the letters of a control token (`<|end|>`) in documents, prompts and responses are: plain text (`text`), "
+            "an error (`refuse`), or the control token (`keep`)"
+        ),
         "attn_implementation": Description(
             "Attention implementation of transformers, or `per_document`: the model's own on one packed document at a "
             "time, or `packed_flex`: compiled for CUDA, in memory linear in the length; `auto`: sdpa, and for models with "

@@ -14,7 +14,7 @@ from d2l.config.problems import by_line, describe, unknown
 from d2l.config.reference_keys import HAS_NO_EFFECT, UNSUPPORTED, is_neutral
 from d2l.config.renamed import why_not_read, with_current_names
 from d2l.config.schema import REMARKS, RunConfig
-from d2l.config.yaml_file import read_yaml
+from d2l.config.yaml_file import parse_yaml, read_yaml
 from d2l.errors import ConfigError
 from d2l.io.resources import local_or_shipped, resource
 
@@ -47,8 +47,8 @@ def load_config(
     values, lines, problems = read_yaml(path)
     for key, text in (overrides or {}).items():
         try:
-            values[key], lines[key] = yaml.safe_load(text) if isinstance(text, str) else text, "--set"
-        except (yaml.YAMLError, ValueError) as error:
+            values[key], lines[key] = parse_yaml(text)[1] if isinstance(text, str) else text, "--set"
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             problems.append(f"--set {key}: {text!r} is not a YAML value ({str(error).splitlines()[0]})")
     options = {
         BASE_MODEL: ("--model", model),

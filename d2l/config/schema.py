@@ -71,6 +71,7 @@ class RunConfig(BaseModel):
     chat_template: str | None = None
     current_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     supervision: Literal["content", "sampled"] = "content"
+    control_tokens: Literal["text", "refuse", "keep"] = "text"
     attn_implementation: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["auto", "packed", "dequantize", "native"] = "auto"

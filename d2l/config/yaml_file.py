@@ -1,11 +1,40 @@
 """A YAML file of `key: value` lines: its values, where each key stands, and what is wrong with the file itself."""
 
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from d2l.errors import ConfigError
+
+ROOM_FOR_ALIASES = 100_000  # characters that aliases may add when written out; the largest shipped config has 3,000
+
+
+def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """Parse YAML into its nodes and its value; a few lines whose aliases stand for gigabytes are refused.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        ValueError: it holds a value that does not exist, or aliases that stand for too much.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and _written_out(root, {}) > len(text) + ROOM_FOR_ALIASES:
+        raise ValueError(f"its aliases stand for more than {ROOM_FOR_ALIASES:,} characters; write out what is meant")
+    return root, yaml.safe_load(text)
+
+
+def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Return a size in characters with every alias written out: infinite where one stands inside its own anchor."""
+    if node not in sizes:
+        sizes[node] = math.inf  # stands while its children are measured
+        if isinstance(node, yaml.ScalarNode):
+            sizes[node] = 1 + len(node.value)
+        else:
+            children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            sizes[node] = 1 + sum(_written_out(child, sizes) for child in children)
+    return sizes[node]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -16,8 +45,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root, values = parse_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot read {path}: {error}"]) from None
     except yaml.YAMLError as error:

@@ -24,7 +24,9 @@ from typing import Any
 
 from d2l.data import limits as limits_code
 from d2l.data import tokenize as tokenize_code
+from d2l.data.chat import control_tokens as control_code
 from d2l.data.chat import format as chat_code
+from d2l.data.chat import rendering as rendering_code
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 from d2l.data.shards import MappedRows, Shard, write_shard
@@ -37,7 +39,8 @@ RECORDS_PER_SHARD = 1000  # an interruption loses at most one shard, a few secon
 _FORMAT = 1  # version of the file layout; raise it when the layout changes
 
 # Hashed on import: this is the code that makes the rows, even if its files change while the process runs.
-_CODE = hashlib.sha256("\0".join(map(inspect.getsource, (chat_code, limits_code, tokenize_code))).encode()).hexdigest()
+_MODULES = (chat_code, control_code, limits_code, rendering_code, tokenize_code)
+_CODE = hashlib.sha256("\0".join(map(inspect.getsource, _MODULES)).encode()).hexdigest()
 
 
 def default_folder() -> Path:

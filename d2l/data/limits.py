@@ -1,5 +1,6 @@
 """Length limits for documents, chunks and questions, and the messages for what exceeds them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,12 +37,46 @@ class Limits:
         return cls(**values)
 
 
+_OF_QUESTIONS = ("max_qas_len", "max_packed_inp_len")
+
+
 class DoesNotFitError(DataError):
     """A document or question does not fit into any row. `kind` groups reasons for counting."""
 
     def __init__(self, kind: str, reason: str) -> None:
         self.kind = kind
         super().__init__(reason)
+
+
+def check_document_text(text: str, least_tokens: Callable[[str], int], limits: Limits) -> None:
+    """Refuse a document that is so long that it cannot fit, before it is tokenized.
+
+    Args:
+        least_tokens: `ChatFormat.least_tokens`.
+
+    Raises:
+        DoesNotFitError: the message names the limit.
+    """
+    _check_text(text, least_tokens, limits, ("max_ctx_len", "max_packed_ctx_len"), "document")
+
+
+def check_question_text(text: str, least_tokens: Callable[[str], int], limits: Limits) -> None:
+    """Refuse a rendered question with its answer that is so long that it cannot fit, before it is tokenized.
+
+    Raises:
+        DoesNotFitError: the message names the limit.
+    """
+    _check_text(text, least_tokens, limits, _OF_QUESTIONS, "question and answer")
+
+
+def _check_text(
+    text: str, least_tokens: Callable[[str], int], limits: Limits, names: tuple[str, ...], what: str
+) -> None:
+    for name in names:
+        limit = getattr(limits, name)
+        if 0 <= limit < len(text) and (least := least_tokens(text)) > limit:
+            reason = describe_excess(least, what, name, limit)
+            raise DoesNotFitError(f"{what.split()[0]} too long", f"at least {reason} (by its {len(text):,} characters)")
 
 
 def check_chunk_length(length: int, limits: Limits) -> None:
@@ -64,7 +99,7 @@ def check_question_length(length: int, limits: Limits) -> None:
     Raises:
         DoesNotFitError: the message names the limit.
     """
-    for name in ("max_qas_len", "max_packed_inp_len"):
+    for name in _OF_QUESTIONS:
         if 0 <= getattr(limits, name) < length:
             reason = describe_excess(length, "question and answer", name, getattr(limits, name))
             raise DoesNotFitError("question too long", reason)

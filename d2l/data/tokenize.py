@@ -11,12 +11,23 @@ from dataclasses import dataclass
 from itertools import islice
 
 from d2l.data.chat.format import ChatFormat
-from d2l.data.limits import DoesNotFitError, Limits, check_chunk_length, check_question_length, describe_excess
+from d2l.data.limits import (
+    DoesNotFitError,
+    Limits,
+    check_chunk_length,
+    check_document_text,
+    check_question_length,
+    check_question_text,
+    describe_excess,
+)
 from d2l.data.logprobs import check_logprobs, list_top_k_examples
 from d2l.data.records import Record, listing
 from d2l.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # label of a token that is not supervised; the value that torch's cross-entropy skips
+_SURELY_SHORT = (
+    10_000  # characters of a question and its answer: tokenizing fewer takes less than looking at the limits
+)
 
 Ids = tuple[int, ...]
 OnProgress = Callable[[int, int], None]  # called with the number of records done, and of all records
@@ -144,18 +155,19 @@ def tokenize_record(index: int, record: Record, chat: ChatFormat, limits: Limits
         chunks = chunk_document(record.context, chat, limits, generator)
     except DoesNotFitError as error:
         return TokenizedPart(dropped=(Dropped(index, record.source, None, error.kind, str(error)),))
+    except DataError as error:
+        return TokenizedPart(problems=(f"record {index}, document ({record.source}): {_first_line(error)}",))
     queries: list[Query] = []
     dropped: list[Dropped] = []
     problems: list[str] = []
     for position in range(len(record.prompts)):
         try:
-            query = _make_query(record, position, chat)
+            query = _make_query(record, position, chat, limits)
             check_question_length(len(query.input_ids), limits)
         except DoesNotFitError as error:
             dropped.append(Dropped(index, record.source, position, error.kind, str(error)))
         except DataError as error:
-            reason = str(error).splitlines()[0]
-            problems.append(f"record {index}, prompt {position} ({record.source}): {reason}")
+            problems.append(f"record {index}, prompt {position} ({record.source}): {_first_line(error)}")
         else:
             queries.append(query)
     rows = tuple(Row(index, chunks, group) for group in split_queries(queries, limits))
@@ -171,7 +183,7 @@ def combine_parts(records: Sequence[Record], rows: Sequence[Row], parts: Sequenc
     """
     problems = [problem for part in parts for problem in part.problems]
     if problems:
-        raise DataError(f"{len(problems):,} questions cannot be used:\n{listing(problems)}")
+        raise DataError(f"{len(problems):,} questions or documents cannot be used:\n{listing(problems)}")
     top_k = {k for part in parts for k in part.top_k}
     if len(top_k) > 1:
         raise DataError(
@@ -188,9 +200,10 @@ def combine_parts(records: Sequence[Record], rows: Sequence[Row], parts: Sequenc
 def chunk_document(
     text: str, chat: ChatFormat, limits: Limits, generator: random.Random | None = None
 ) -> tuple[Ids, ...]:
-    """Tokenize a document into chunks; see `split_context`."""
+    """Tokenize a document into chunks; see `split_context`. One that cannot fit is refused before it is tokenized."""
+    check_document_text(text, chat.least_tokens, limits)
     prefix, suffix = chat.context_affixes()
-    return split_context(chat.encode_text(text), prefix, suffix, limits, generator)
+    return split_context(chat.encode_contents(text), prefix, suffix, limits, generator)
 
 
 def split_context(
@@ -259,14 +272,13 @@ def _chunk_count(length: int, affixes: int, limits: Limits, generator: random.Ra
     return max(fewest, most) if min(limits.num_chunk_probs) > most else fewest
 
 
-def _make_query(record: Record, position: int, chat: ChatFormat) -> Query:
+def _make_query(record: Record, position: int, chat: ChatFormat, limits: Limits) -> Query:
     """Tokenize one question with its answer, without the document; raises `DataError` where it cannot be used."""
-    encoded = chat.encode(
-        [
-            {"role": "user", "content": record.prompts[position]},
-            {"role": "assistant", "content": record.responses[position]},
-        ]
-    )
+    prompt, response = record.prompts[position], record.responses[position]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if len(prompt) + len(response) > _SURELY_SHORT:
+        check_question_text(chat.render(messages), chat.least_tokens, limits)
+    encoded = chat.encode(messages)
     labels = labels_from_mask(encoded.input_ids, encoded.supervised)
     n_labels = len(labels) - labels.count(IGNORE_INDEX)
     if not n_labels:
@@ -276,6 +288,10 @@ def _make_query(record: Record, position: int, chat: ChatFormat) -> Query:
     vals, indices = record.logprobs_vals[position], record.logprobs_indices[position]
     check_logprobs(vals, indices, n_labels)
     return Query(tuple(encoded.input_ids), labels, vals, indices)
+
+
+def _first_line(error: DataError) -> str:
+    return str(error).splitlines()[0]
 
 
 def labels_from_mask(input_ids: Sequence[int], supervised: Sequence[bool]) -> Ids:

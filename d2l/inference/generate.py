@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,8 +78,12 @@ def decode_answer(chat: ChatFormat, ids: Sequence[int]) -> str:
     """Decode generated tokens, without the stop token, as text for the user: no channel header, no control token."""
     if has_harmony_tokens(chat.tokenizer):
         other = {token for name, token in chat.tokenizer.get_added_vocab().items() if name not in CONTROL_TOKENS}
-        text = chat.decode([token for token in ids if token not in other])
-        return final_text(text, prefilled="final" if _is_prefilled(chat) else None).strip()
+        runs = groupby((token for token in ids if token not in other), chat.control.is_control)
+        texts = [(is_control, chat.decode(list(run))) for is_control, run in runs]
+        hidden = chat.control.choose_hidden([text for _, text in texts])  # an answer may spell a control token
+        marked = "".join(text if is_control else chat.control.hide(text, hidden) for is_control, text in texts)
+        final = final_text(marked, prefilled="final" if _is_prefilled(chat) else None)
+        return chat.control.reveal(final, hidden).strip()
     text = str(chat.tokenizer.decode(list(ids), skip_special_tokens=True))
     if {_THINK, _END_THINK} <= chat.tokenizer.get_added_vocab().keys():
         text = text.rpartition(_END_THINK)[2].partition(_THINK)[0]

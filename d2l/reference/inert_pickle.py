@@ -35,6 +35,10 @@ _DTYPES = {
     "torch.IntStorage": torch.int32,
 }
 
+# A state dict names a storage once for every layer that shares it: 8 blocks as published. What is imported is written
+# out for each, so a file of megabytes that names one storage hundreds of times would become gigabytes.
+MOST_SHARED = 32
+
 
 def _refuse_state(state: Any) -> None:
     """Refuse a state, as `__setstate__`: without one, BUILD would set attributes, even on a class."""
@@ -110,7 +114,10 @@ class TorchFile:
 
     def __init__(self, path: Path, dataclasses: Collection[str], enums: Collection[str] = ()) -> None:
         self.path = path
+        self._storages: dict[str, bytearray] = {}
+        self._described = 0  # bytes of the tensors that were read, each counted whole
         try:
+            self._size = path.stat().st_size
             self._archive = zipfile.ZipFile(path)
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise CheckpointError(_describe_bad_archive(path, error)) from error
@@ -129,16 +136,17 @@ class TorchFile:
         self._archive.close()
 
     def read_tensor(self, reference: TensorReference) -> Tensor:
-        """Read a tensor, on the CPU.
+        """Read a tensor, on the CPU; tensors of one storage share its memory.
 
         Raises:
-            CheckpointError: the description is malformed, or the tensor exceeds its storage in the file.
+            CheckpointError: the description is malformed, the tensor exceeds its storage in the file, or all tensors
+                that were read are absurdly large together.
         """
         storage, offset, size, stride = reference[:4]
         shape_is_valid = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
         if not (isinstance(storage, _Storage) and shape_is_valid and _are_counts(offset, *size, *stride)):
             raise CheckpointError(f"{self.path}: a tensor's description is not one that torch writes")
-        data = self._read(f"data/{storage.key}")
+        data = self._read_storage(storage.key)
         stored = len(data) // storage.dtype.itemsize
         numel, last = 1, offset
         for length, step in zip(size, stride, strict=True):
@@ -148,9 +156,31 @@ class TorchFile:
                 f"{self.path}: a tensor of {numel:,} values {list(size)} reaches beyond the {stored:,} that the file "
                 f"holds for it (storage {storage.key}, {storage.numel:,} announced); it is damaged or was tampered with"
             )
+        self._described += numel * storage.dtype.itemsize
+        if self._described > MOST_SHARED * self._size:
+            raise CheckpointError(
+                f"{self.path}: its tensors come to more than {MOST_SHARED} times the file's {self._size:,} bytes, as they "
+                f"share storages (here {storage.key}); expected a few names for one storage; it was tampered with"
+            )
         if not numel:
             return torch.empty(size, dtype=storage.dtype)
-        return torch.frombuffer(bytearray(data), dtype=storage.dtype).as_strided(size, stride, offset)
+        return torch.frombuffer(data, dtype=storage.dtype).as_strided(size, stride, offset)
+
+    def _read_storage(self, key: str) -> bytearray:
+        """Read a storage once, however many tensors name it.
+
+        Raises:
+            CheckpointError: it is missing, or the storages together are larger than the file.
+        """
+        if key not in self._storages:
+            self._storages[key] = bytearray(self._read(f"data/{key}"))
+            total = sum(map(len, self._storages.values()))
+            if total > self._size:
+                raise CheckpointError(
+                    f"{self.path}: its storages come to {total:,} bytes, the file has {self._size:,}; they lie over each "
+                    "other, which torch.save does not do"
+                )
+        return self._storages[key]
 
     def _find_folder(self) -> str:
         """Return the folder inside the archive that holds its only pickle."""

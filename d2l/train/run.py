@@ -66,7 +66,8 @@ def checkpoint_to_resume(config: RunConfig, place: Path) -> tuple[Path, Checkpoi
     checkpoint = load_checkpoint(folder)
     if not checkpoint.trainer:
         raise CheckpointError(f"{folder} holds a trained model, but no run to continue: it was imported")
-    ours, theirs = config.resolved(), with_current_names(checkpoint.state.get("config", {}))[0]
+    ours = config.resolved()
+    theirs = RunConfig.model_validate({}).resolved() | with_current_names(checkpoint.state.get("config", {}))[0]
     changed = [key for key in ours if key not in _CHANGEABLE and ours[key] != theirs.get(key)]
     if changed:
         lines = [f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours[key]!r} now" for key in changed]

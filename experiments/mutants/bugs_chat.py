@@ -7,20 +7,52 @@ _AREA = "data"
 MUTANTS = [
     *bugs(
         _AREA,
-        "d2l.data.chat.format:ChatFormat.encode",
+        "d2l.data.chat.rendering:mark_supervised",
         "chat",
         (
             "everything-is-the-assistant's",
-            "bool(mark) for mark",
-            "True for mark",
+            "[False] * length",
+            "[True] * length",
             "most of the loss is about questions",
         ),
-        ("mask-inverted", "bool(mark) for mark", "not mark for mark", "the loss is about questions"),
+        (
+            "mask-inverted",
+            "return supervised",
+            "return [not mark for mark in supervised]",
+            "the loss is about questions",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.data.chat.format:ChatFormat.encode",
+        "chat",
         (
             "first-token-lost-in-rendering",
-            'list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]',
-            'list(encoding["input_ids"])[1:], [bool(mark) for mark in encoding["assistant_masks"]][1:]',
+            "Encoded(ids, mark_supervised(encoding, spans, len(ids)))",
+            "Encoded(ids[1:], mark_supervised(encoding, spans, len(ids))[1:])",
             "prompts lack their first control token",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.data.chat.format:ChatFormat.encode_contents",
+        "chat",
+        (
+            "control-tokens-of-documents-kept",
+            "not self._holds_control_tokens(text)",
+            "True",
+            "a document ends its message and opens one of its own",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.data.chat.format:ChatFormat._hidden",
+        "chat",
+        (
+            "control-tokens-of-messages-kept",
+            "not self._holds_control_tokens([*messages, tools])",
+            "True",
+            "an answer that spells an end token is trained to end there",
         ),
     ),
     *bugs(
@@ -37,7 +69,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.chat.format:ChatFormat._variables",
+        "d2l.data.chat.rendering:Renderer._variables",
         "chat",
         (
             "supervision-ignored",
@@ -54,7 +86,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.chat.format:ChatFormat._apply",
+        "d2l.data.chat.rendering:Renderer.render",
         "chat",
         (
             "generation-prompt-always",
@@ -67,7 +99,7 @@ MUTANTS = [
         _AREA,
         "d2l.build:build_chat",
         "rows",
-        ("supervision-not-passed", "supervision=config.supervision, ", "", "the option has no effect"),
+        ("supervision-not-passed", "supervision=config.supervision,", "", "the option has no effect"),
     ),
     *bugs(
         _AREA,

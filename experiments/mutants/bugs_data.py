@@ -119,8 +119,8 @@ MUTANTS = [
         ),
         (
             "system-message-added",
-            '            {"role": "user"',
-            '            {"role": "system", "content": "Be brief."},\n            {"role": "user"',
+            '[{"role": "user"',
+            '[{"role": "system", "content": "Be brief."}, {"role": "user"',
             "trained with another prompt than served",
         ),
     ),
@@ -223,11 +223,16 @@ MUTANTS = [
         "rows",
         (
             "document-cut-to-60-characters",
-            "chat.encode_text(text)",
-            "chat.encode_text(text[:60])",
+            "chat.encode_contents(text)",
+            "chat.encode_contents(text[:60])",
             "most of a document is never read",
         ),
-        ("document-in-lower-case", "chat.encode_text(text)", "chat.encode_text(text.lower())", "names are lost"),
+        (
+            "document-in-lower-case",
+            "chat.encode_contents(text)",
+            "chat.encode_contents(text.lower())",
+            "names are lost",
+        ),
         (
             "document-without-its-message",
             "prefix, suffix, limits, generator)",

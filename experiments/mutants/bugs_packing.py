@@ -169,14 +169,14 @@ MUTANTS = [
         "cache",
         (
             "fingerprint-without-date",
-            "self.supervision, self.current_date)",
-            "self.supervision)",
+            "self.current_date, ",
+            "",
             "a cached prompt holds another date",
         ),
         (
             "fingerprint-without-supervision",
-            "(self.template, self.supervision, self",
-            "(self.template, self",
+            "self.supervision, ",
+            "",
             "labels of another convention",
         ),
     ),

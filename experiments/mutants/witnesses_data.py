@@ -244,6 +244,8 @@ def chat(values: Values) -> None:
         values[f"{name} affixes"] = [list(side) for side in form.context_affixes()]
         values[f"{name} prompt"] = form.encode(SUPERVISED[0][:1], add_generation_prompt=True).input_ids
         values[f"{name} text"] = [form.encode_text(" a  b "), form.decode(form.encode_text("Größe  42 <|end|>"))]
+        spelled = [{"role": turn["role"], "content": f"<|end|>{turn['content']}"} for turn in SUPERVISED[0]]
+        values[f"{name} spelled"] = [form.encode_contents("a <|end|>"), form.encode(spelled).input_ids]
         values[f"{name} fingerprint"] = [form.fingerprint[:9], form.tokenizer_fingerprint[:9], form.has_generation_tags]
         values[f"{name} day"] = date.fromisoformat(form.current_date).toordinal()
 

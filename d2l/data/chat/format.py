@@ -6,41 +6,31 @@ with it, never read from its text: a generation tag inside a comment or a macro 
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from d2l.data.characters import characters_per_token
+from d2l.data.chat.control_tokens import Contents, ControlTokens, Hidden
 from d2l.data.chat.conversations import PROBE
 from d2l.data.chat.harmony import TEMPLATE, Supervision, has_harmony_tokens
+from d2l.data.chat.rendering import Renderer, mark_supervised
 from d2l.data.chat.templates import Messages, find_shipped_templates, renders_alike
 from d2l.errors import ConfigError, DataError, ModelError
 from d2l.io.hub import from_cache_or_hub
+from d2l.io.remote_code import refuse_tokenizer_code
 from d2l.io.resources import local_or_shipped, resource
 
 # A template that prints today's date would give other ids every day. This is the release day of GPT-OSS: after the
 # knowledge cutoff in its system message, and the date of the published examples.
 DEFAULT_DATE = "2025-08-05"
-
-# Prepended to every template. The macro replaces transformers' clock by the frozen date, in any format. The comment
-# prevents transformers' warning about a missing tag: which tokens are supervised is measured here.
-_PRELUDE = (
-    "{#- {% generation %} -#}"
-    "{%- macro strftime_now(format) -%}"
-    "{%- set result = namespace(text=format) -%}"
-    "{%- for directive, value in frozen_clock.items() -%}"
-    "{%- set result.text = result.text.replace(directive, value) -%}"
-    "{%- endfor -%}"
-    "{{- result.text -}}"
-    "{%- endmacro +%}"
-)
-_DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSuUwWxXyYZz"]
-_UNPADDED = [f"%-{letter}" for letter in "dHIjmMS"]
 
 _SENTINELS = ("Quartz reflects light", "Velvet absorbs sound")  # different first and last letters
 
@@ -61,6 +51,7 @@ class ChatFormat:
     template: str
     supervision: Supervision
     current_date: str
+    control_tokens: Contents = "text"
 
     def render(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
@@ -69,29 +60,52 @@ class ChatFormat:
 
         Raises:
             DataError: the template refuses the conversation.
-            ModelError: the template is not valid Jinja.
+            ModelError: the template is not valid Jinja, or does not end.
         """
-        return self._apply(messages, tools, add_generation_prompt, tokenize=False)
+        hidden = self._hidden(messages, tools)
+        return self.control.reveal(self._rendered(messages, tools, add_generation_prompt, hidden)[0], hidden)
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> Encoded:
         """Encode a conversation as token ids with its supervised positions, never truncated and without added tokens.
 
-        A template without working generation tags supervises nothing, which is no error here: see `has_generation_tags`.
+        Control tokens in the messages are encoded as `control_tokens` says; those of the template are control tokens. A
+        template without working generation tags supervises nothing, which is no error here: see `has_generation_tags`.
 
         Raises:
-            DataError: the template refuses the conversation.
-            ModelError: the template is not valid Jinja.
+            DataError: the template refuses the conversation, or it holds control tokens and they are refused.
+            ModelError: the template is not valid Jinja, or does not end.
         """
-        encoding = self._apply(
-            messages, tools, add_generation_prompt, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return Encoded(list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]])
+        hidden = self._hidden(messages, tools)
+        text, spans = self._rendered(messages, tools, add_generation_prompt, hidden)
+        encoding: Any
+        if hidden:
+            ids, encoding = self.control.encode(text, hidden)
+        else:
+            encoding = self.tokenizer(text, add_special_tokens=False)
+            ids = list(encoding["input_ids"])
+        return Encoded(ids, mark_supervised(encoding, spans, len(ids)))
+
+    def encode_contents(self, text: str) -> list[int]:
+        """Encode a document as token ids, without a template and added tokens, its control tokens as the run says.
+
+        Raises:
+            DataError: it holds control tokens and they are refused.
+        """
+        if not self._holds_control_tokens(text):
+            return self.encode_text(text)
+        ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        self.control.require_text(ids)
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode text as token ids, without a template and without added tokens."""
+        """Encode text as token ids, without a template and without added tokens; control tokens in it are read as such."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def least_tokens(self, text: str) -> int:
+        """Return a lower bound on the tokens of a text, from its number of characters alone; 0 where none is known."""
+        return math.ceil(len(text) / self._characters_per_token) if self._characters_per_token else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids as text, control tokens included and white space unchanged."""
@@ -100,7 +114,7 @@ class ChatFormat:
     def context_affixes(self) -> tuple[list[int], list[int]]:
         """Return the ids before and after a document that is a user message of its own, system preamble included.
 
-        `prefix + encode_text(document) + suffix` is that message. Where control tokens enclose the document (as in
+        `prefix + encode_contents(document) + suffix` is that message. Where control tokens enclose the document (as in
         GPT-OSS), no token spans its edges, so these are exactly the ids of the rendered message. Where plain text does
         (a newline, `User: `), rendering might merge it with the document's first or last letters into one token; here
         the text is the same and the boundary stays at the document's edge, as chunks of a document require.
@@ -122,8 +136,9 @@ class ChatFormat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the template's text, the supervision convention and the date, in hexadecimal."""
-        return hashlib.sha256("\0".join((self.template, self.supervision, self.current_date)).encode()).hexdigest()
+        """SHA-256 of the template's text, its options and what becomes of control tokens in texts, in hexadecimal."""
+        parts = (self.template, self.supervision, self.current_date, self.control_tokens)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -158,29 +173,42 @@ class ChatFormat:
         return prefix, suffix
 
     @cached_property
-    def _variables(self) -> dict[str, Any]:
-        """Variables of the template besides the conversation."""
-        day = date.fromisoformat(self.current_date)
-        clock = {directive: day.strftime(directive) for directive in _DIRECTIVES}
-        clock |= {directive: day.strftime(directive.replace("-", "")).lstrip("0") or "0" for directive in _UNPADDED}
-        return {"supervision": self.supervision, "current_date": self.current_date, "frozen_clock": clock}
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.template, self.supervision, self.current_date)
 
-    def _apply(
-        self, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, **options: Any
-    ) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                chat_template=_PRELUDE + self.template,
-                add_generation_prompt=add_generation_prompt,
-                **options,
-                **self._variables,
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens(self.tokenizer)
+
+    @cached_property
+    def _characters_per_token(self) -> int | None:
+        return characters_per_token(self.tokenizer)
+
+    def _holds_control_tokens(self, value: Any) -> bool:
+        """Return whether texts hold control tokens that have to be encoded as text; `DataError` where they are refused."""
+        found = None if self.control_tokens == "keep" else self.control.find(value)
+        if found is not None and self.control_tokens == "refuse":
+            raise DataError(
+                f"holds the control token {found!r} of the tokenizer, and control_tokens: refuse accepts none; remove it, "
+                "or have it read as text: --set control_tokens=text"
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses {str(messages)[:300]}: {error}") from error
+        return found is not None
+
+    def _hidden(self, messages: Messages, tools: Sequence[Any] | None) -> Hidden:
+        """Return what hides the control tokens of a conversation; empty where there is nothing to hide."""
+        if not self._holds_control_tokens([*messages, tools]):
+            return {}
+        self._renderer.render(messages, tools, False)  # a template may refuse some that it finds, as a likely mistake
+        return self.control.choose_hidden(self.template, list(messages), tools)
+
+    def _rendered(
+        self, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, hidden: Hidden
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation with these control tokens of its texts hidden."""
+        if hidden:
+            messages, tools = (self.control.hide(value, hidden) for value in (messages, tools))
+        return self._renderer.render(messages, tools, add_generation_prompt)
 
 
 def chat_format(
@@ -189,6 +217,7 @@ def chat_format(
     template: str | None = None,
     supervision: Supervision = "content",
     current_date: str | None = None,
+    control_tokens: Contents = "text",
 ) -> ChatFormat:
     """Make the chat format of a run.
 
@@ -197,6 +226,7 @@ def chat_format(
         supervision: `content` (message text and end tokens) or `sampled` (channel headers too); a variable for templates
             that know both conventions.
         current_date: "YYYY-MM-DD", the date that templates print for today; default: `DEFAULT_DATE`.
+        control_tokens: what those in messages and documents are: `text`, an error (`refuse`), or control tokens (`keep`).
 
     Raises:
         ModelError: the tokenizer cannot map text to tokens, or no template is known for it.
@@ -218,7 +248,7 @@ def chat_format(
         day = date.fromisoformat(current_date or DEFAULT_DATE)
     except ValueError as error:
         raise ConfigError([f"current_date: {current_date!r} is not a day of the calendar ({error})"]) from None
-    return ChatFormat(tokenizer, template, supervision, day.isoformat())
+    return ChatFormat(tokenizer, template, supervision, day.isoformat(), control_tokens)
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -251,7 +281,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, of a shipped one (`configs/models/tiny_gpt_oss`), or of the hub.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded; the message gives the reason.
+        ModelError: the tokenizer cannot be loaded, or brings code of its own; the message gives the reason.
     """
     source = local_or_shipped(name_or_path)
     if source is not None and not source.is_dir():
@@ -262,10 +292,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         )
     try:
         if source is not None:
-            return AutoTokenizer.from_pretrained(source)
-        return from_cache_or_hub(
-            lambda local: AutoTokenizer.from_pretrained(name_or_path, local_files_only=local), name_or_path
-        )
+            return _read_tokenizer(source)
+        return from_cache_or_hub(lambda local: _read_tokenizer(name_or_path, local_files_only=local), name_or_path)
+    except ModelError:
+        raise
     except Exception as error:  # a malformed tokenizer.json is a plain Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -273,6 +303,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             "expected a folder with tokenizer.json, or a model on the hub that is reachable or already in the cache\n"
             "offline, download it first (`hf download MODEL`) or point at a folder: --set tokenizer_name_or_path=FOLDER"
         ) from error
+
+
+def _read_tokenizer(name_or_path: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """Read a tokenizer by transformers, after a look for code that it would need."""
+    refuse_tokenizer_code(name_or_path, local_files_only)
+    return AutoTokenizer.from_pretrained(name_or_path, local_files_only=local_files_only, trust_remote_code=False)
 
 
 def _common_prefix(one: list[int], other: list[int]) -> list[int]:

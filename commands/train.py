@@ -90,20 +90,16 @@ def train(
     from d2l.train.start import start_new, start_resumed, with_inputs
 
     screen = console(quiet=quiet)
-    if resume is None:
-        starting = start_new(resolved, numbered=output is None)
-    else:
-        starting = start_resumed(resolved, resume, changes)
-    with starting as start:
+    with start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=output is None) as start:
+        _print_notes(start.notes, quiet=quiet)
         if start.checkpoint is not None and start.step >= resolved.max_steps:
             screen.out(_nothing_to_do(start, resolved.max_steps), highlight=False)
             return
         with checks_progress() as (observe, on_tokenize), one_thread():
             subject = make_subject(resolved, str(config), on_tokenize)
-            start = with_inputs(start, subject.identity)
-            for note in () if quiet else start.notes:
-                typer.echo(f"Note: {note}", err=True)
+            compared = with_inputs(start, subject.identity)
             report = run_checks(subject, RULES, ignore=reasons, observe=observe)
+        _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
         report = replace(report, seconds=waited())
         print_report(report, screen)
         if report.exit_code() != 0:
@@ -112,7 +108,12 @@ def train(
                 err=True,
             )
             raise typer.Exit(REFUSED)
-        _train(resolved, start, report.to_json(), screen)
+        _train(resolved, compared, report.to_json(), screen)
+
+
+def _print_notes(notes: Sequence[str], *, quiet: bool) -> None:
+    for note in () if quiet else notes:
+        typer.echo(f"Note: {note}", err=True)
 
 
 def _changes(texts: Sequence[str] | None, resume: Path | None) -> dict[str, str]:

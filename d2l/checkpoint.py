@@ -163,7 +163,7 @@ def _find_damage(folder: Path) -> str | None:
 
 def find_newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint folder of a run, and why each newer one was rejected."""
-    rejected = []
+    rejected: list[str] = []
     for folder in reversed(step_folders(run)):
         damage = _find_damage(folder)
         if damage is None:

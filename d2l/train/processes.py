@@ -36,7 +36,7 @@ def from_main_process(decide: Callable[[], T]) -> T:
     result, refusal = broadcast_object_list(decided)
     if refusal is not None:
         raise CheckpointError(refusal)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 @dataclass(frozen=True)

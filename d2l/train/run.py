@@ -1,8 +1,8 @@
 """Training run: its components, its folder and the training loop, for a configuration that passed preflight."""
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from d2l.build import Components

@@ -109,14 +109,17 @@ def start_resumed(config: RunConfig, place: Path, reasons: Mapping[str, str] | N
         yield start if start.step >= config.max_steps else _with_config(start, config)
 
 
-def with_inputs(start: Start, now: Fingerprint) -> Start:
+def with_inputs(start: Start, now: Fingerprint | None) -> Start:
     """Return the start with what it trains on, compared with what its checkpoint was trained on.
+
+    Args:
+        now: None where nothing was hashed: nothing is compared.
 
     Raises:
         CheckpointError: data or base differ, and that is not allowed.
     """
     start = replace(start, inputs=now)
-    if start.checkpoint is None:
+    if start.checkpoint is None or now is None:
         return start
     then = start.checkpoint.state.get("inputs")
     if then is None:

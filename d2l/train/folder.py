@@ -124,7 +124,7 @@ def named_writes(folder: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = "" if error.filename is None else f": {error.filename}"
+        place = "" if error.filename in (None, str(folder)) else f": {error.filename}"
         raise CheckpointError(f"cannot write to {folder}{place}: {error.strerror or error}; {advice}") from error
 
 

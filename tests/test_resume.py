@@ -143,12 +143,13 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_said(tmp_path: Path) -> Non
 
 def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    with (
-        start_resumed(run_config(), run),
-        pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on "),
-        start_resumed(run_config(), run),
-    ):
-        pytest.fail("two writers")
+    for place in (run, step_folder(run, 1)):
+        with (
+            start_resumed(run_config(), place),
+            pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on "),
+            start_resumed(run_config(), place),
+        ):
+            pytest.fail("two writers")
     assert resume(run).step == 1
 
 

@@ -18,6 +18,7 @@ from d2l.checkpoint import load_checkpoint, save_checkpoint, step_folder
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
+from d2l.io.atomic import make_folders
 from d2l.train.loop import METRICS
 from d2l.train.optimizer import learning_rates
 from d2l.train.run import train
@@ -111,6 +112,20 @@ def test_a_folder_in_use_is_refused_where_it_is_named(tmp_path: Path) -> None:
         pytest.fail("it is not free")
 
 
+def test_a_folder_that_another_process_has_just_used_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_late(folder: Path) -> list[Path]:
+        made = make_folders(folder)
+        if folder.name == "run":
+            (folder / "config.yaml").touch()  # of a run that has ended since the folder was found free
+        return made
+
+    monkeypatch.setattr("d2l.train.folder.make_folders", make_late)
+    with start_new(run_config(output_dir=str(tmp_path / "run")), numbered=True) as start:
+        assert start.folder.name == "run-2"
+
+
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     for place, words in {
@@ -136,6 +151,7 @@ def test_a_run_writes_config_preflight_metrics_and_checkpoints(config: RunConfig
     state = load_checkpoint(step_folder(folder, 3)).state
     assert state["fingerprint"] == PREFLIGHT["fingerprint"]
     assert state["preflight"] == PREFLIGHT["summary"]
+    assert state["processes"] == 1
     assert RunConfig(**state["config"]) == config
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",

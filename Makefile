@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test oldest lint types golden fuzz pairs prove study reach mutants layers bench gpu docs clean
+.PHONY: install run test oldest lint types golden fuzz pairs kills prove study reach mutants layers bench gpu docs clean
 
 install: $(VENV)/installed
 
@@ -49,6 +49,9 @@ fuzz: install # 500 clean configurations, every planted fault in ten, all publis
 
 pairs: install # two planted faults at once: both are named, or one is blocked by the other
 	$(BIN)/python experiments/pairs.py
+
+kills: install # 300 runs killed and damaged at random instants, each of which has to end equal to one left alone
+	$(BIN)/python experiments/kills.py
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md

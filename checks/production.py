@@ -35,7 +35,7 @@ from d2l.inference.adapter import export_adapter
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
-from d2l.train.optimizer import make_optimizer, make_schedule
+from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
 
 
@@ -100,11 +100,10 @@ class Production:
         return sorted((folder / "checkpoints").iterdir())
 
     def newest(self, folder: Path) -> Path:
-        return find_checkpoint(folder)
+        return find_checkpoint(folder).folder
 
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
-        schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)
-        return [float(schedule.base_lrs[-1]) * schedule.lr_lambdas[-1](step) for step in steps]
+        return learning_rates(config, steps)
 
     def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
         checkpoint = load_checkpoint(folder)
@@ -210,7 +209,7 @@ def make_subject(
         records=records,
         records_absent=records_absent,
         judged=_judged(config, tokenizer, tokenizer_absent, records, records_absent, implementation),
-        fingerprint=run_fingerprint(config, base_config, chat, records, versions).total,
+        identity=run_fingerprint(config, base_config, chat, records, versions),
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from d2l.data.packing import PackedBatch
     from d2l.data.records import Record
     from d2l.data.tokenize import Row, Tokenized
+    from d2l.fingerprint import Fingerprint
     from d2l.hypernet.lora import Lora
 
 
@@ -184,7 +185,7 @@ class Subject:
         implementation: what would run it.
         tokenizer: the run's tokenizer, or `None` with the reason in `tokenizer_absent`.
         records: the run's data, or `None` with the reason in `records_absent`.
-        fingerprint: sha256 over all that shapes the run.
+        identity: hashes of all that shapes the run, part by part; None where it is not a run of d2l.
         judged: what a verdict is about, for people: base model, tokenizer, data, versions, device.
     """
 
@@ -196,8 +197,13 @@ class Subject:
     tokenizer_absent: str = ""
     records: "tuple[Record, ...] | None" = field(default=None, repr=False)
     records_absent: str = ""
-    fingerprint: str = ""
+    identity: "Fingerprint | None" = field(default=None, repr=False)
     judged: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return one sha256 over all that shapes the run; empty where nothing was hashed."""
+        return self.identity.total if self.identity else ""
 
     @cached_property
     def plan(self) -> "LoadPlan":

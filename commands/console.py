@@ -80,7 +80,7 @@ def read_config(path: Path | None, settings: Sequence[str], **options: Any) -> "
 
 
 def read_checkpoint(place: Path, model: str | None) -> "TrainedModel":
-    """Load a checkpoint and print what was noted about its configuration on stderr.
+    """Load a checkpoint, and print on stderr which it is and what was noted about it and its configuration.
 
     Args:
         model: where the base lies now, if not where it lay in training.
@@ -88,6 +88,10 @@ def read_checkpoint(place: Path, model: str | None) -> "TrainedModel":
     from d2l.inference.load import load_model
 
     trained = load_model(place, model)
+    if trained.source is not None:
+        for reason in trained.source.passed_over:
+            typer.echo(f"Note: passed over a newer checkpoint: {reason}", err=True)
+        typer.echo(f"checkpoint {trained.source.folder}", err=True)
     _print_remarks(trained.config)
     return trained
 
@@ -107,7 +111,8 @@ def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"{option} expects {'CODE=REASON' if option == '--ignore' else 'KEY=VALUE'}. Got {text!r}")
+            form = {"--ignore": "CODE=REASON", "--allow-change": "FIELD=REASON"}.get(option, "KEY=VALUE")
+            raise UsageError(f"{option} expects {form}. Got {text!r}")
         if key.strip() in found:
             raise UsageError(f"{option} {key.strip()} is given twice")
         found[key.strip()] = value

@@ -66,7 +66,8 @@ def evaluate(
         trained = read_checkpoint(checkpoint, model)
         with progress("documents") as show:
             result = run_evaluation(trained, records, seed=seed, max_new_tokens=max_new_tokens, on_progress=show)
-        settings = {"checkpoint": str(checkpoint), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
+        used = checkpoint if trained.source is None else trained.source.folder
+        settings = {"checkpoint": str(used), "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
         text = json.dumps(jsonable(settings | result.to_json()), ensure_ascii=False, indent=1)
         if output is not None:
             _write(output, lambda file: file.write_text(text + "\n", encoding="utf-8"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from checks.result import UsageError
 from commands.console import (
     DataOption,
     IgnoreOption,
@@ -28,8 +29,8 @@ from d2l.errors import DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from d2l.checkpoint import Checkpoint
     from d2l.config.schema import RunConfig
+    from d2l.train.start import Start
 
 REFUSED = 10  # exit code
 METRICS = ("ce_loss", "kl_loss", "grad_norm", "gen_lora_l1_norm", "tokens")
@@ -41,7 +42,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="Configuration (YAML); with --resume, default: that of the run."),
+    ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     data: DataOption = None,
@@ -56,6 +60,14 @@ def train(
             "--resume", metavar="DIR", help="Continue the run in this folder, or from this checkpoint folder."
         ),
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="FIELD=REASON",
+            help="Resume although this differs: a configuration key, data, base_config, tokenizer or chat. Repeatable.",
+        ),
+    ] = None,
     ignore: IgnoreOption = None,
 ) -> None:
     """Train, if the preflight finds nothing against it.
@@ -63,7 +75,8 @@ def train(
     Exit codes: 0 done, 2 bad usage or config, 10 refused by the preflight, 11 stopped on a value that is not finite.
     """
     options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
-    reasons = pairs("--ignore", ignore or ())
+    reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
+    config = _config_file(config, resume, output)
     resolved = read_config(config, settings or (), **options)
     if not resolved.train_ds_names:
         raise DataError("no training data: pass --data FILE, or set train_ds_names")
@@ -74,31 +87,88 @@ def train(
     from checks.report import print_report
     from checks.rules import RULES
     from checks.runner import run_checks
-    from d2l.train.run import checkpoint_to_resume, new_folder
+    from d2l.train.start import start_new, start_resumed, with_inputs
 
-    if resume is None:
-        folder, checkpoint = new_folder(resolved, numbered=output is None), None
-    else:
-        folder, checkpoint = checkpoint_to_resume(resolved, resume)
     screen = console(quiet=quiet)
-    with checks_progress() as (observe, on_tokenize), one_thread():
-        report = run_checks(make_subject(resolved, str(config), on_tokenize), RULES, ignore=reasons, observe=observe)
-    report = replace(report, seconds=waited())
-    print_report(report, screen)
-    if report.exit_code() != 0:
-        typer.echo(
-            "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check", err=True
+    with start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=output is None) as start:
+        _print_notes(start.notes, quiet=quiet)
+        if start.checkpoint is not None and start.step >= resolved.max_steps:
+            screen.out(_nothing_to_do(start, resolved.max_steps), highlight=False)
+            return
+        with checks_progress() as (observe, on_tokenize), one_thread():
+            subject = make_subject(resolved, str(config), on_tokenize)
+            compared = with_inputs(start, subject.identity)
+            report = run_checks(subject, RULES, ignore=reasons, observe=observe)
+        _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
+        report = replace(report, seconds=waited())
+        print_report(report, screen)
+        if report.exit_code() != 0:
+            typer.echo(
+                "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check",
+                err=True,
+            )
+            raise typer.Exit(REFUSED)
+        _train(resolved, compared, report.to_json(), screen)
+
+
+def _print_notes(notes: Sequence[str], *, quiet: bool) -> None:
+    for note in () if quiet else notes:
+        typer.echo(f"Note: {note}", err=True)
+
+
+def _changes(texts: Sequence[str] | None, resume: Path | None) -> dict[str, str]:
+    """Return the reasons of `--allow-change` by field.
+
+    Raises:
+        UsageError: one is empty, or there is no run to change.
+    """
+    changes = pairs("--allow-change", texts or ())
+    for field, reason in changes.items():
+        if not reason.strip():
+            raise UsageError(f"{field} is changed without a reason: write --allow-change {field}=REASON")
+    if changes and resume is None:
+        raise UsageError("--allow-change is about a run that is resumed: add --resume, or leave it out")
+    return changes
+
+
+def _config_file(config: Path | None, resume: Path | None, output: str | None) -> Path:
+    """Return the configuration to read: the one named, else that of the run to resume.
+
+    Raises:
+        UsageError: there is none, or a run would be resumed into another folder.
+    """
+    if resume is None:
+        if config is None:
+            raise UsageError("CONFIG is missing: name a configuration, or continue a run with --resume DIR")
+        return config
+    runs = (resume, resume.absolute().parent.parent)  # a run's folder, or that of a checkpoint
+    if output is not None and Path(output).resolve() not in [run.resolve() for run in runs]:
+        raise UsageError(
+            f"--resume {resume} goes on in its own folder, not in {output}: to continue that run leave --output out; "
+            f"to start anew in {output} leave --resume out"
         )
-        raise typer.Exit(REFUSED)
-    _train(resolved, folder, checkpoint, report.to_json(), screen)
+    own = next((run / "config.yaml" for run in runs if (run / "config.yaml").is_file()), None)
+    if config is None and own is None:
+        raise UsageError(
+            f"{resume} holds no config.yaml of a run: name the configuration, d2l train CONFIG --resume DIR"
+        )
+    return config or own  # type: ignore[return-value]
 
 
-def _train(
-    config: "RunConfig", folder: Path, checkpoint: "Checkpoint | None", preflight: Mapping[str, Any], screen: "Console"
-) -> None:
+def _nothing_to_do(start: "Start", max_steps: int) -> str:
+    """Return why nothing is done, and how the run goes on."""
+    return (
+        f"nothing to do: {start.folder} is at step {start.step}, and max_steps is {max_steps}\n"
+        f"to go on: --resume {start.folder} --max-steps N, with N above {start.step}"
+    )
+
+
+def _train(config: "RunConfig", start: "Start", preflight: Mapping[str, Any], screen: "Console") -> None:
     """Train with a bar on a terminal and lines elsewhere, then print the last metrics and where the run lies."""
     from d2l.train.run import train
 
+    if start.checkpoint is not None:
+        screen.out(f"resumed from step {start.step} of {start.folder}", highlight=False)
     records: list[Mapping[str, float]] = []
     with steps_progress(screen, config.max_steps) as (show, on_tokenize):
 
@@ -106,12 +176,12 @@ def _train(
             records.append(record)
             show(record)
 
-        train(config, folder, preflight=preflight, checkpoint=checkpoint, on_step=on_step, on_tokenize=on_tokenize)
+        train(config, start, preflight=preflight, on_step=on_step, on_tokenize=on_tokenize)
     rows = {"steps of this run": str(len(records))}
     if records:
         rows |= {key: f"{records[-1][key]:.6g}" for key in METRICS if key in records[-1]}
         rows["tokens"] = f"{sum(record['tokens'] for record in records):,.0f}"
-    rows["run folder"] = str(folder)
+    rows["run folder"] = str(start.folder)
     width = max(map(len, rows))
     screen.out("\n".join(["", *(f"{label:<{width}}  {value}" for label, value in rows.items())]), highlight=False)
 

@@ -12,7 +12,7 @@ unpickled.
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d2l.errors import CheckpointError
-from d2l.io.atomic import require_new_folder, write_new_folder
+from d2l.io.atomic import remove_folder, remove_leftovers, require_new_folder, write_new_folder
 
 MANIFEST = "manifest.json"
 _HYPERNET, _TRAINER, _STATE = "hypernet.safetensors", "trainer.safetensors", "state.json"
+_STEP = re.compile(r"step-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,41 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """Checkpoint that is used.
+
+    Attributes:
+        folder: its folder.
+        passed_over: why each newer one of its run is not used.
+    """
+
+    folder: Path
+    passed_over: tuple[str, ...] = ()
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Return the folder of all checkpoints in a run's folder."""
+    return run / "checkpoints"
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Return the checkpoint folder of a step in a run's folder."""
-    return run / "checkpoints" / f"step-{step:06d}"
+    return checkpoints_folder(run) / f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step that a folder is named after; None for any other name."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Return the step folders of a run, oldest first, whole or not; links are followed by nobody and are among them."""
+    found = [
+        (step, folder) for folder in checkpoints_folder(run).glob("step-*") if (step := step_of(folder)) is not None
+    ]
+    return [folder for _, folder in sorted(found)]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -82,7 +115,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             trainer=load_file(folder / _TRAINER),
             state=json.loads((folder / _STATE).read_text(encoding="utf-8")),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
 
 
@@ -92,68 +125,88 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing or differs; the message names it, with expected and actual size or hash.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected {MANIFEST} in it, found none; "
             "pass a step-NNNNNN folder that a run wrote to the end"
         )
+    if damage := _find_damage(folder):
+        raise CheckpointError(f"{damage}; use an earlier checkpoint")
+
+
+def _find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None where every file is as the manifest says."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return f"{path} is missing"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; use an earlier checkpoint") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        return f"{path} cannot be read: {error}"
     for name in (_HYPERNET, _TRAINER, _STATE):
         if name not in expected:
-            raise CheckpointError(f"{path} does not list {name}; use an earlier checkpoint")
+            return f"{path} does not list {name}"
     for name, (size, digest) in expected.items():
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though the manifest lists it; use an earlier checkpoint")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file}: expected {size} bytes, found {file.stat().st_size}; use an earlier checkpoint"
-            )
-        if _sha256(file) != digest:
-            raise CheckpointError(
-                f"{file}: its content differs from what was written (sha256); use an earlier checkpoint"
-            )
+        try:
+            if not file.is_file():
+                return f"{file} is missing, though the manifest lists it"
+            if file.stat().st_size != size:
+                return f"{file}: expected {size} bytes, found {file.stat().st_size}"
+            if _sha256(file) != digest:
+                return f"{file}: its content differs from what was written (sha256)"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
+    return None
 
 
 def find_newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint folder of a run, and why each newer one was rejected."""
-    rejected = []
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            verify_checkpoint(folder)
-        except CheckpointError as error:
-            rejected.append(str(error))
-        else:
+    rejected: list[str] = []
+    for folder in reversed(step_folders(run)):
+        damage = _find_damage(folder)
+        if damage is None:
             return folder, rejected
+        rejected.append(damage)
     return None, rejected
 
 
-def find_checkpoint(place: Path) -> Path:
-    """Return the checkpoint folder at a path: the path itself, or the newest valid checkpoint of the run in that folder.
+def is_checkpoint(place: Path) -> bool:
+    """Return whether a path is meant as a checkpoint's folder and not as a run's."""
+    return step_of(place) is not None or (place / MANIFEST).is_file()
+
+
+def find_checkpoint(place: Path) -> FoundCheckpoint:
+    """Return the checkpoint at a path: the path itself, or the newest valid checkpoint of the run in that folder.
 
     Raises:
         CheckpointError: there is none; the message gives the reason for each folder that was rejected.
     """
-    if place.name.startswith("step-") or (place / MANIFEST).is_file():
-        return place
+    if is_checkpoint(place):
+        return FoundCheckpoint(place)
     folder, rejected = find_newest_checkpoint(place)
     if folder is None:
         found = "\n".join(rejected) or "found no checkpoint in it"
         raise CheckpointError(f"{place}: expected a run's folder or a step-NNNNNN folder; {found}")
-    return folder
+    return FoundCheckpoint(folder, tuple(rejected))
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints of a run."""
-    complete = [folder for folder in sorted((run / "checkpoints").glob("step-*")) if (folder / MANIFEST).is_file()]
-    for folder in complete[:-keep]:
-        (folder / MANIFEST).unlink()  # first: a folder half removed must not pass for a checkpoint
-        shutil.rmtree(folder)
+    """Remove all but the newest `keep` complete checkpoints of a run, and what killed writers left beside them.
+
+    What is incomplete and older goes too. Links stay, and so does what they point to. Only for the one who writes the run.
+
+    Raises:
+        OSError: a folder cannot be renamed.
+    """
+    folders = [folder for folder in step_folders(run) if not folder.is_symlink()]
+    complete = [folder for folder in folders if (folder / MANIFEST).is_file()]
+    if complete:
+        oldest = complete[-keep:][0]
+        for folder in folders[: folders.index(oldest)]:
+            remove_folder(folder)
+    remove_leftovers(checkpoints_folder(run), only_writer=True)
 
 
 def load_hypernet(hypernet: nn.Module, tensors: Mapping[str, Tensor]) -> None:

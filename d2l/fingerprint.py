@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -17,14 +17,26 @@ _PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory"}  # where a r
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Fingerprint of everything that shapes a run: each part as a sha256 or version, and one hash over all parts."""
+    """Fingerprint of everything that shapes a run: each part as a sha256 or version, and one hash over all parts.
+
+    Attributes:
+        parts: `config`, `base_config`, `tokenizer`, `chat`, `data`, and a version for each library.
+        base_config: the values behind that part, so that a difference can be named.
+        records: the number of records behind `data`.
+    """
 
     parts: dict[str, str]
+    base_config: dict[str, Any] = field(default_factory=dict)
+    records: int = 0
 
     @property
     def total(self) -> str:
         """Hex sha256 over all parts."""
         return _sha256(json.dumps(self.parts, sort_keys=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON values, as checkpoints keep it."""
+        return asdict(self)
 
 
 def run_fingerprint(
@@ -36,14 +48,16 @@ def run_fingerprint(
 ) -> Fingerprint:
     """Hash configuration, base config, template, tokenizer and data; add the library versions."""
     settings = {key: value for key, value in config.resolved().items() if key not in _PLACE_KEYS}
+    base = json.loads(base_config.to_json_string())
+    base.pop("transformers_version", None)  # of the library that reads it, which is a part of its own
     parts = {
         "config": _sha256(json.dumps(settings, sort_keys=True)),
-        "base_config": _sha256(base_config.to_json_string()),
+        "base_config": _sha256(json.dumps(base, sort_keys=True)),
         "chat": chat.fingerprint if chat else "none",
         "tokenizer": chat.tokenizer_fingerprint if chat else "none",
         "data": _sha256(json.dumps(list(map(_contents, records)))) if records else "none",
     }
-    return Fingerprint(parts | versions)
+    return Fingerprint(parts | versions, base, len(records or ()))
 
 
 def _contents(record: Record) -> list[Any]:

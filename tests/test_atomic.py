@@ -1,11 +1,15 @@
 """Atomic writing: complete or not at all, new outputs never written over, cache files replaced."""
 
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from d2l.errors import CheckpointError, DataError
-from d2l.io.atomic import replace_file, write_new_file, write_new_folder
+from d2l.io import atomic
+from d2l.io.atomic import remove_leftovers, replace_file, write_new_file, write_new_folder
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -72,3 +76,70 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write the adapter"), write_new_folder(tmp_path / "b", "adapter"):
         raise ValueError
     assert [path.name for path in tmp_path.rglob("*")] == ["runs", "adapter", "a.txt"]
+
+
+def record_syncs(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
+    """Record what is written through to the disk, and renamed, in its order."""
+    calls: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append(
+            "/".join("partial" if ".partial-" in part else part for part in path.relative_to(root).parts) or "."
+        )
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda path, target: calls.append("rename") or rename(path, target))
+    monkeypatch.setattr(Path, "replace", lambda path, target: calls.append("rename") or replace(path, target))
+    return calls
+
+
+def test_contents_are_on_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = record_syncs(monkeypatch, tmp_path)
+    with write_new_folder(tmp_path / "runs" / "adapter", "adapter") as partial:
+        (partial / "a.txt").write_text("a")
+    assert calls == [".", "runs/partial/a.txt", "runs/partial", "rename", "runs"]
+    calls.clear()
+    with replace_file(tmp_path / "metrics.jsonl") as partial:
+        partial.write_text("a")
+    assert calls == ["partial/metrics.jsonl", "rename", "."]
+
+
+def test_leftovers_go_and_what_a_living_writer_writes_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    names = {
+        "dead": f".a.partial-{host}-{dead.pid}-01234567",
+        "former process of this number": f".a.partial-{host}-{os.getpid()}-01234567",
+        "living": f".a.partial-{host}-{os.getppid()}-01234567",
+        "elsewhere": f".a.partial-another-host-{dead.pid}-01234567",
+        "old": ".a.partial-1234",
+        "user's": ".a.partial-of my own",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    with replace_file(tmp_path / "own") as partial:
+        own = partial.parent.name
+        for alone, kept in ((False, ("living", "elsewhere", "old", "user's")), (True, ("user's",))):
+            remove_leftovers(tmp_path, only_writer=alone)
+            assert {path.name for path in tmp_path.iterdir()} == {own, *(names[key] for key in kept)}
+        partial.touch()
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    atomic.sync(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        atomic.sync(tmp_path / "file")

@@ -10,6 +10,7 @@ from d2l import checkpoint as module
 from d2l.checkpoint import (
     MANIFEST,
     Checkpoint,
+    find_checkpoint,
     find_newest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -96,6 +97,7 @@ def damage_list(folder: Path) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), "is no checkpoint"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
         (lambda folder: (folder / MANIFEST).write_text("[1]"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "cannot be read"),
     ],
 )
 def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(tmp_path: Path, damage, expected: str) -> None:  # type: ignore[no-untyped-def]
@@ -107,6 +109,8 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(tmp_path: Path,
     newest, refused = find_newest_checkpoint(tmp_path)
     assert newest == step_folder(tmp_path, 1)
     assert len(refused) == 1
+    found = find_checkpoint(tmp_path)
+    assert (found.folder, list(found.passed_over)) == (newest, refused)
 
 
 def test_pruning_keeps_the_newest_and_what_it_did_not_finish(tmp_path: Path) -> None:
@@ -116,3 +120,47 @@ def test_pruning_keeps_the_newest_and_what_it_did_not_finish(tmp_path: Path) -> 
     prune_checkpoints(tmp_path, keep=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_steps_are_ordered_as_numbers_and_other_names_are_none(tmp_path: Path) -> None:
+    for step in (5, 999_999, 1_000_000):
+        save_checkpoint(step_folder(tmp_path, step), example())
+    for name in ("step-best", "step-", "step-5.old", "superseded-step-2000000"):
+        save_checkpoint(tmp_path / "checkpoints" / name, example())
+    assert find_newest_checkpoint(tmp_path) == (step_folder(tmp_path, 1_000_000), [])
+    prune_checkpoints(tmp_path, keep=1)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-1000000", "step-best", "step-", "step-5.old", "superseded-step-2000000"}
+    assert find_checkpoint(tmp_path / "checkpoints" / "step-best").folder.name == "step-best", "one may name it"
+
+
+def test_pruning_leaves_links_and_what_they_point_to(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "elsewhere", example())
+    for step in (1, 2, 3):
+        save_checkpoint(step_folder(tmp_path, step), example())
+    step_folder(tmp_path, 0).symlink_to(tmp_path / "elsewhere")
+    prune_checkpoints(tmp_path, keep=1)
+    load_checkpoint(tmp_path / "elsewhere")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000000", "step-000003"]
+
+
+def test_a_pruning_that_is_killed_leaves_no_half_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(step_folder(tmp_path, step), example())
+    (step_folder(tmp_path, 1) / MANIFEST).unlink()  # left so by an earlier version
+
+    def killed(folder: Path, **_: object) -> None:
+        (folder / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d2l.io.atomic.shutil.rmtree", killed)
+        with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
+            prune_checkpoints(tmp_path, keep=2)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, keep=1)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        load_checkpoint(folder)
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]

@@ -29,6 +29,7 @@ class Subject:
     defects: frozenset[str] = frozenset()
     name: str = "toy.yaml"
     fingerprint: str = "f" * 64
+    identity: str = "hashes"
     judged: tuple[tuple[str, str], ...] = ()
 
 
@@ -43,6 +44,7 @@ class World:
     load_error: Exception | None = None
     train_error: Exception | None = None
     asked: list = field(default_factory=list)
+    step: int = 1
     remarks: tuple = ()
     train_ds_names: tuple = ("needle",)
 
@@ -52,15 +54,26 @@ class World:
         self.loaded.append((path, overrides, options))
         return SimpleNamespace(remarks=self.remarks, max_steps=2, train_ds_names=self.train_ds_names)
 
-    def new_folder(self, config, *, numbered):
+    def start_new(self, config, *, numbered):
         self.asked.append(numbered)
-        return Path("runs/toy-2" if numbered else "runs/toy")
+        return nullcontext(
+            SimpleNamespace(folder=Path("runs/toy-2" if numbered else "runs/toy"), checkpoint=None, notes=())
+        )
 
-    def checkpoint_to_resume(self, config, place):
-        return Path("runs/resumed"), f"checkpoint of {place}"
+    def start_resumed(self, config, place, changes):
+        self.asked.append(changes)
+        passed_over = ("passed over a newer checkpoint: it is torn",)
+        start = SimpleNamespace(
+            folder=Path("runs/resumed"), checkpoint=f"checkpoint of {place}", step=self.step, notes=passed_over
+        )
+        return nullcontext(start)
 
-    def train(self, config, folder, *, preflight, checkpoint, on_step, on_tokenize):
-        self.trained.append((preflight, folder, checkpoint))
+    def with_inputs(self, start, identity):
+        assert identity == "hashes"
+        return SimpleNamespace(**vars(start) | {"notes": (*start.notes, "torch is another")})
+
+    def train(self, config, start, *, preflight, on_step, on_tokenize):
+        self.trained.append((preflight, start.folder, start.checkpoint))
         for done in (1, 1200):
             on_tokenize(done, 1200)
         for record in self.records:
@@ -112,8 +125,12 @@ def world(monkeypatch):
     stand_in(
         "d2l.train.run",
         train=world.train,
-        new_folder=world.new_folder,
-        checkpoint_to_resume=world.checkpoint_to_resume,
+    )
+    stand_in(
+        "d2l.train.start",
+        start_new=world.start_new,
+        start_resumed=world.start_resumed,
+        with_inputs=world.with_inputs,
     )
     return world
 
@@ -161,7 +178,15 @@ def test_version():
         (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
         (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
-        (["train"], "CONFIG"),
+        (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
+        (["train", "--resume", "absent"], "absent holds no config.yaml of a run: name the configuration"),
+        (
+            ["train", "x", "--resume", "a", "--output", "b"],
+            "to continue that run leave --output out; to start anew in b",
+        ),
+        (["train", "x", "--allow-change", "seed=1"], "--allow-change is about a run that is resumed: add --resume"),
+        (["train", "x", "--resume", "a", "--allow-change", "seed="], "seed is changed without a reason"),
+        (["train", "x", "--resume", "a", "--allow-change", "seed"], "--allow-change expects FIELD=REASON. Got 'seed'"),
     ],
 )
 def test_usage_errors_exit_2_without_a_traceback(world, arguments, words):
@@ -413,17 +438,41 @@ run folder         runs/toy
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "place"),
-    [
-        ([], [Path("runs/toy-2"), None]),
-        (["--resume", "runs/old"], [Path("runs/resumed"), "checkpoint of runs/old"]),
-    ],
-)
-def test_train_continues_or_takes_a_new_folder(world, arguments, place):
-    assert d2l("train", "x.yaml", *arguments).exit_code == 0
-    assert list(world.trained[0][1:]) == place
-    assert world.asked == ([] if "--resume" in arguments else [True])
+def test_train_takes_a_new_folder(world):
+    assert d2l("train", "x.yaml").exit_code == 0
+    assert list(world.trained[0][1:]) == [Path("runs/toy-2"), None]
+    assert world.asked == [True]
+
+
+def test_train_resumes_and_says_from_where_and_what_is_to_be_known(world):
+    result = d2l(
+        "train", "x.yaml", "--resume", "runs/old", "--allow-change", "data=mended", "--allow-change", "seed=x=y"
+    )
+    assert result.exit_code == 0
+    assert list(world.trained[0][1:]) == [Path("runs/resumed"), "checkpoint of runs/old"]
+    assert world.asked == [{"data": "mended", "seed": "x=y"}]
+    assert "\nresumed from step 1 of runs/resumed\n" in result.stdout
+    notes = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
+    assert notes == ["Note: passed over a newer checkpoint: it is torn", "Note: torch is another"]
+
+
+def test_train_says_that_there_is_nothing_to_do(world):
+    world.step = 2
+    result = d2l("train", "x.yaml", "--resume", "runs/old")
+    assert (result.exit_code, world.trained) == (0, [])
+    assert result.stdout == (
+        "nothing to do: runs/resumed is at step 2, and max_steps is 2\n"
+        "to go on: --resume runs/resumed --max-steps N, with N above 2\n"
+    )
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-000005"])
+def test_train_resumes_with_the_configuration_of_the_run(world, tmp_path, place):
+    (tmp_path / "config.yaml").touch()
+    assert d2l("train", "--resume", str(tmp_path / place), "--output", str(tmp_path)).exit_code == 0
+    assert world.loaded[0][0] == tmp_path / "config.yaml"
+    assert d2l("train", "x.yaml", "--resume", str(tmp_path / place)).exit_code == 0
+    assert world.loaded[1][0] == Path("x.yaml")
 
 
 @pytest.mark.parametrize("found", [FAIL, ValueError("boom")])

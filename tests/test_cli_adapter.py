@@ -1,6 +1,7 @@
 """Commands for trained checkpoints: internalize, ask, import-reference, on a run of one step."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def d2l(*arguments: object, stdin: bytes | None = None) -> Result:
 
 def test_internalize_writes_an_adapter_and_prints_its_use(run_folder: Path, document: Path, tmp_path: Path) -> None:
     result = d2l("internalize", run_folder, document, "-o", tmp_path / "adapter")
-    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\ncheckpoint {step_folder(run_folder, 1)}\n")
     assert f"adapter  {tmp_path / 'adapter'}\nrank     8, on v_proj of every layer\n" in result.stdout
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 2 * 4**1.5 * 8)
@@ -60,7 +61,17 @@ def test_ask_prints_the_answer_and_nothing_else(run_folder: Path, document: Path
     assert [answer.exit_code for answer in answers] == [0, 0]
     assert answers[0].stdout == answers[1].stdout
     assert "<|" not in answers[0].stdout
-    assert answers[0].stderr == f"{LOADING}\n"
+    assert answers[0].stderr == f"{LOADING}\ncheckpoint {step_folder(run_folder, 1)}\n"
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_said(run_folder: Path, document: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    damaged = step_folder(tmp_path / "run", 1) / "hypernet.safetensors"
+    damaged.write_bytes(b"damaged")
+    result = d2l("ask", tmp_path / "run", document, "When?", "--max-new-tokens", 1)
+    note, used = result.stderr.splitlines()[-2:]
+    assert note.startswith(f"Note: passed over a newer checkpoint: {damaged}: expected ")
+    assert used == f"checkpoint {step_folder(tmp_path / 'run', 0)}"
 
 
 def test_the_length_of_the_answer_and_stdout_of_libraries(
@@ -75,7 +86,7 @@ def test_the_length_of_the_answer_and_stdout_of_libraries(
 
     monkeypatch.setattr("d2l.inference.generate.ask", chatty)
     result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
-    assert (result.stdout, result.stderr) == ("At nine.\n", f"{LOADING}\na library has something to say\n")
+    assert (result.stdout, result.stderr.splitlines()[-1]) == ("At nine.\n", "a library has something to say")
     d2l("ask", run_folder, document, "When?")
     assert calls == [(1, "When?", 7), (1, "When?", 256)]
 

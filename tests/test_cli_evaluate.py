@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 from commands.console import LOADING
+from d2l.checkpoint import step_folder
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
 from d2l.evaluation.scores import LABELS
@@ -35,7 +36,7 @@ def test_tables_show_every_condition_and_size_and_the_file_every_answer(
     run_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     result = evaluate(run_folder, "--data", data, "-o", tmp_path / "scores.json", "--plot", tmp_path / "scores.svg")
-    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\ncheckpoint {step_folder(run_folder, 1)}\n")
     overall, lengths, chunks = (part.splitlines() for part in result.stdout.split("\n\n"))
     assert overall[0].startswith("3 documents, 5 questions")
     assert "ROUGE-L" in overall[1]
@@ -57,7 +58,11 @@ def test_stdout_is_pure_json_with_format_json(run_folder: Path, data: Path, monk
     result = evaluate(run_folder, "--data", data, "--format", "json", "--seed", 3)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert (document["checkpoint"], document["data"], document["seed"]) == (str(run_folder), str(data), 3)
+    assert (document["checkpoint"], document["data"], document["seed"]) == (
+        str(step_folder(run_folder, 1)),
+        str(data),
+        3,
+    )
     assert document["questions"] == 5
     assert set(document["scores"]["document"]) >= {"exact", "f1", "rouge_l", "relative_f1", "relative_rouge_l"}
 
@@ -83,7 +88,7 @@ def test_any_documents_with_questions_can_be_evaluated(run_folder: Path, tmp_pat
         ],
     )
     result = evaluate(run_folder, "--data", path)
-    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\n")
+    assert (result.exit_code, result.stderr) == (0, f"{LOADING}\ncheckpoint {step_folder(run_folder, 1)}\n")
     assert result.stdout.startswith("2 documents, 3 questions")
 
 

@@ -20,7 +20,8 @@ from d2l.errors import ConfigError
 from d2l.inference.generate import encode_prompt, internalize
 from d2l.inference.load import load_model
 from d2l.train.loop import Trainer
-from d2l.train.run import checkpoint_to_resume
+from d2l.train.optimizer import learning_rates
+from d2l.train.start import start_resumed
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0"
 
@@ -60,15 +61,19 @@ def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
 def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:
     shutil.copytree(OLD / "run", tmp_path / "run")
     config = load_config(OLD / "run.yaml")
-    folder, checkpoint = checkpoint_to_resume(config, tmp_path / "run")
-    assert folder == tmp_path / "run"
+    reasons = {"max_steps": "it was made for this test"}
+    with start_resumed(config, tmp_path / "run", reasons) as start:
+        assert start.folder == tmp_path / "run"
     components = Components(config)
     trainer = Trainer(components.model, components.rows, config)
-    trainer.restore(checkpoint)
+    assert start.checkpoint is not None
+    trainer.restore(start.checkpoint)
     taken, expected = trainer.step().to_json(), json.loads((OLD / "third_step.json").read_text())
     assert taken.keys() == expected.keys()
-    for key in ("step", "ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens", "label_tokens", "lr", "stage"):
+    for key in ("step", "ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens", "label_tokens", "stage"):
         assert taken[key] == pytest.approx(expected[key], rel=1e-5), key
+    # 0.1.0 took the third step with the rate at the end of a schedule of two
+    assert (expected["lr"], taken["lr"]) == (1e-7, pytest.approx(learning_rates(config, [2])[0]))
 
 
 @pytest.mark.parametrize(

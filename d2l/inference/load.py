@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from d2l.build import Components
-from d2l.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_hypernet
+from d2l.checkpoint import Checkpoint, FoundCheckpoint, find_checkpoint, load_checkpoint, load_hypernet
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
@@ -23,11 +23,13 @@ class TrainedModel:
         model: base and hypernetwork in eval mode, on the base's device.
         chat: chat format of the training.
         config: configuration of the training, with the present path of the base.
+        source: the checkpoint that was loaded; None where it was made from something else.
     """
 
     model: DocToLora
     chat: ChatFormat
     config: RunConfig
+    source: FoundCheckpoint | None = None
 
 
 def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
@@ -41,7 +43,8 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
         CheckpointError: there is no valid checkpoint, or it was trained on another base.
         ModelError: the base, its tokenizer or its chat template cannot be used.
     """
-    folder = find_checkpoint(Path(place))
+    source = find_checkpoint(Path(place))
+    folder = source.folder
     checkpoint = load_checkpoint(folder)
     config = _read_config(checkpoint, folder, model)
     components = Components(config)
@@ -54,7 +57,7 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
     chat, trained = components.chat, components.model
     load_hypernet(trained.hypernet, checkpoint.hypernet)
-    return TrainedModel(trained.to(trained.base.device).eval(), chat, config)
+    return TrainedModel(trained.to(trained.base.device).eval(), chat, config, source)
 
 
 def _read_config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:

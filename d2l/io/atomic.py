@@ -1,17 +1,27 @@
 """Atomic writing: a folder or file is written beside its final place and renamed, so that nobody reads half of one.
 
-Outputs for the user are never written over (`write_new_folder`, `write_new_file`); a cache replaces its files
-(`replace_file`).
+Outputs for the user are never written over (`write_new_folder`, `write_new_file`); what belongs to d2l is replaced
+(`replace_file`). Contents reach the disk before the new name does, and the name before the call returns: a loss of power
+leaves one or the other. What a killed writer leaves has a name of its own, and `remove_leftovers` finds it.
 """
 
+import errno
 import os
+import re
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
 
 from d2l.errors import CheckpointError, DataError
+
+# .step-000003.partial-HOST-PID-1a2b3c4d; d2l 0.1.0 wrote neither host nor the letters
+_PARTIAL = re.compile(r"\.partial-(?:(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+|\w+)$")
+_writing: set[Path] = set()  # what this process is writing
 
 
 def require_new_folder(folder: Path) -> None:
@@ -35,16 +45,17 @@ def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
         CheckpointError: the path exists, or writing failed; nothing is left behind.
     """
     require_new_folder(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except (OSError, TypeError, ValueError) as error:
+        make_folders(folder.parent)
+        with _partial_folder(folder) as partial:
+            yield partial
+            for path in partial.rglob("*"):
+                sync(path)
+            sync(partial)
+            partial.rename(folder)
+            sync(folder.parent)
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the {what} {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_new_file(path: Path) -> None:
@@ -87,7 +98,95 @@ def replace_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
+    with _partial_folder(path) as folder:
+        partial = folder / path.name
         yield partial
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and its parents, and return those that were absent, innermost first.
+
+    Raises:
+        OSError: one of them is a file or cannot be made.
+    """
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in reversed(absent):
+        sync(place.parent)
+    return absent
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder. It is renamed first: half of one never stands under its name, and a leftover is found.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    doomed = _partial_place(folder)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, *, only_writer: bool = False) -> None:
+    """Remove what killed writers left in a folder, as far as it can be; what a living one writes stays.
+
+    Args:
+        only_writer: whether nothing but this process writes into the folder, as its lock guarantees. Otherwise what was
+            begun on another host, whose processes cannot be asked, stays too.
+    """
+    for path in folder.glob(".*.partial-*"):
+        match = _PARTIAL.search(path.name)
+        if match and path not in _writing and (only_writer or _is_dead(match["host"], match["pid"])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _partial_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder beside a place; it is removed at the end, where it is still there."""
+    partial = _partial_place(place)
+    _writing.add(partial)
+    try:
+        partial.mkdir()
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _writing.discard(partial)
+
+
+def _partial_place(place: Path) -> Path:
+    """Return a path beside a place, which names its writer."""
+    return place.with_name(f".{place.name}.partial-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}")
+
+
+def _is_dead(host: str | None, pid: str | None) -> bool:
+    """Return whether a process is known to have ended; one with the number of this process was an earlier one."""
+    if pid is None or host != socket.gethostname():
+        return False
+    if int(pid) == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False

@@ -5,6 +5,7 @@ each optimizer step: its micro-batches are dealt out by rank, and every loss is 
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from d2l.train.curriculum import Curriculum
 from d2l.train.gradients import SummedGradients
 from d2l.train.guards import require_finite_step
 from d2l.train.losses import Loss, Normalizer, compute_loss
-from d2l.train.optimizer import make_optimizer, make_schedule, state_names
+from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, state_names
 from d2l.train.processes import OneProcess, processes
 
 METRICS = "metrics.jsonl"
@@ -170,13 +171,12 @@ class Trainer:
         for name, parameter in self.model.hypernet.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             trainer |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
-        scheduler = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         state = {
             "step": self.step_number,
             "epoch": self.epoch,
             "position": self.position,
             "curriculum": self.curriculum.state(),
-            "scheduler": scheduler,
+            "processes": self.processes.num_processes,
             "config": self.config.resolved(),
             "base": base_facts(self.model.base.config),
             **evidence,
@@ -201,9 +201,7 @@ class Trainer:
                     for key, value in moments.items()
                     if value is not None
                 }
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | checkpoint.state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        set_schedule(self.scheduler, checkpoint.state["step"])
         self.step_number, self.epoch, self.position = (checkpoint.state[name] for name in ("step", "epoch", "position"))
         self.curriculum.restore(checkpoint.state["curriculum"])
         torch.set_rng_state(checkpoint.trainer["rng.torch"])
@@ -262,7 +260,7 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
     """
     config, main = trainer.config, trainer.processes.is_main_process
     with (folder / METRICS).open("a", encoding="utf-8") as metrics_file:
-        if main and trainer.step_number == 0:
+        if main and trainer.step_number == 0 and not step_folder(folder, 0).exists():  # a resumed run has it
             save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
@@ -270,6 +268,7 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
                 if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
+                    os.fsync(metrics_file.fileno())  # a checkpoint's steps are in the file, whatever happens after it
                     save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))
                     prune_checkpoints(folder, config.save_total_limit)
             yield metrics

@@ -169,6 +169,23 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> Lambda
     )
 
 
+def set_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Set a new schedule to the learning rates of the step after `step`, by its own configuration.
+
+    The rates follow from the step alone: where a configuration changed on purpose, the new one holds from here on.
+    """
+    rates = [base * share(step) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def learning_rates(config: RunConfig, steps: Iterable[int]) -> list[float]:
+    """Return the learning rates of steps by the schedule of a configuration; 0 is the first step."""
+    schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config), config)
+    return [float(schedule.base_lrs[-1]) * schedule.lr_lambdas[-1](step) for step in steps]
+
+
 def parameter_groups(hypernet: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Split the parameters into weight matrices, which decay, and scalers, biases, norms and latents, which do not."""
     weights: list[nn.Parameter] = []

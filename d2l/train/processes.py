@@ -1,10 +1,16 @@
 """Processes that share each optimizer step, and the device of this one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from d2l.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -13,6 +19,24 @@ def processes() -> PartialState:
     On CPUs accelerate needs the option, or each of several processes acts as the only one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
+
+
+def from_main_process(decide: Callable[[], T]) -> T:
+    """Return in every process what the main one decides; what it decides has to pickle.
+
+    Raises:
+        CheckpointError: in every process, where the main one refuses.
+    """
+    decided: list[Any] = [None, None]
+    if processes().is_main_process:
+        try:
+            decided = [decide(), None]
+        except CheckpointError as error:
+            decided = [None, str(error)]
+    result, refusal = broadcast_object_list(decided)
+    if refusal is not None:
+        raise CheckpointError(refusal)
+    return result
 
 
 @dataclass(frozen=True)

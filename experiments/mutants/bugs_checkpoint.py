@@ -61,11 +61,10 @@ MUTANTS = [
         ),
         (
             "schedule-not-restored",
-            'self.scheduler.load_state_dict(self.scheduler.state_dict() | checkpoint.state["scheduler"])',
+            'set_schedule(self.scheduler, checkpoint.state["step"])',
             "pass",
             "the warm-up starts anew after a resume",
         ),
-        ("rate-not-restored", 'group["lr"] = lr', "pass", "the first step after a resume has another learning rate"),
         (
             "position-not-restored",
             'for name in ("step", "epoch", "position"))',
@@ -94,6 +93,12 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
+        "d2l.train.optimizer:set_schedule",
+        "resume",
+        ("rate-not-restored", 'group["lr"] = lr', "pass", "the first step after a resume has another learning rate"),
+    ),
+    *bugs(
+        _RESUME,
         "d2l.train.curriculum:Curriculum.restore",
         "curriculum",
         ("average-not-restored", 'state["average"]', "0.0", "a stage lasts longer after a resume"),
@@ -111,7 +116,7 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:verify_checkpoint",
+        "d2l.checkpoint:_find_damage",
         "checkpoint",
         ("hashes-not-compared", "if _sha256(file) != digest:", "if False:", "damaged weights are loaded"),
     ),
@@ -119,25 +124,40 @@ MUTANTS = [
         _RESUME,
         "d2l.checkpoint:find_newest_checkpoint",
         "checkpoint",
-        ("oldest-checkpoint-chosen", "reverse=True", "reverse=False", "a resume repeats all steps but the first"),
+        (
+            "oldest-checkpoint-chosen",
+            "reversed(step_folders(run))",
+            "step_folders(run)",
+            "a resume repeats all steps but the first",
+        ),
         (
             "damaged-checkpoint-chosen",
-            "rejected.append(str(error))",
+            "rejected.append(damage)",
             "return folder, rejected",
             "a resume ends in an error, though an older checkpoint is whole",
         ),
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:step_folder",
+        "d2l.checkpoint:step_folders",
         "checkpoint",
-        ("steps-not-padded", "{step:06d}", "{step}", "step 9 counts as newer than step 100"),
+        (
+            "steps-ordered-as-text",
+            "sorted(found)",
+            "sorted(found, key=lambda it: str(it[0]))",
+            "step 9 counts as newer than step 100",
+        ),
     ),
     *bugs(
         _RESUME,
         "d2l.checkpoint:prune_checkpoints",
         "checkpoint",
-        ("newest-checkpoints-removed", "complete[:-keep]", "complete[keep:]", "a resume repeats the whole run"),
+        (
+            "newest-checkpoints-removed",
+            "folders[: folders.index(oldest)]",
+            "folders[keep:]",
+            "a resume repeats the whole run",
+        ),
     ),
     *bugs(
         _RESUME,

@@ -16,7 +16,7 @@ from d2l.errors import NonFiniteError
 from d2l.train import gradients
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.processes import processes
-from d2l.train.run import new_folder
+from d2l.train.start import start_new
 from support.tiny_model import random_rows, run_config, tiny_model
 
 
@@ -28,10 +28,14 @@ def config_for(processes: int) -> RunConfig:
 def main(output: Path) -> None:
     """Train in a new folder of `output`, and leave a note of what each process saw."""
     rank = processes().process_index
-    time.sleep(0.5 * rank)  # the other process makes the folder before this one looks for a free one
+    time.sleep(0.5 * rank)  # the other process takes the folder before this one looks for a free one
     config = config_for(processes=2)
-    folder = new_folder(config.model_copy(update={"output_dir": str(output / "run")}), numbered=True)
-    folder.mkdir(exist_ok=True)
+    with start_new(config.model_copy(update={"output_dir": str(output / "run")}), numbered=True) as start:
+        train_in(start.folder, rank, config, output)
+
+
+def train_in(folder: Path, rank: int, config: RunConfig, output: Path) -> None:
+    """Take the steps, spoil the weights of one process, and leave the note."""
     (folder / f"seen by {rank}").touch()
     gradients.BUCKET_BYTES = 20_000  # several buckets for a tiny hypernetwork
     trainer = Trainer(tiny_model(config), random_rows(), config)

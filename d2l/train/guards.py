@@ -1,16 +1,100 @@
-"""Guards before every optimizer step: supervised tokens, a finite loss, a finite gradient norm; else a diagnosis."""
+"""Guards of every optimizer step: sound weights and moments, supervised tokens, a finite loss and gradient norm."""
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from d2l.errors import NonFiniteError
 
-_ADVICE = (
-    "nothing was written for this step; run `d2l preflight` on this config, and look at the records named above "
-    "(the newest checkpoint is intact: continue with --resume)"
-)
+# Neighbouring float32 values lie 2 and more apart from 2^24 on (24 bits of significand): a weight there rounds every
+# update of size 1 and less away, so that it can neither learn nor come back. Weights of a hypernetwork are of order 1.
+MAX_WEIGHT = 2.0**24
+
+STATE, LABELS, LOSS, GRADIENT_NORM = "state", "labels", "loss", "gradient norm"
+
+_ADVICE = "nothing was written for this step; run `d2l preflight` on this config, and look at the records named above"
+
+
+def is_spoilt(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return whether an update has left weights or moments that no step may start from and no checkpoint may hold.
+
+    Returns:
+        bool scalar on the device, which nobody has waited for: a weight is not finite or beyond `MAX_WEIGHT`, or a moment
+        is not finite. Clipped gradients bound the moments, which need no other limit.
+    """
+    spoilt = ~(nn.utils.get_total_norm(parameters, math.inf) <= MAX_WEIGHT)
+    moments = [it for parameter in parameters for it in _moments(optimizer, parameter).values()]
+    return spoilt | ~nn.utils.get_total_norm(moments, math.inf).isfinite() if moments else spoilt
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """A tensor of the hypernetwork or its optimizer that holds what it must not.
+
+    Attributes:
+        parameter: name of the parameter.
+        moment: name of the optimizer's tensor; empty for the weight itself.
+        size: largest absolute value; NaN where the tensor holds one.
+    """
+
+    parameter: str
+    moment: str
+    size: float
+
+    def __str__(self) -> str:
+        """Return the tensor and its size, as messages have them."""
+        tensor = f"{self.moment} of {self.parameter}" if self.moment else self.parameter
+        return f"{tensor} ({self.size:.3g})"
+
+
+def find_spoilt(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Spoilt]:
+    """Find every tensor that makes `is_spoilt` true: moments first, which spoil weights, then the largest weights."""
+    found = []
+    for name, parameter in named:
+        for moment, values in {"": parameter, **_moments(optimizer, parameter)}.items():
+            size = float(nn.utils.get_total_norm([values], math.inf))
+            if not (math.isfinite(size) if moment else size <= MAX_WEIGHT):
+                found.append(Spoilt(name, moment, size))
+    return sorted(found, key=lambda it: (not it.moment, math.isfinite(it.size), -it.size))
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the optimizer's tensors of a parameter, without its count of steps."""
+    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != "step"}
+
+
+def require_sound_state(
+    *,
+    step: int,
+    spoilt_ranks: Sequence[int],
+    named: Iterable[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Refuse to go on from, or to save, weights or moments that an update has spoilt.
+
+    Args:
+        step: the last step that was taken, 0 before the first.
+        spoilt_ranks: processes in which `is_spoilt` is true.
+        named: named parameters of this process; searched only where a process is named.
+        optimizer: of this process.
+
+    Raises:
+        NonFiniteError: a process is named; the message names its tensors.
+    """
+    if not spoilt_ranks:
+        return
+    found = find_spoilt(named, optimizer)
+    tensors = _list_some(found) if found else f"those of rank {_list_some(spoilt_ranks)}"
+    cause = (
+        f"weights or optimizer moments are not finite or beyond {MAX_WEIGHT:.3g}: {tensors}; "
+        "no checkpoint of them was written"
+    )
+    where = f"after the update of step {step}" if step else "before the first step"
+    raise NonFiniteError(f"{where}: {cause}\nlower the learning rate, or look at the tensors named above", STATE, cause)
 
 
 def require_finite_step(
@@ -35,18 +119,23 @@ def require_finite_step(
     Raises:
         NonFiniteError: a value is not finite, or no token is supervised; the message names records and parameters.
     """
-    where = f"step {step} (records {_list_some(records)})"
+
+    def refuse(guard: str, cause: str) -> NoReturn:
+        raise NonFiniteError(f"step {step} (records {_list_some(records)}): {cause}\n{_ADVICE}", guard, cause)
+
     if label_tokens == 0:
-        raise NonFiniteError(
-            f"{where}: expected at least one supervised token, found 0: the loss would be 0 or NaN and nothing would "
-            f"be learned; check the chat template and truncation (`d2l explain LBL301`)\n{_ADVICE}"
+        refuse(
+            LABELS,
+            "expected at least one supervised token, found 0: the loss would be 0 or NaN and nothing would be learned; "
+            "check the chat template and truncation (`d2l explain LBL301`)",
         )
     if not math.isfinite(loss):
-        raise NonFiniteError(f"{where}: the loss is {loss}, expected a finite value\n{_ADVICE}")
+        refuse(LOSS, f"the loss is {loss}, expected a finite value")
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"{where}: the gradient norm is {grad_norm}, expected a finite value (the loss is {loss:.4g}); "
-            f"{_describe_non_finite(parameters)}\n{_ADVICE}"
+        refuse(
+            GRADIENT_NORM,
+            f"the gradient norm is {grad_norm}, expected a finite value (the loss is {loss:.4g}); "
+            f"{_describe_non_finite(parameters)}",
         )
 
 

@@ -65,7 +65,7 @@ def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
         return Examination()
     batches = run.inputs.batches[run.processes.process_index :: run.processes.num_processes]
     if guard == LABELS:
-        records = tuple(record for batch in batches for record in batch.record_ids)
+        records = tuple(sorted(record for batch in batches for record in batch.record_ids))
         what = "every label is -100: nothing is supervised"
         return Examination([Suspect(DATA, "", "labels", None, records, what)])
     before = random_state()
@@ -81,18 +81,19 @@ def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
 def _suspects_of_update(run: RefusedRun) -> list[Suspect]:
     """Name the weights and moments that an update has spoilt, or that a run began with."""
     suspects = []
-    rate = 0.0 if run.inputs is None else run.inputs.learning_rate
-    for it in find_spoilt(run.model.hypernet.named_parameters(), run.optimizer)[:_MOST]:
+    found = find_spoilt(run.model.hypernet.named_parameters(), run.optimizer)
+    for it in found:
         owner, _, own = f"hypernet.{it.parameter}".rpartition(".")
         what = f"largest absolute value {it.size:.3g}"
         if it.moment:
             what += "; a moment that is not finite freezes its weight or spoils it"
-        else:
-            what += f", above {MAX_WEIGHT:.3g}" if it.size > MAX_WEIGHT else ""
-            what += f"; learning rate {rate:.3g}, and an update moves a weight by about as much" if rate > 1 else ""
         tensor = f"{it.moment} of {own}" if it.moment else own
         suspects.append(Suspect(UPDATE if run.inputs else START, owner, tensor, None, (), what))
-    return suspects
+    rate = 0.0 if run.inputs is None else run.inputs.learning_rate
+    if rate > 1 and suspects and not found[0].moment:  # an update of AdamW moves a weight by about the learning rate
+        what = f"{rate:.3g}, and an update moves a weight by about as much"
+        suspects.insert(0, Suspect(UPDATE, "", "learning rate", None, (), what))
+    return suspects[:_MOST]
 
 
 def _replay_step(model: DocToLora, batches: Sequence[PackedBatch], inputs: StepInputs, loss: BatchLoss) -> Examination:
@@ -108,7 +109,7 @@ def _replay_step(model: DocToLora, batches: Sequence[PackedBatch], inputs: StepI
     parts = [part for each in batches for part in split_contexts(each)]
     replays = [whole] if len(parts) == 1 else [_replay_alone(model, part, inputs, loss) for part in parts]
     usual = {_place(it) for one in replays if not one.failed for it in one.seen if not it.values.finite}
-    guilty = tuple(part.record_ids[0] for part, one in zip(parts, replays, strict=True) if one.failed)
+    guilty = tuple(sorted(part.record_ids[0] for part, one in zip(parts, replays, strict=True) if one.failed))
     records = (
         guilty if len(parts) == 1 or len(guilty) < len(parts) else ()
     )  # what all of them show is no record's doing

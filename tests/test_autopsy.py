@@ -1,6 +1,5 @@
 """Autopsies: for planted causes all over a step the first suspect is the planted one, and what is written and said."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
 
-from d2l.checkpoint import save_checkpoint, step_folder
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import IGNORE_INDEX, Row
-from d2l.errors import CheckpointError, NonFiniteError
+from d2l.errors import NonFiniteError
 from d2l.hypernet.lora import Lora
 from d2l.train.autopsy import Autopsy, newest_autopsy, read_autopsy
-from d2l.train.diagnosis import newest_sound_checkpoint
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.replay import Values, split_contexts
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 ONE_PACK: dict[str, Any] = {"max_packed_inp_len": 500, "max_packed_ctx_len": 500, "gradient_accumulation_steps": 1}
@@ -170,10 +165,10 @@ CAUSES = {
     "delta of the LoRA overflows": Cause(
         stretch_lora, ("question pass", "base.model.layers.0.self_attn.q_proj", "output with its LoRA", 0, ())
     ),
-    "log of 0": Cause(exclude_label, ("loss", "loss", "task", None, (VICTIM,))),
+    "log of 0": Cause(exclude_label, ("loss", "", "task", None, (VICTIM,))),
     "L1 term overflows": Cause(  # in float32; the guard adds on the host
         lambda trainer: None,
-        ("loss", "loss", "total", None, ()),
+        ("loss", "", "total", None, ()),
         guard="gradient norm",
         config={"gen_lora_l1_reg_coef": 1e300},
     ),

@@ -7,8 +7,7 @@ autopsy/
     random.safetensors   random state before the step
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,59 @@ from d2l.errors import CheckpointError
 
 AUTOPSY, BATCH, TENSORS, RANDOM = "autopsy.json", "batch.json", "batch.safetensors", "random.safetensors"
 NAME = "autopsy"  # of the folder; the next ones are autopsy-2, autopsy-3, ...
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a tensor holds: the range of its finite values (None where it has none), and the others.
+
+    Attributes:
+        nan, inf: how many there are.
+        first: index of the first one, empty where all are finite.
+    """
+
+    low: float | None
+    high: float | None
+    nan: int = 0
+    inf: int = 0
+    first: tuple[int, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value is."""
+        return not self.nan and not self.inf
+
+    def __str__(self) -> str:
+        """Return counts, first index and range, as messages have them."""
+        span = "empty" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
+        if self.finite:
+            return span
+        kinds = [f"{count:,} {kind}" for kind, count in (("nan", self.nan), ("inf", self.inf)) if count]
+        place = f", first at {list(self.first)}" if self.first else ""
+        return f"{' and '.join(kinds)}{place}" + ("" if self.low is None else f"; else {span}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor on the way: which part of the step, of which module (a name in the whole model), which of its tensors."""
+
+    phase: str
+    module: str
+    tensor: str
+    values: Values
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return f"{self.phase}: {', '.join(filter(None, (self.module, self.tensor)))}: {self.values}"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a record of the step does when it is replayed by itself: its first tensor that is not finite, in one line."""
+
+    record: int
+    finite: bool
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,8 +111,8 @@ class Autopsy:
         records: those in its micro-batches.
         suspects: the first one first.
         replay: how the replay ended, in words.
-        alone: a dict for every record that was replayed by itself: `record`, `finite`, and `first`, one line.
-        trail: tensors up to the first one that is not finite, in the order of the computation, as `Seen.to_json`.
+        alone: every record that was replayed by itself.
+        trail: tensors up to the first one that is not finite, and a few behind it, in the order of the computation.
         checkpoint: newest checkpoint of the run whose hashes and values are sound, if any.
         command: what reproduces the failure.
         versions: of Python and libraries.
@@ -74,11 +126,11 @@ class Autopsy:
     records: tuple[int, ...]
     suspects: tuple[Suspect, ...]
     replay: str
-    alone: Sequence[Mapping[str, Any]]
-    trail: Sequence[Mapping[str, Any]]
+    alone: tuple[Alone, ...]
+    trail: tuple[Seen, ...]
     checkpoint: str | None
     command: str
-    versions: Mapping[str, str]
+    versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -110,29 +162,21 @@ def read_autopsy(folder: Path) -> Autopsy:
     Raises:
         CheckpointError: the file is missing, or is not what an autopsy holds.
     """
+    from pydantic import TypeAdapter, ValidationError  # late: the commands that need no autopsy start without it
+
     path = folder / AUTOPSY
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        suspects = tuple(Suspect(**it | {"records": tuple(it["records"])}) for it in values["suspects"])
-        autopsy = Autopsy(**values | {"suspects": suspects, "records": tuple(values["records"])})
-        _require_types(autopsy)
+        return TypeAdapter(Autopsy).validate_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {AUTOPSY}: it is no autopsy, or was not written to the end") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
         raise CheckpointError(
-            f"{path} is damaged: {type(error).__name__}: {error}; the batch beside it can still be read"
+            f"{path} is damaged: {place + ': ' if place else ''}{first['msg']}; the batch lies beside it in {TENSORS}"
         ) from None
-    return autopsy
-
-
-def _require_types(autopsy: Autopsy) -> None:
-    """Refuse values that a reader could not print: JSON of any kind may lie in a file."""
-    for line in (*autopsy.alone, *autopsy.trail, autopsy.versions):
-        if not isinstance(line, dict):
-            raise TypeError(f"expected objects, found {line!r:.40}")
-    for row in autopsy.trail:
-        if not isinstance(row["values"], dict):
-            raise TypeError(f"expected values of a tensor, found {row['values']!r:.40}")
 
 
 def _number(folder: Path) -> int:

@@ -65,9 +65,9 @@ def _write_and_describe(run: RefusedRun, folder: Path, error: NonFiniteError, fo
     lines = [f"{_where(autopsy)}: {error.cause}"]
     lines += [f"first suspect: {autopsy.suspects[0]}"] if autopsy.suspects else [autopsy.replay]
     if len(autopsy.alone) > 1:
-        guilty = [str(one["record"]) for one in autopsy.alone if not one["finite"]]
-        which = f"records {', '.join(guilty)}" if guilty else "none"
-        lines.append(f"replayed one at a time, {which} of {len(autopsy.alone)} records of the pack failed")
+        guilty = [str(one.record) for one in autopsy.alone if not one.finite]
+        which = f" ({', '.join(guilty)})" if len(guilty) < len(autopsy.alone) and guilty else ""
+        lines.append(f"replayed one at a time, {len(guilty)} of {len(autopsy.alone)} records failed{which}")
     try:
         place = next(it for it in numbered(folder) if not it.exists())
         _write(place, run, autopsy)
@@ -100,7 +100,7 @@ def _compose(
     run: RefusedRun, folder: Path, error: NonFiniteError, found: Examination, checkpoint: Path | None
 ) -> Autopsy:
     return Autopsy(
-        step=run.step_number if run.inputs is None else run.inputs.step,
+        step=run.step_number if error.guard == STATE or run.inputs is None else run.inputs.step,
         guard=error.guard,
         finding=error.cause,
         rank=run.processes.process_index,
@@ -108,8 +108,8 @@ def _compose(
         records=tuple(record for batch in _own(run) for record in batch.record_ids),
         suspects=tuple(found.suspects),
         replay=found.replay,
-        alone=found.alone,
-        trail=[seen.to_json() for seen in found.trail],
+        alone=tuple(found.alone),
+        trail=tuple(found.trail),
         checkpoint=None if checkpoint is None else str(checkpoint),
         command=_command(folder, checkpoint, run.processes.num_processes),
         versions=_versions(),

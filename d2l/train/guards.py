@@ -88,7 +88,7 @@ def require_sound_state(
     if not spoilt_ranks:
         return
     found = find_spoilt(named, optimizer)
-    tensors = _list_some(found) if found else f"those of rank {_list_some(spoilt_ranks)}"
+    tensors = _list_some(found, 3) if found else f"those of rank {_list_some(spoilt_ranks, 8)}"
     cause = (
         f"weights or optimizer moments are not finite or beyond {MAX_WEIGHT:.3g}: {tensors}; "
         "no checkpoint of them was written"
@@ -121,7 +121,7 @@ def require_finite_step(
     """
 
     def refuse(guard: str, cause: str) -> NoReturn:
-        raise NonFiniteError(f"step {step} (records {_list_some(records)}): {cause}\n{_ADVICE}", guard, cause)
+        raise NonFiniteError(f"step {step} (records {_list_some(records, 8)}): {cause}\n{_ADVICE}", guard, cause)
 
     if label_tokens == 0:
         refuse(
@@ -144,14 +144,14 @@ def _describe_non_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
     names = [name for name, parameter in parameters if parameter.grad is not None and _has_non_finite(parameter.grad)]
     if not names:
         return "every single gradient is finite, so their norm overflows: lower the learning rate or the L1 weight"
-    return f"not finite in the gradients of {_list_some(names)}"
+    return f"not finite in the gradients of {_list_some(names, 3)}"
 
 
 def _has_non_finite(values: Tensor) -> bool:
     return not bool(values.isfinite().all())
 
 
-def _list_some(items: Sequence[object], limit: int = 8) -> str:
+def _list_some(items: Sequence[object], limit: int) -> str:
     """List the first items in one line, and how many more there are."""
     shown = ", ".join(str(item) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -7,7 +7,7 @@ no weight; it leaves gradients behind.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
+from d2l.train.autopsy import Seen, Values
 from d2l.train.losses import Loss, Normalizer
 from d2l.train.random_state import restore_random_state
 
@@ -50,66 +51,6 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
-class Values:
-    """What a tensor holds: the range of its finite values (None where it has none), and the others.
-
-    Attributes:
-        nan, inf: how many there are.
-        first: index of the first one, empty where all are finite.
-    """
-
-    low: float | None
-    high: float | None
-    nan: int = 0
-    inf: int = 0
-    first: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Values":
-        """Measure a tensor of floating-point values; the host waits for the device."""
-        x = x.detach()
-        if not x.numel():
-            return cls(None, None)
-        low, high = (float(it) for it in x.aminmax())  # NaN where there is one
-        if math.isfinite(low) and math.isfinite(high):
-            return cls(low, high)
-        finite = x.isfinite()
-        rest, nan = x[finite], int(x.isnan().sum())
-        ends = [float(it) for it in rest.aminmax()] if rest.numel() else [None, None]
-        first = tuple((~finite).nonzero()[0].tolist())
-        return cls(ends[0], ends[1], nan, int((~finite).sum()) - nan, first)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every value is."""
-        return not self.nan and not self.inf
-
-    def __str__(self) -> str:
-        """Return counts, first index and range, as messages have them."""
-        span = "no finite value" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
-        kinds = [f"{count:,} {kind}" for kind, count in (("nan", self.nan), ("inf", self.inf)) if count]
-        return f"{' and '.join(kinds)}, first at {list(self.first)}; else {span}" if kinds else span
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A tensor on the way: which pass, of which module (a name in the whole model), which of its tensors."""
-
-    phase: str
-    module: str
-    tensor: str
-    values: Values
-
-    def __str__(self) -> str:
-        """Return one line."""
-        return f"{self.phase}: {self.module}, {self.tensor}: {self.values}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Replay:
     """What a replay saw.
 
@@ -136,7 +77,7 @@ def replay(model: DocToLora, batch: PackedBatch, inputs: StepInputs, loss: Batch
         made = loss(batch.to(device), inputs.normalizer)
         watch.phase = LOSS
         for name in ("task", "l1", "total"):
-            watch.see("loss", name, getattr(made, name))
+            watch.see("", name, getattr(made, name))
         failed = not watch.seen[-1].values.finite
         if not failed:
             watch.phase = BACKWARD
@@ -144,6 +85,21 @@ def replay(model: DocToLora, batch: PackedBatch, inputs: StepInputs, loss: Batch
             norm = nn.utils.get_total_norm(it.grad for it in model.hypernet.parameters() if it.grad is not None)
             failed = not bool(norm.isfinite())
     return Replay(watch.seen, failed)
+
+
+def measure(x: Tensor) -> Values:
+    """Measure what a tensor of floating-point values holds; the host waits for the device."""
+    x = x.detach()
+    if not x.numel():
+        return Values(None, None)
+    low, high = (float(it) for it in x.aminmax())  # NaN where there is one
+    if math.isfinite(low) and math.isfinite(high):
+        return Values(low, high)  # without copies: some of these tensors fill the memory
+    finite = x.isfinite()
+    rest, nan = x[finite], int(x.isnan().sum())
+    ends = [float(it) for it in rest.aminmax()] if rest.numel() else [None, None]
+    first = tuple((~finite).nonzero()[0].tolist())
+    return Values(ends[0], ends[1], nan, int((~finite).sum()) - nan, first)
 
 
 def split_contexts(batch: PackedBatch) -> list[PackedBatch]:
@@ -195,7 +151,7 @@ class _Watch(ExitStack):
 
     def see(self, module: str, tensor: str, x: Tensor) -> None:
         """Note what a tensor holds."""
-        self.seen.append(Seen(self.phase, module, tensor, Values.of(x)))
+        self.seen.append(Seen(self.phase, module, tensor, measure(x)))
 
     def _before(self, name: str, bound: bool, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """See inputs that are not finite, and give this module an alias of each, whose gradient is its own alone."""
@@ -210,7 +166,7 @@ class _Watch(ExitStack):
         def alias(x: Any, place: str) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or "mask" in place:
                 return x
-            if self.phase != BACKWARD and not (values := Values.of(x)).finite:
+            if self.phase != BACKWARD and not (values := measure(x)).finite:
                 self.seen.append(Seen(self.phase, name, f"input {place}", values))
             if not x.requires_grad or not torch.is_grad_enabled():
                 return x

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -11,11 +11,11 @@ from torch import nn
 
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
-from d2l.train.autopsy import Suspect
-from d2l.train.guards import LABELS, MAX_WEIGHT, STATE, find_spoilt
+from d2l.train.autopsy import Alone, Seen, Suspect
+from d2l.train.guards import LABELS, STATE, find_spoilt
 from d2l.train.processes import OneProcess
 from d2l.train.random_state import random_state, restore_random_state
-from d2l.train.replay import BatchLoss, Replay, Seen, StepInputs, Values, replay, split_contexts
+from d2l.train.replay import BatchLoss, Replay, StepInputs, measure, replay, split_contexts
 
 DATA, UPDATE, START, NORM = "data", "update", "start", "gradient norm"
 FOLLOWING = 8  # tensors that are kept of the trail behind the first bad one
@@ -41,14 +41,14 @@ class Examination:
     Attributes:
         suspects: the first one first.
         replay: how the replay ended, in words.
-        alone: what each record does when it is replayed by itself; see `d2l.train.autopsy.Autopsy`.
+        alone: what each record does by itself.
         trail: what a replay saw up to the first bad tensor, and a few behind it.
     """
 
     suspects: Sequence[Suspect] = ()
     replay: str = "not replayed: the guard itself names the place"
-    alone: Sequence[dict[str, Any]] = ()
-    trail: Sequence[Seen] = field(default=())
+    alone: Sequence[Alone] = ()
+    trail: Sequence[Seen] = ()
 
 
 def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
@@ -129,10 +129,10 @@ def _replay_alone(model: DocToLora, part: PackedBatch, inputs: StepInputs, loss:
     return replay(model, part, inputs, loss)
 
 
-def _alone(record: int, one: Replay, usual: set[tuple[str, str, str]]) -> dict[str, Any]:
+def _alone(record: int, one: Replay, usual: set[tuple[str, str, str]]) -> Alone:
     """Say what a record does by itself."""
     first = next((it for it in one.seen if not it.values.finite and _place(it) not in usual), None)
-    return {"record": record, "finite": not one.failed, "first": str(first) if first and one.failed else ""}
+    return Alone(record, not one.failed, str(first) if first and one.failed else "")
 
 
 def _place(seen: Seen) -> tuple[str, str, str]:
@@ -143,7 +143,7 @@ def _place(seen: Seen) -> tuple[str, str, str]:
 def _suspects_in_data(parts: Sequence[PackedBatch]) -> list[Suspect]:
     """Name records whose teacher gives no number; log-probabilities of -inf are those of p = 0."""
     return [
-        Suspect(DATA, "", "logprobs_vals", None, part.record_ids, str(Values.of(values)))
+        Suspect(DATA, "", "logprobs_vals", None, part.record_ids, str(measure(values)))
         for part in parts
         if (values := part.logprobs_vals) is not None and not bool((values < torch.inf).all())
     ]
@@ -156,7 +156,7 @@ def _suspects_on_the_way(model: DocToLora, bad: Sequence[Seen], records: tuple[i
         module = model.get_submodule(bad[0].module)
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for name, tensor in own.items():
-            if tensor.is_floating_point() and not (values := Values.of(tensor)).finite:
+            if tensor.is_floating_point() and not (values := measure(tensor)).finite:
                 layer = _layer(bad[0].module, ())
                 suspects.append(Suspect(bad[0].phase, bad[0].module, name, layer, records, str(values)))
     for it in {(it.phase, it.module): it for it in reversed(bad)}.values():

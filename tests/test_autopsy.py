@@ -1,22 +1,50 @@
 """Autopsies: for planted causes all over a step the first suspect is the planted one, and what is written and said."""
 
+import json
 import math
+import re
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
 from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from d2l.data.packing import PackedBatch
+import cli
+from checks.catalogue import read_catalogue
+from checks.lookalikes import lookalikes
+from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import IGNORE_INDEX, Row
 from d2l.errors import NonFiniteError
 from d2l.hypernet.lora import Lora
-from d2l.train.autopsy import Autopsy, newest_autopsy, read_autopsy
-from d2l.train.loop import Trainer, train_steps
+from d2l.train.autopsy import Autopsy, Values, newest_autopsy, read_autopsy
+from d2l.train.loop import Trainer, batch_loss, train_steps
+from d2l.train.losses import Normalizer
+from d2l.train.random_state import random_state
+from d2l.train.replay import (
+    BACKWARD,
+    DOCUMENT,
+    HYPERNETWORK,
+    LOSS,
+    QUESTION,
+    StepInputs,
+    measure,
+    replay,
+    split_contexts,
+)
+from d2l.train.suspects import DATA, NORM, START, UPDATE
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 ONE_PACK: dict[str, Any] = {"max_packed_inp_len": 500, "max_packed_ctx_len": 500, "gradient_accumulation_steps": 1}
@@ -261,3 +289,242 @@ def test_the_first_suspect_is_the_planted_cause(tmp_path: Path, name: str, check
     assert (suspect.phase, suspect.module, suspect.tensor, suspect.layer, suspect.records) == cause.place
     assert error.guard == autopsy.guard == cause.guard
     assert str(suspect) in str(error)
+
+
+# What a refused step leaves
+
+
+def test_the_folder_holds_the_batch_and_the_random_state_and_nothing_is_written_over(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    state = torch.get_rng_state()
+    stop(trainer, tmp_path, CAUSES["log of 0"])
+    folder, inputs = tmp_path / "autopsy", trainer.inputs
+    assert inputs is not None
+    assert torch.equal(load_file(folder / "random.safetensors")["rng.torch"], state)
+    tensors = load_file(folder / "batch.safetensors")
+    for name in ("ctx_ids", "ctx_position_ids", "input_ids", "position_ids", "labels"):
+        assert torch.equal(tensors[f"0.{name}"], getattr(inputs.batches[0], name))
+    (facts,) = json.loads((folder / "batch.json").read_text())
+    assert tuple(facts["record_ids"]) == inputs.batches[0].record_ids
+    assert tuple(facts["n_queries"]) == inputs.batches[0].n_queries
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "checkpoints").rename(tmp_path / "earlier")
+    with pytest.raises(NonFiniteError, match="autopsy-2 "):
+        list(train_steps(trainer, tmp_path))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+    assert newest_autopsy(tmp_path) == tmp_path / "autopsy-2"
+
+
+def test_a_replay_changes_nothing_that_a_run_would_see(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    CAUSES["square root at 0"].plant(trainer)
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    hooks = count_hooks(trainer)
+    with pytest.raises(NonFiniteError):
+        list(train_steps(trainer, tmp_path))
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert count_hooks(trainer) == hooks
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def count_hooks(trainer: Trainer) -> int:
+    modules = sum(len(it._forward_hooks) + len(it._forward_pre_hooks) for it in trainer.model.modules())
+    return modules + sum(len(it._backward_hooks or ()) for it in trainer.model.parameters())
+
+
+def test_a_watched_replay_computes_what_the_step_computed() -> None:
+    trainer = make_trainer(gradient_checkpointing=True)
+    (batch,) = trainer._next_batches()
+    inputs = StepInputs(1, [batch], Normalizer.of([batch], trainer.config.lora_r), 0.0, random_state())
+    loss = partial(batch_loss, trainer.model, config=trainer.config)
+    total = loss(batch, inputs.normalizer).total
+    total.backward()
+    expected = {name: it.grad for name, it in trainer.model.hypernet.named_parameters()}
+    trainer.model.hypernet.zero_grad(set_to_none=True)
+    seen = replay(trainer.model, batch, inputs, loss)
+    assert not seen.failed
+    assert all(it.values.finite for it in seen.seen)
+    assert seen.seen[[it.tensor for it in seen.seen].index("total")].values == Values(total.item(), total.item())
+    for name, parameter in trainer.model.hypernet.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0, msg=name)
+    phases = list(dict.fromkeys(it.phase for it in seen.seen))
+    assert phases == ["document pass", "hypernetwork", "question pass", "loss", "backward pass"]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_contexts_are_cut_out_of_a_row_as_if_each_were_packed_alone(top_k: int | None) -> None:
+    rows = random_rows(top_k=top_k)
+    for part, row in zip(split_contexts(collate(rows)), rows, strict=True):
+        expected = collate([row])
+        for field in fields(expected):
+            ours, theirs = getattr(part, field.name), getattr(expected, field.name)
+            assert torch.equal(ours, theirs) if isinstance(theirs, Tensor) else ours == theirs, field.name
+
+
+@given(
+    st.lists(st.floats(width=32, allow_subnormal=False), min_size=1, max_size=12),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_values_are_measured_as_numbers_one_by_one_say(numbers: list[float], dtype: torch.dtype) -> None:
+    x = torch.tensor(numbers, dtype=dtype)
+    kept = [value for value in x.tolist() if math.isfinite(value)]
+    nan = sum(map(math.isnan, x.tolist()))
+    first = next(((place,) for place, value in enumerate(x.tolist()) if not math.isfinite(value)), ())
+    expected = Values(min(kept, default=None), max(kept, default=None), nan, len(numbers) - len(kept) - nan, first)
+    assert measure(x) == expected
+
+
+def test_a_failure_that_does_not_come_back_is_said(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    left = [1]
+    change_output("hypernet.head", lambda x: x * math.nan if left and left.pop() else x)(trainer)
+    with pytest.raises(NonFiniteError, match="the replay in this process was finite"):
+        list(train_steps(trainer, tmp_path))
+    assert read_autopsy(tmp_path / "autopsy").suspects == ()
+
+
+def test_a_replay_without_memory_leaves_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("d2l.train.suspects.replay", fail)
+    _, autopsy = stop(make_trainer(), tmp_path, CAUSES["perceiver"])
+    assert autopsy.replay == "the replay failed: OutOfMemoryError: CUDA out of memory"
+    assert (tmp_path / "autopsy" / "batch.safetensors").is_file()
+
+
+def test_a_disk_without_room_hides_no_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer()
+    CAUSES["perceiver"].plant(trainer)
+    monkeypatch.setattr("d2l.train.diagnosis.save_file", fail)
+    with pytest.raises(NonFiniteError, match=r"first suspect: hypernetwork: (.|\n)*no autopsy: .*No space left"):
+        list(train_steps(trainer, tmp_path))
+    assert newest_autopsy(tmp_path) is None
+
+
+def test_findings_that_the_run_let_pass_are_let_pass_again(tmp_path: Path) -> None:
+    outcomes = [{"code": "OPT204", "ignored": True}, {"code": "MEM401", "ignored": False}]
+    (tmp_path / "preflight.json").write_text(json.dumps({"outcomes": outcomes}))
+    _, autopsy = stop(make_trainer(), tmp_path, CAUSES["learning rate"])
+    again = tmp_path / "checkpoints" / "step-000000"
+    assert shlex.split(autopsy.command) == [
+        *("d2l", "train", str(tmp_path / "config.yaml"), "--resume", str(again)),
+        *("--ignore", "OPT204=as in the run that stopped"),
+    ]
+
+
+# Showing it
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    stop(make_trainer(), folder, CAUSES["an embedding of one document"])
+    return folder
+
+
+def d2l(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_the_newest_autopsy_is_shown_first_suspect_first(stopped: Path) -> None:
+    shown = d2l("autopsy", stopped)
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert lines[0] == f"autopsy        {stopped / 'autopsy'}"
+    suspects = lines[lines.index("suspects") + 2 :]
+    assert suspects[0].split()[:5] == ["1", "document", "pass", "base.model.embed_tokens", "weight"]
+    assert "looks like     QNT201 weights-changed-by-loading" in shown.stdout
+    assert f"--resume {stopped / 'checkpoints' / 'step-000000'}" in shown.stdout
+    assert re.search(rf"^{VICTIM} +document pass: base.model.embed_tokens, output: ", shown.stdout, re.MULTILINE)
+    assert d2l("autopsy", stopped / "autopsy").stdout == shown.stdout
+
+
+def test_the_autopsy_as_json(stopped: Path) -> None:
+    document = json.loads(d2l("autopsy", stopped, "--format", "json").stdout)
+    stored = json.loads((stopped / "autopsy" / "autopsy.json").read_text())
+    assert {key: document[key] for key in stored} == stored
+    assert document["checks"] == ["QNT201", "ENC201"]
+    assert document["folder"] == str(stopped / "autopsy")
+
+
+def test_a_terminal_gets_tables(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=StringIO(), force_terminal=True, width=100, markup=False)
+    monkeypatch.setattr("commands.autopsy.console", lambda: screen)
+    assert d2l("autopsy", stopped).exit_code == 0
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "base.model.embed_tokens" in text
+    assert "suspects" in text
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())) <= 100
+
+
+def test_a_run_without_an_autopsy_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    shown = d2l("autopsy", tmp_path)
+    assert (shown.exit_code, shown.stdout.count("\n")) == (0, 1)
+    assert "holds no autopsy" in shown.stdout
+    assert d2l("autopsy", tmp_path, "--format", "json").stdout == "null\n"
+
+
+@pytest.mark.parametrize("place", ["absent", "empty", "file"])
+def test_what_is_no_run_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    shown = d2l("autopsy", tmp_path / place)
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith(f"Error: {tmp_path / place} ")
+    assert shown.stderr.count("\n") == 1
+
+
+@given(st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_damaged_autopsy_gets_one_line(stopped: Path, data: st.DataObject) -> None:
+    stored = json.loads((stopped / "autopsy" / "autopsy.json").read_text())
+    paths = [(), *((key,) for key in stored), ("suspects", 0), ("suspects", 0, "module"), ("trail", 0, "values", "low")]
+    path = data.draw(st.sampled_from(paths))
+    other = data.draw(st.sampled_from(["text", "remove", [1], {"a": [1]}, {"a": 1, "values": 3}, -1, True]))
+    holder: Any = {"whole": stored}
+    for key in ("whole", *path[:-1]) if path else ():
+        holder = holder[key]
+    key = path[-1] if path else "whole"
+    holder[key] = other
+    text = json.dumps(holder["whole"] if not path else stored)
+    if other == "remove":
+        text = text[: data.draw(st.integers(0, len(text) - 1))]
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "autopsy"
+        folder.mkdir()
+        (folder / "autopsy.json").write_text(text)
+        shown = d2l("autopsy", name)
+    assert (shown.exit_code, shown.stderr.count("\n")) in [(0, 0), (2, 1)], shown.output
+    assert shown.exception is None or isinstance(shown.exception, SystemExit)
+
+
+def test_a_folder_without_its_facts_and_deep_json_get_one_line(tmp_path: Path) -> None:
+    (tmp_path / "autopsy").mkdir()
+    assert "holds no autopsy.json" in d2l("autopsy", tmp_path).stderr
+    (tmp_path / "autopsy" / "autopsy.json").write_text("[" * 100_000)
+    shown = d2l("autopsy", tmp_path)
+    assert (shown.exit_code, shown.stderr.count("\n")) == (2, 1)
+
+
+def test_autopsies_are_numbered_as_numbers(tmp_path: Path) -> None:
+    for name in ("autopsy", "autopsy-2", "autopsy-10", "autopsy-9", "autopsy-old", "autopsy-"):
+        (tmp_path / name).mkdir()
+    assert newest_autopsy(tmp_path) == tmp_path / "autopsy-10"
+
+
+def test_every_part_of_a_step_has_checks_that_exist() -> None:
+    parts = (DOCUMENT, HYPERNETWORK, QUESTION, LOSS, BACKWARD, DATA, UPDATE, START, NORM)
+    known = {facts.code for facts in read_catalogue()}
+    for part in parts:
+        codes = {*lookalikes(part, ""), *lookalikes(part, "base.model.layers.0.mlp.experts.self_attn")}
+        assert codes
+        assert codes <= known
+    assert lookalikes("elsewhere", "") == ()

@@ -1,7 +1,6 @@
 """From a refused step to its autopsy: suspects, the folder, and one message that says what to do."""
 
 import json
-import math
 import platform
 import shlex
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2l.checkpoint import load_checkpoint
 from d2l.data.packing import PackedBatch
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.io.atomic import write_new_folder
 from d2l.train.autopsy import AUTOPSY, BATCH, RANDOM, TENSORS, Autopsy, numbered
-from d2l.train.guards import MAX_WEIGHT, STATE
+from d2l.train.guards import STATE, is_sound
 from d2l.train.replay import BatchLoss
 from d2l.train.suspects import Examination, RefusedRun, examine
 
@@ -156,19 +155,15 @@ def newest_sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         except CheckpointError as error:
             rejected.append(str(error))
             continue
-        moments = {name: x for name, x in checkpoint.trainer.items() if name.startswith("optimizer.")}
-        sizes = {name: (_size(x), MAX_WEIGHT) for name, x in checkpoint.hypernet.items()}
-        sizes |= {name: (_size(x), math.nextafter(math.inf, 0)) for name, x in moments.items()}
-        bad = [f"{name} ({size:.3g})" for name, (size, limit) in sizes.items() if not size <= limit]
+        kept = {name: (x, False) for name, x in checkpoint.hypernet.items()}
+        kept |= {name: (x, True) for name, x in checkpoint.trainer.items() if name.startswith("optimizer.")}
+        bad = [name for name, (x, moment) in kept.items() if not is_sound(x, moment=moment)]
         if not bad:
             return folder, rejected
-        rejected.append(f"{folder} holds {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""))
+        size = float(kept[bad[0]][0].abs().amax())
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        rejected.append(f"{folder} holds {bad[0]} ({size:.3g}){more}")
     return None, rejected
-
-
-def _size(x: Tensor) -> float:
-    """Return the largest absolute value; NaN where there is one."""
-    return float(nn.utils.get_total_norm([x.float()], math.inf))
 
 
 def _command(folder: Path, checkpoint: Path | None, processes: int) -> str:

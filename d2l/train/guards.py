@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from d2l.errors import NonFiniteError
 
-# Neighbouring float32 values lie 2 and more apart from 2^24 on (24 bits of significand): a weight there rounds every
-# update of size 1 and less away, so that it can neither learn nor come back. Weights of a hypernetwork are of order 1.
-MAX_WEIGHT = 2.0**24
+# Norm of a weight tensor. Neighbouring float32 values lie 2 and more apart from 2^24 on (24 bits of significand): a weight
+# there rounds every update of size 1 and less away, so that it can neither learn nor come back. Where the norm is below, so
+# is every weight. Weights are of order 1: a tensor of a billion of them has a norm of 3e4.
+MAX_NORM = 2.0**24
 
 STATE, LABELS, LOSS, GRADIENT_NORM = "state", "labels", "loss", "gradient norm"
 
@@ -23,12 +24,23 @@ def is_spoilt(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimiz
     """Return whether an update has left weights or moments that no step may start from and no checkpoint may hold.
 
     Returns:
-        bool scalar on the device, which nobody has waited for: a weight is not finite or beyond `MAX_WEIGHT`, or a moment
-        is not finite. Clipped gradients bound the moments, which need no other limit.
+        bool scalar on the device, which nobody has waited for: the norm of a weight tensor is not finite or beyond
+        `MAX_NORM`, or that of a moment is not finite. Clipped gradients bound the moments, which need no other limit.
     """
-    spoilt = ~(nn.utils.get_total_norm(parameters, math.inf) <= MAX_WEIGHT)
+    spoilt = ~(_largest_norm(parameters) <= MAX_NORM)
     moments = [it for parameter in parameters for it in _moments(optimizer, parameter).values()]
-    return spoilt | ~nn.utils.get_total_norm(moments, math.inf).isfinite() if moments else spoilt
+    return spoilt | ~_largest_norm(moments).isfinite() if moments else spoilt
+
+
+def _largest_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest of the tensors' norms, NaN where one is; by 2-norms, which are 30 times as fast as maxima on CPUs."""
+    return torch.stack(torch._foreach_norm([it.detach() for it in tensors])).amax()
+
+
+def is_sound(tensor: Tensor, *, moment: bool) -> bool:
+    """Return whether a checkpoint may hold a tensor, a weight or a moment; the host waits for the device."""
+    norm = float(_largest_norm([tensor]))
+    return math.isfinite(norm) if moment else norm <= MAX_NORM
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,8 @@ def find_spoilt(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.opti
     found = []
     for name, parameter in named:
         for moment, values in {"": parameter, **_moments(optimizer, parameter)}.items():
-            size = float(nn.utils.get_total_norm([values], math.inf))
-            if not (math.isfinite(size) if moment else size <= MAX_WEIGHT):
-                found.append(Spoilt(name, moment, size))
+            if not is_sound(values, moment=bool(moment)):
+                found.append(Spoilt(name, moment, float(values.detach().abs().amax())))
     return sorted(found, key=lambda it: (not it.moment, math.isfinite(it.size), -it.size))
 
 
@@ -90,7 +101,7 @@ def require_sound_state(
     found = find_spoilt(named, optimizer)
     tensors = _list_some(found, 3) if found else f"those of rank {_list_some(spoilt_ranks, 8)}"
     cause = (
-        f"weights or optimizer moments are not finite or beyond {MAX_WEIGHT:.3g}: {tensors}; "
+        f"weights or optimizer moments are not finite or beyond {MAX_NORM:.3g}: {tensors}; "
         "no checkpoint of them was written"
     )
     where = f"after the update of step {step}" if step else "before the first step"

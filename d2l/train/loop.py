@@ -297,8 +297,8 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
     with (folder / METRICS).open("a", encoding="utf-8") as metrics_file, autopsy_on_refusal(trainer, folder, loss):
         if trainer.step_number == 0:
             trainer.require_sound_state()
-        if main and trainer.step_number == 0:
-            save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
+            if main:
+                save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
             if main:

@@ -348,7 +348,8 @@ def test_a_watched_replay_computes_what_the_step_computed() -> None:
     assert all(it.values.finite for it in seen.seen)
     assert seen.seen[[it.tensor for it in seen.seen].index("total")].values == Values(total.item(), total.item())
     for name, parameter in trainer.model.hypernet.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0, msg=name)
+        # not to the last bit: gradients of an input that several modules share are added in another order
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     phases = list(dict.fromkeys(it.phase for it in seen.seen))
     assert phases == ["document pass", "hypernetwork", "question pass", "loss", "backward pass"]
 

@@ -209,6 +209,11 @@ CAUSES = {
         ("backward pass", O_PROJ, "gradient of weight", None, ()),
         guard="gradient norm",
     ),
+    "square root at 0 behind a frozen weight": Cause(  # the input of v_proj is that of q_proj and k_proj too
+        change_output("base.model.layers.1.self_attn.v_proj", divide_by_zero),
+        ("backward pass", "base.model.layers.1.self_attn.v_proj", "gradient of input 0", 1, ()),
+        guard="gradient norm",
+    ),
     "gradient of one parameter": Cause(
         change_gradient("hypernet.scaler_A.q_proj", math.nan),
         ("backward pass", "hypernet.scaler_A", "gradient of q_proj", None, ()),
@@ -318,9 +323,15 @@ def test_the_folder_holds_the_batch_and_the_random_state_and_nothing_is_written_
 def test_a_replay_changes_nothing_that_a_run_would_see(tmp_path: Path) -> None:
     trainer = make_trainer()
     CAUSES["square root at 0"].plant(trainer)
+    change_output("hypernet.head", lambda x: x + 0 * torch.rand(x.shape))(trainer)  # a step that draws
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    state = torch.get_rng_state()
     hooks = count_hooks(trainer)
+    torch.manual_seed(0)
+    with pytest.raises(NonFiniteError):
+        trainer.step()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    trainer.epoch = trainer.position = 0
     with pytest.raises(NonFiniteError):
         list(train_steps(trainer, tmp_path))
     assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
@@ -386,13 +397,21 @@ def test_a_failure_that_does_not_come_back_is_said(tmp_path: Path) -> None:
     assert read_autopsy(tmp_path / "autopsy").suspects == ()
 
 
-def test_a_replay_without_memory_leaves_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_replay_without_memory_leaves_the_batch_and_no_hook(tmp_path: Path) -> None:
+    calls = []
 
-    monkeypatch.setattr("d2l.train.suspects.replay", fail)
-    _, autopsy = stop(make_trainer(), tmp_path, CAUSES["perceiver"])
+    def spoil_then_fail(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x * math.nan
+
+    trainer = make_trainer()
+    change_output("base.lm_head", spoil_then_fail)(trainer)
+    hooks = count_hooks(trainer)
+    _, autopsy = stop(trainer, tmp_path, Cause(lambda trainer: None, ("", "", "", None, ())))
     assert autopsy.replay == "the replay failed: OutOfMemoryError: CUDA out of memory"
+    assert count_hooks(trainer) == hooks
     assert (tmp_path / "autopsy" / "batch.safetensors").is_file()
 
 

@@ -120,6 +120,16 @@ def stretch_lora(trainer: Trainer) -> None:
     trainer.model.lora = stretched  # type: ignore[method-assign]
 
 
+def spoil_backward_of_lora(trainer: Trainer) -> None:
+    make = trainer.model.lora
+
+    def divided(batch: PackedBatch) -> Lora:
+        lora = make(batch)
+        return replace(lora, A={name: divide_by_zero(x) for name, x in lora.A.items()})
+
+    trainer.model.lora = divided  # type: ignore[method-assign]
+
+
 def spoil_teacher(trainer: Trainer) -> None:
     def spoilt(row: Row) -> Row:
         query = row.queries[0]
@@ -214,6 +224,12 @@ CAUSES = {
         ("backward pass", "base.model.layers.1.self_attn.v_proj", "gradient of input 0", 1, ()),
         guard="gradient norm",
     ),
+    "square root at 0 between modules": Cause(
+        spoil_backward_of_lora,
+        ("backward pass", "hypernet", "gradient of output A.q_proj", 0, ()),
+        guard="gradient norm",
+        config={"use_bias": False},
+    ),
     "gradient of one parameter": Cause(
         change_gradient("hypernet.scaler_A.q_proj", math.nan),
         ("backward pass", "hypernet.scaler_A", "gradient of q_proj", None, ()),
@@ -294,6 +310,7 @@ def test_the_first_suspect_is_the_planted_cause(tmp_path: Path, name: str, check
     assert (suspect.phase, suspect.module, suspect.tensor, suspect.layer, suspect.records) == cause.place
     assert error.guard == autopsy.guard == cause.guard
     assert str(suspect) in str(error)
+    assert suspect.phase != "start" or not (tmp_path / "checkpoints").exists()
 
 
 # What a refused step leaves

@@ -6,6 +6,7 @@ Shapes are those of gpt-oss-20b where a CPU can take them, else of a small GPT-O
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,17 @@ from benchmarks.timing import Work
 from d2l.base.load import random_base
 from d2l.base.load_plan import plan_load
 from d2l.base.segments import Segments
-from d2l.build import build_model
+from d2l.build import Components, build_model
+from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.hypernet.lora import Lora, bind
 from d2l.hypernet.model import DocToLora
-from d2l.train.loop import batch_loss
+from d2l.train.guards import is_spoilt
+from d2l.train.loop import Trainer, batch_loss
 from d2l.train.losses import Normalizer
+from d2l.train.random_state import random_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -51,6 +55,7 @@ def comparisons() -> Iterator[Callable[[], Comparison]]:
     for tokens in (256, 1024):
         yield partial(_experts, tokens)
     yield _step
+    yield _guards
     for doubled in ("tokens", "contexts", "layers"):
         yield partial(_growth, doubled)
 
@@ -188,6 +193,21 @@ def _step(contexts: int = 4, tokens: int = 1024, layers: int = 2) -> Comparison:
     return Comparison(
         "whole step", f"{contexts} documents, {tokens:,} + {tokens:,} tokens", "the base alone", ours, plain
     )
+
+
+def _guards() -> Comparison:
+    """Compare what a sound step spends on looking at its weights and moments, and on an autopsy's needs, with the step."""
+    config = load_config(Path("configs/tiny_gpt_oss.yaml"))
+    components = Components(config)
+    trainer = Trainer(components.model, components.rows, config)
+    parameters = [*trainer.model.hypernet.parameters()]
+
+    def guards() -> None:
+        random_state()
+        is_spoilt(parameters, trainer.optimizer)
+
+    trainer.step()  # without it there are no moments
+    return Comparison("guards of a step", "configs/tiny_gpt_oss.yaml", "the step", guards, trainer.step, 0.01)
 
 
 def _training(contexts: int, tokens: int, layers: int) -> tuple[DocToLora, PackedBatch, Work]:

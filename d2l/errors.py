@@ -5,7 +5,7 @@ D2LError
 ├── DataError        a data file or a record in it
 ├── ModelError       the base model, its tokenizer or its chat template
 ├── CheckpointError  a checkpoint or an output folder
-└── NonFiniteError   training stopped before the step on a value that is not finite
+└── NonFiniteError   training stopped before a step, or before a save, on a value that is not finite
 """
 
 from collections.abc import Sequence
@@ -43,4 +43,14 @@ class CheckpointError(D2LError):
 
 
 class NonFiniteError(D2LError):
-    """Training met a value that is not finite, or a step without a supervised token."""
+    """Training met a value that is not finite, or a step without a supervised token.
+
+    Args:
+        message: the whole message.
+        guard: which guard fired, such as `loss`; see `d2l.train.guards`.
+        cause: the guard's finding alone, without step, records and advice.
+    """
+
+    def __init__(self, message: str, guard: str = "", cause: str = "") -> None:
+        super().__init__(message)
+        self.guard, self.cause = guard, cause

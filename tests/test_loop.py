@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -266,13 +268,71 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path
     with torch.no_grad():
         new.model.hypernet.get_parameter(place).view(-1)[0] = math.nan
     before, moments = weights(new), new.checkpoint().trainer
-    with pytest.raises(NonFiniteError, match=r"^step 2 \(records [\d, ]+\): the loss is nan"):
+    with pytest.raises(NonFiniteError, match=rf"^after the update of step 1 .*: {re.escape(place)} \(nan\)"):
         next(steps)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: text for path, text in now.items() if path.parent.name != "autopsy"} == files
     for name, value in weights(new).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     assert_equal(dict(new.checkpoint().trainer), dict(moments))
     assert new.step_number == 1
+
+
+def spoil_a_weight(new: Trainer) -> None:
+    with torch.no_grad():
+        new.model.hypernet.get_parameter("head.weight").view(-1)[3] = math.nan
+
+
+def enlarge_a_weight(new: Trainer) -> None:
+    with torch.no_grad():
+        new.model.hypernet.get_parameter("head.weight").view(-1)[3] = -1e30
+
+
+def spoil_a_moment(new: Trainer) -> None:
+    new.optimizer.state[new.model.hypernet.get_parameter("head.weight")]["exp_avg_sq"].view(-1)[3] = math.inf
+
+
+@pytest.mark.parametrize("save_steps", [1, 3])
+@pytest.mark.parametrize(
+    ("spoil", "tensor"),
+    [
+        (spoil_a_weight, "head.weight (nan)"),
+        (enlarge_a_weight, "head.weight (1e+30)"),
+        (spoil_a_moment, "exp_avg_sq of head.weight (inf)"),
+    ],
+)
+def test_what_an_update_has_spoilt_is_not_saved(
+    tmp_path: Path, spoil: Callable[[Trainer], None], tensor: str, save_steps: int
+) -> None:
+    new = trainer(run_config(max_steps=4, save_steps=save_steps))
+    steps = train_steps(new, tmp_path)
+    if save_steps == 1:
+        next(steps)
+    before, step = steps_in(tmp_path) if save_steps == 1 else ["step-000000"], new.step_number + 1
+    new.optimizer.register_step_post_hook(lambda *arguments: spoil(new))
+    with pytest.raises(NonFiniteError) as raised:
+        list(steps)
+    text = str(raised.value)
+    assert text.startswith(f"after the update of step {step} (records ")
+    assert tensor in text
+    assert steps_in(tmp_path) == before
+    assert f"sound, by its hashes and by its values: {tmp_path / 'checkpoints' / before[-1]};" in text
+
+
+def test_a_checkpoint_that_an_older_version_saved_unsound_is_not_advised(tmp_path: Path) -> None:
+    new = trainer(run_config(max_steps=4, save_steps=1))
+    steps = train_steps(new, tmp_path)
+    next(steps)
+    newest, checkpoint = step_folder(tmp_path, 1), new.checkpoint()
+    shutil.rmtree(newest)
+    weights = {name: value.clone() for name, value in checkpoint.hypernet.items()}
+    weights["head.weight"].view(-1)[0] = 1e30
+    save_checkpoint(newest, Checkpoint(weights, checkpoint.trainer, checkpoint.state))
+    spoil_a_weight(new)
+    with pytest.raises(NonFiniteError) as raised:
+        list(steps)
+    assert f"not to be used: {newest} holds head.weight (1e+30)" in str(raised.value)
+    assert f"--resume {step_folder(tmp_path, 0)}" in str(raised.value)
 
 
 def test_the_parameter_whose_gradient_is_not_finite_is_named_and_no_other(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from support.tiny_model import random_rows, tiny_model
 from support.two_processes import config_for
 
 from d2l.checkpoint import load_checkpoint, step_folder
+from d2l.train.autopsy import read_autopsy
 from d2l.train.loop import METRICS, Trainer, train_steps
 
 
@@ -30,7 +31,15 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [note["folder"] for note in notes] == [str(folder)] * 2
-    assert all(note["refused"].startswith("step 4 ") and "the loss is nan" in note["refused"] for note in notes)
+    by_base, by_weights = notes[1]["refused"]
+    assert notes[0]["refused"] == [by_base, by_weights]  # every process says the same
+    first, second = (read_autopsy(folder / name) for name in ("autopsy", "autopsy-2"))
+    assert by_base.startswith("step 4, rank 1 (records 3, 5, 1): the loss is nan")
+    assert by_weights.startswith("after the update of step 3, rank 1 (records")
+    assert [it.rank for it in (first, second)] == [1, 1]
+    assert first.suspects[0].module == "base.model.layers.2.self_attn.o_proj"
+    assert second.suspects[0].module == "hypernet.head"
+    assert first.command.startswith("torchrun --nproc-per-node 2 -m cli train ")
 
     assert all(note["buckets"] > 3 for note in notes)
 

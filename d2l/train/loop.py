@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from d2l.errors import CheckpointError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
 from d2l.train.curriculum import Curriculum
+from d2l.train.diagnosis import autopsy_on_refusal
 from d2l.train.gradients import SummedGradients
-from d2l.train.guards import require_finite_step
+from d2l.train.guards import is_spoilt, require_finite_step, require_sound_state
 from d2l.train.losses import Loss, Normalizer, compute_loss
 from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, state_names
 from d2l.train.processes import OneProcess, processes
+from d2l.train.random_state import random_state, restore_random_state
+from d2l.train.replay import StepInputs
 
 METRICS = "metrics.jsonl"
 
@@ -116,21 +120,27 @@ class Trainer:
         self.step_number, self.epoch, self.position = 0, 0, 0
         self.curriculum, self._stage_rows = Curriculum(config.stages), stage_rows(config, rows)
         self._packed: tuple[int, Sequence[PackedBatch]] = (-1, [])
+        self.inputs: StepInputs | None = None  # of the step that is refused, or whose update is
 
     def step(self) -> StepMetrics:
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: before anything is changed, when the step would spoil the weights or teach nothing.
+            NonFiniteError: before anything is changed, when the step would spoil the weights or teach nothing, or when
+                the update before it has spoilt them.
         """
         started = time.perf_counter()
         batches = self._next_batches()
         normalizer = Normalizer.of(batches, self.config.lora_r)
-        sums = self._accumulate(batches, normalizer)
+        rates = self.scheduler.get_last_lr()
+        inputs = StepInputs(self.step_number + 1, batches, normalizer, max(map(float, rates)), random_state())
+        sums = self._accumulate(batches, normalizer, self._spoilt())
         parameters = list(self.model.hypernet.parameters())
         grad_norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         # the one time in a step that the host waits for the device; nothing has been changed yet
-        task, l1, exact_match, norm = torch.cat([sums, grad_norm.detach().to(sums)[None]]).tolist()
+        task, l1, exact_match, *spoilt, norm = torch.cat([sums, grad_norm.detach().to(sums)[None]]).tolist()
+        self._require_none(spoilt)
+        self.inputs = inputs
         coefficient = self.config.gen_lora_l1_reg_coef
         require_finite_step(
             step=self.step_number + 1,
@@ -165,9 +175,7 @@ class Trainer:
 
     def checkpoint(self, **evidence: Any) -> Checkpoint:
         """Collect everything needed to continue this run elsewhere; `evidence` is kept in its state as it is."""
-        trainer = {"rng.torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            trainer["rng.cuda"] = torch.cuda.get_rng_state()
+        trainer = random_state()
         for name, parameter in self.model.hypernet.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             trainer |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
@@ -204,12 +212,34 @@ class Trainer:
         set_schedule(self.scheduler, checkpoint.state["step"])
         self.step_number, self.epoch, self.position = (checkpoint.state[name] for name in ("step", "epoch", "position"))
         self.curriculum.restore(checkpoint.state["curriculum"])
-        torch.set_rng_state(checkpoint.trainer["rng.torch"])
-        if "rng.cuda" in checkpoint.trainer and torch.cuda.is_available():
-            torch.cuda.set_rng_state(checkpoint.trainer["rng.cuda"])
+        restore_random_state(checkpoint.trainer)
 
-    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer) -> Tensor:
-        """Accumulate the step's gradients; return task loss, L1 norm and exact match [3], summed over all processes."""
+    def require_sound_state(self) -> None:
+        """Refuse weights or moments that the last update has spoilt, in any process; the host waits for the device.
+
+        Raises:
+            NonFiniteError: the message names their tensors.
+        """
+        flags = self._spoilt()
+        self._require_none((reduce(flags, reduction="sum") if self.processes.num_processes > 1 else flags).tolist())
+
+    def _spoilt(self) -> Tensor:
+        """Return 1 at this process's place where an update has spoilt its weights or moments, float32 [processes]."""
+        flags = torch.zeros(self.processes.num_processes, device=self.processes.device)
+        flags[self.processes.process_index] = is_spoilt([*self.model.hypernet.parameters()], self.optimizer)
+        return flags
+
+    def _require_none(self, spoilt: Sequence[float]) -> None:
+        """Raise where a process has spoilt weights or moments, from the flags of all."""
+        require_sound_state(
+            step=self.step_number,
+            spoilt_ranks=[rank for rank, flag in enumerate(spoilt) if flag],
+            named=self.model.hypernet.named_parameters(),
+            optimizer=self.optimizer,
+        )
+
+    def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer, spoilt: Tensor) -> Tensor:
+        """Accumulate the step's gradients; return task loss, L1 norm, exact match and `spoilt`, all processes' sums."""
         self.optimizer.zero_grad(set_to_none=True)
         count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
         sums = torch.zeros(3, device=device)
@@ -221,6 +251,7 @@ class Trainer:
             with shared.during() if shared else nullcontext():
                 loss.total.backward()
             sums += torch.stack([loss.task.detach(), loss.l1.detach(), loss.exact_match])
+        sums = torch.cat([sums, spoilt])
         return reduce(sums, reduction="sum") if count > 1 else sums
 
     def _next_batches(self) -> list[PackedBatch]:
@@ -255,19 +286,25 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
         evidence: JSON values to be kept in every checkpoint (fingerprint, preflight summary).
 
     Raises:
-        NonFiniteError: before the step that would have spoilt the weights; the newest checkpoint stands.
+        NonFiniteError: before the step that would have spoilt the weights, or before weights that an update has spoilt
+            are saved; an autopsy lies in the folder.
         CheckpointError: a checkpoint cannot be written.
     """
     config, main = trainer.config, trainer.processes.is_main_process
-    with (folder / METRICS).open("a", encoding="utf-8") as metrics_file:
-        if main and trainer.step_number == 0 and not step_folder(folder, 0).exists():  # a resumed run has it
-            save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
+    loss = partial(batch_loss, trainer.model, config=config)
+    with (folder / METRICS).open("a", encoding="utf-8") as metrics_file, autopsy_on_refusal(trainer, folder, loss):
+        if trainer.step_number == 0:
+            trainer.require_sound_state()
+            if main and not step_folder(folder, 0).exists():  # a resumed run has it
+                save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
             if main:
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
-                if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
+            if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
+                trainer.require_sound_state()
+                if main:
                     os.fsync(metrics_file.fileno())  # a checkpoint's steps are in the file, whatever happens after it
                     save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))
                     prune_checkpoints(folder, config.save_total_limit)

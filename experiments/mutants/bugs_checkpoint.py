@@ -31,7 +31,7 @@ MUTANTS = [
         ("step-off-by-one", '"step": self.step_number', '"step": self.step_number + 1', "a step is left out"),
         (
             "random-state-of-a-seed",
-            'trainer = {"rng.torch": torch.get_rng_state()}',
+            "trainer = random_state()",
             'trainer = {"rng.torch": torch.Generator().manual_seed(0).get_state()}',
             "a resumed run draws other numbers",
             "equivalent: no step of a run draws a number",
@@ -85,7 +85,7 @@ MUTANTS = [
         ),
         (
             "random-state-not-restored",
-            'torch.set_rng_state(checkpoint.trainer["rng.torch"])',
+            "restore_random_state(checkpoint.trainer)",
             "pass",
             "a resumed run draws other numbers",
             "equivalent: no step of a run draws a number",

@@ -1,4 +1,5 @@
-"""What `test_two_processes.py` starts, by torchrun: a run of three steps, and a fourth that one process spoils.
+"""What `test_two_processes.py` starts, by torchrun: a run of three steps, and a fourth that one process spoils: by a
+weight of its base, and by one of its hypernetwork.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/two_processes.py FOLDER
 """
@@ -7,6 +8,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +16,8 @@ import torch
 from d2l.config.schema import RunConfig
 from d2l.errors import NonFiniteError
 from d2l.train import gradients
-from d2l.train.loop import Trainer, train_steps
+from d2l.train.diagnosis import autopsy_on_refusal
+from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.processes import processes
 from d2l.train.start import start_new
 from support.tiny_model import random_rows, run_config, tiny_model
@@ -42,14 +45,19 @@ def train_in(folder: Path, rank: int, config: RunConfig, output: Path) -> None:
     buckets = len(gradients.SummedGradients([*trainer.model.hypernet.parameters()])._buckets)
     for _ in train_steps(trainer, folder):
         pass
-    if rank == 1:
-        with torch.no_grad():
-            trainer.model.hypernet.get_parameter("head.weight").view(-1)[0] = math.nan
-    note = {"folder": str(folder), "refused": "", "buckets": buckets}
-    try:
-        trainer.step()
-    except NonFiniteError as error:
-        note["refused"] = str(error)
+    refused = []
+    for place in ("base.model.layers.2.self_attn.o_proj.weight", "hypernet.head.weight"):
+        weight = trainer.model.get_parameter(place).data.view(-1)
+        kept = weight[0].clone()
+        weight[0] = math.nan if rank == 1 else kept
+        loss = partial(batch_loss, trainer.model, config=config)
+        try:
+            with autopsy_on_refusal(trainer, folder, loss):
+                trainer.step()
+        except NonFiniteError as error:
+            refused.append(str(error))
+        weight[0] = kept
+    note = {"folder": str(folder), "refused": refused, "buckets": buckets}
     (output / f"{rank}.json").write_text(json.dumps(note), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from d2l.checkpoint import MANIFEST, Checkpoint, load_checkpoint, save_checkpoin
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.train.loop import METRICS
+from d2l.train.metrics import MEASURED, METRICS
 from d2l.train.run import checkpoint_to_resume, new_folder, train
 
 PREFLIGHT = {"fingerprint": "abc", "summary": {"pass": 3, "note": "ü"}, "findings": []}
@@ -56,7 +56,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_time(records: list[Any]) -> list[dict[str, float]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def assert_same_checkpoint(ours: Path, theirs: Path) -> None:

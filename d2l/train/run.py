@@ -14,12 +14,14 @@ from d2l.config.renamed import with_current_names
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.errors import CheckpointError
-from d2l.train.loop import METRICS, Trainer, train_steps
+from d2l.train.loop import Trainer, train_steps
+from d2l.train.metrics import METRICS
 from d2l.train.processes import processes
+from d2l.train.trackers import started_trackers
 
 CONFIG, PREFLIGHT = "config.yaml", "preflight.json"
 
-# Settings that may change when a run is resumed: its length, how often it saves, paths, and what its memory may be.
+# Settings that may change when a run is resumed: its length, how often it saves and reports, paths, and its memory.
 _CHANGEABLE = {
     "max_steps",
     "save_steps",
@@ -29,6 +31,8 @@ _CHANGEABLE = {
     "cache_dir",
     "device_memory",
     "expert_transient_gib",
+    "logging_steps",
+    "report_to",
 }
 
 
@@ -108,8 +112,12 @@ def train(
         (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         (folder / PREFLIGHT).write_text(json.dumps(preflight, indent=1, ensure_ascii=False), encoding="utf-8")
     this.wait_for_everyone()
-    for metrics in train_steps(trainer, folder, fingerprint=preflight["fingerprint"], preflight=preflight["summary"]):
-        on_step(metrics.to_json())
+    evidence = {"fingerprint": preflight["fingerprint"], "preflight": preflight["summary"]}
+    with started_trackers(config, folder, trainer.step_number) as track:
+        for metrics in train_steps(trainer, folder, **evidence):
+            record = metrics.to_json()
+            track(record)
+            on_step(record)
 
 
 def _rewind(folder: Path, step: int) -> None:

@@ -18,7 +18,6 @@ import cli
 from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
 from commands.console import LOADING, libraries_to_stderr, load_libraries
-from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +44,14 @@ class World:
     asked: list = field(default_factory=list)
     remarks: tuple = ()
     train_ds_names: tuple = ("needle",)
+    logging_steps: int = 1
 
     def load_config(self, path, overrides, **options):
         if self.load_error:
             raise self.load_error
         self.loaded.append((path, overrides, options))
-        return SimpleNamespace(remarks=self.remarks, max_steps=2, train_ds_names=self.train_ds_names)
+        settings = {"max_steps": 2, "logging_steps": self.logging_steps, "report_to": ()}
+        return SimpleNamespace(remarks=self.remarks, train_ds_names=self.train_ds_names, **settings)
 
     def new_folder(self, config, *, numbered):
         self.asked.append(numbered)
@@ -453,15 +454,3 @@ def test_one_process_of_several_speaks(world):
     world.records = RECORDS
     assert d2l("train", "x.yaml", RANK="1").stdout == ""
     assert "step 1/2" in d2l("train", "x.yaml", RANK="0").stdout
-
-
-def test_a_terminal_gets_bars():
-    console = Console(file=StringIO(), force_terminal=True, width=120)
-    with steps_progress(console, 2) as (show, on_tokenize):
-        on_tokenize(1200, 1200)
-        for record in RECORDS:
-            show(record)
-    assert "1200/1200" in console.file.getvalue()
-    assert "records tokenized" in console.file.getvalue()
-    assert "2/2" in console.file.getvalue()
-    assert "ce_loss 5.25" in console.file.getvalue()

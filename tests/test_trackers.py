@@ -1,6 +1,5 @@
 """Trackers: what they get, when, and that none of them ends a run; TensorBoard's own files where it is installed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,18 +54,20 @@ class Notebook(GeneralTracker):
 
 
 @pytest.fixture(autouse=True)
-def notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Notebook]]:
+def notebooks(monkeypatch: pytest.MonkeyPatch) -> list[Notebook]:
     """Notebooks in the place of TensorBoard and wandb."""
     processes()
     monkeypatch.setattr(Notebook, "made", [])
     monkeypatch.setattr(Notebook, "fails", {})
     for name in ("tensorboard", "wandb"):
         monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Notebook)
-    yield Notebook.made
+    return Notebook.made
 
 
 def train(config: RunConfig, folder: Path, step: int = 0) -> list[dict[str, float]]:
-    trainer = Trainer(tiny_model(config, num_hidden_layers=2, layer_types=["full_attention"] * 2), random_rows(), config)
+    trainer = Trainer(
+        tiny_model(config, num_hidden_layers=2, layer_types=["full_attention"] * 2), random_rows(), config
+    )
     records = []
     with started_trackers(config, folder, step) as track:
         for metrics in train_steps(trainer, folder):
@@ -190,4 +191,7 @@ def test_tensorboard_reads_back_what_the_run_wrote_and_steps_taken_again_once(
     with started_trackers(config, tmp_path, 1) as track:  # continued from step 1: steps 2 and 3 are taken again
         track(records[1] | {"lr": 0.5})
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(value.step, value.value) for value in read.Scalars("lr")] == [(1, pytest.approx(records[0]["lr"])), (2, 0.5)]
+    assert [(value.step, value.value) for value in read.Scalars("lr")] == [
+        (1, pytest.approx(records[0]["lr"])),
+        (2, 0.5),
+    ]

@@ -29,5 +29,5 @@ def save_figure(figure: Figure, place: Path | IO[bytes], suffix: str | None = No
     """
     form = (suffix or Path(str(place)).suffix).lower().removeprefix(".")
     metadata = {"Date": None} if form == "svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "d2l"} | {key: value for key, value in settings.items()}):
+    with matplotlib.rc_context({"svg.hashsalt": "d2l"} | settings):
         figure.savefig(place, format=form, dpi=150, metadata=metadata)

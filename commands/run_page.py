@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from shlex import quote
@@ -12,9 +13,10 @@ from typing import Any
 from jinja2 import Environment
 
 from commands.progress import clock
+from d2l.config.keys import in_yaml
 from d2l.config.load import load_config
 from d2l.errors import D2LError
-from d2l.evaluation.curves import draw_curves
+from d2l.evaluation.curves import PANELS, Panel, draw_curves
 from d2l.evaluation.sample import Sample, sample_row
 from d2l.train.history import CONFIG, PREFLIGHT, RunHistory, loss_keys, peak_keys, series, speeds
 
@@ -40,7 +42,7 @@ def render_page(history: RunHistory, now: float) -> str:
         outcomes=outcomes,
         findings=[outcome for outcome in outcomes if outcome["kind"] in FINDINGS],
         counts=_counts(outcomes),
-        curves=_curves(history),
+        curves=[curve for curve in (_curve(history, panel) for panel in PANELS) if curve],
         sample=sample,
         no_sample=no_sample,
         evaluations=_evaluations(history.folder),
@@ -50,9 +52,9 @@ def render_page(history: RunHistory, now: float) -> str:
             (entry.folder.name, f"{entry.size / 2**20:,.1f} MiB, {_time(entry.written)}")
             for entry in history.checkpoints
         ],
-        events=[(_time(event.written), event.text) for event in history.events],
+        events=[(_time(event.time), event.text) for event in history.events],
         versions=_versions(history.preflight),
-        config=history.config,
+        config=[(str(key), in_yaml(value)) for key, value in history.config.items()],
     )
 
 
@@ -95,17 +97,18 @@ def _counts(outcomes: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
-def _curves(history: RunHistory) -> str | None:
-    """Return the curves as an SVG element whose text has the page's colour; None before the first step."""
-    drawn = BytesIO()
+def _curve(history: RunHistory, panel: Panel) -> str:
+    """Return a curve as an SVG element whose text has the page's colour; empty where there are no values."""
+    drawn, settings = BytesIO(), {"svg.fonttype": "none", "svg.hashsalt": panel.title}  # the salt of ids in the page
     try:
-        draw_curves([history], drawn, ".svg", colour=INK, **{"svg.fonttype": "none"})
+        draw_curves([history], drawn, ".svg", panels=[panel], colour=INK, **settings)
     except D2LError:
-        return None
+        return ""
     text = drawn.getvalue().decode("utf-8")
     element = text[text.index("<svg") :].replace(INK, "currentColor")
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, count=1, flags=re.DOTALL)
-    return element.replace("<svg ", '<svg role="img" aria-label="Curves of the run over its steps" ', 1)
+    element = re.sub(r'(?<=<g) id="[^"]*"', "", element)  # such as figure_1, in every curve
+    element = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", element, flags=re.DOTALL)
+    return element.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.title)} over steps" ', 1)
 
 
 def _sample(history: RunHistory) -> tuple[Sample | None, str]:

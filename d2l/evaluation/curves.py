@@ -8,18 +8,19 @@ from typing import IO, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from d2l.errors import DataError
 from d2l.evaluation.canvas import PALETTE, frame, save_figure
 from d2l.train.history import Record, RunHistory, loss_keys, series, speeds
 from d2l.train.metrics import METRICS
 
-SMOOTHED_OVER = 50  # the share of a run, 1/50, over which its smoothed line forgets
+SMOOTHED_SHARE, SMOOTHED_LEAST = 1 / 50, 10  # of a run's steps, and steps, over which its smoothed line forgets
 MOST_POINTS = 2000  # of one line: more are not seen, and a run of days has a hundred thousand
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """One of the plots: its title, what it takes from the metrics, whether it is smoothed, its scale."""
 
     title: str
@@ -29,10 +30,10 @@ class _Panel:
 
 
 PANELS = (
-    _Panel("loss (nats)", lambda records: series(records, loss_keys())),
-    _Panel("gradient norm", lambda records: series(records, ["grad_norm"]), logarithmic=True),
-    _Panel("learning rate", lambda records: series(records, ["lr"]), smooth=False),
-    _Panel("tokens a second", speeds),
+    Panel("loss (nats)", lambda records: series(records, loss_keys())),
+    Panel("gradient norm", lambda records: series(records, ["grad_norm"]), logarithmic=True),
+    Panel("learning rate", lambda records: series(records, ["lr"]), smooth=False),
+    Panel("tokens a second", speeds),
 )
 
 
@@ -41,6 +42,7 @@ def draw_curves(
     place: Path | IO[bytes],
     suffix: str | None = None,
     *,
+    panels: Sequence[Panel] = PANELS,
     colour: str = "black",
     **settings: Any,
 ) -> None:
@@ -48,31 +50,30 @@ def draw_curves(
 
     Args:
         place, suffix, settings: see `save_figure`.
-        colour: of text and frames.
+        panels: those of `PANELS` that are wanted.
+        colour: of text and frames; the background is transparent unless it is black.
 
     Raises:
         DataError: no run has a step with metrics.
     """
-    drawn = [(panel, [panel.values(run.records) for run in runs]) for panel in PANELS]
+    drawn = [(panel, [panel.values(run.records) for run in runs]) for panel in panels]
     drawn = [(panel, lines) for panel, lines in drawn if any(lines)]
     if not drawn:
         named = ", ".join(str(run.folder / METRICS) for run in runs)
         raise DataError(f"expected steps to draw, found none in {named}; has the run taken its first step?")
-    rows = -(-len(drawn) // 2)
-    figure = Figure(figsize=(9, 3 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).flat
-    for axes, (panel, lines) in zip(grid, drawn, strict=False):
-        _draw_panel(axes, panel, lines, colour)
-    for axes in list(grid)[len(drawn) :]:
-        axes.set_axis_off()
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows + 0.4 * (len(runs) > 1)), layout="constrained")
+    for number, (panel, lines) in enumerate(drawn, 1):
+        _draw_panel(figure.add_subplot(rows, columns, number), panel, lines, colour)
     if len(runs) > 1:
-        handles = [Figure().subplots().plot([], color=PALETTE[i % len(PALETTE)])[0] for i in range(len(runs))]
+        handles = [Line2D([], [], color=PALETTE[number % len(PALETTE)]) for number in range(len(runs))]
         figure.legend(handles, _names(runs), loc="outside lower center", ncols=3, frameon=False, labelcolor=colour)
     figure.patch.set_alpha(0 if colour != "black" else 1)
     save_figure(figure, place, suffix, **settings)
 
 
-def _draw_panel(axes: Axes, panel: _Panel, lines: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
     """Draw one value of every run."""
     everything = [value for line in lines for _, value in line]
     if panel.logarithmic and min(everything) > 0:
@@ -86,9 +87,10 @@ def _draw_panel(axes: Axes, panel: _Panel, lines: Sequence[Sequence[tuple[int, f
             "linewidth": 1.4,
             "marker": "" if len(line) > 1 else "o",
         }
-        smoothed = smooth(values, max(1.0, len(values) / SMOOTHED_OVER)) if panel.smooth else values
+        window = max(min(SMOOTHED_LEAST, len(values) / 4), SMOOTHED_SHARE * len(values))
+        smoothed = smooth(values, window) if panel.smooth else values
         if panel.smooth:
-            axes.plot(*thin(steps, values), **strong | {"alpha": 0.3, "linewidth": 0.8})
+            axes.plot(*thin(steps, values), **strong | {"alpha": 0.45, "linewidth": 0.8})
         axes.plot(*thin(steps, smoothed), **strong)
     axes.set_title(panel.title, fontsize=10, color=colour)
     axes.set_xlabel("step", color=colour)

@@ -17,13 +17,13 @@ import yaml
 
 from d2l.config.schema import LossName
 from d2l.errors import DataError
+from d2l.train.events import Event, read_events, was_autopsied
 from d2l.train.metrics import LOSS_SUFFIX, METRICS, PEAK_SUFFIX
 
 Record = Mapping[str, Any]
 State = Literal["running", "running?", "done", "stopped", "died", "died?", "empty"]
 
-CONFIG, PREFLIGHT, RUN, LOCK, CHECKPOINTS = "config.yaml", "preflight.json", "run.json", ".lock", "checkpoints"
-AUTOPSY = "autopsy"
+CONFIG, PREFLIGHT, LOCK, CHECKPOINTS = "config.yaml", "preflight.json", ".lock", "checkpoints"
 _STEP = re.compile(r"step-(\d+)")
 _TAIL = 2**18  # bytes at the end of metrics.jsonl that tell how a run goes: hundreds of steps
 _RECENT = 50  # steps whose median speed stands for those to come
@@ -41,14 +41,6 @@ class CheckpointEntry:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened to a run beside its steps: when, in seconds since 1970 (None: unknown), and what."""
-
-    written: float | None
-    text: str
-
-
-@dataclass(frozen=True)
 class RunHistory:
     """What is known of a run.
 
@@ -59,7 +51,7 @@ class RunHistory:
         records: lines of metrics.jsonl, one a step, in order; of a step that was taken twice the later one.
         damaged: lines of metrics.jsonl that could not be read.
         checkpoints: complete ones, the newest last.
-        events: superseded checkpoints, changes at a resume, autopsies.
+        events: resumes, superseded checkpoints, autopsies, by time.
         written: when the run last wrote, in seconds since 1970; None where it wrote nothing.
         locked: whether a process holds the run's lock; None where there is no lock.
     """
@@ -116,7 +108,7 @@ class RunHistory:
             return "done"
         if self.locked is False:
             return "died"
-        if any(event.text.startswith(AUTOPSY) for event in self.events):
+        if was_autopsied(self.folder):
             return "stopped"
         age = self.age(now)
         if age is None:
@@ -161,7 +153,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
         records=records,
         damaged=damaged,
         checkpoints=checkpoints,
-        events=_read_events(folder),
+        events=read_events(folder),
         written=max((it for it in times if it is not None), default=None),
         locked=_is_locked(folder / LOCK),
     )
@@ -257,29 +249,6 @@ def _read_checkpoints(folder: Path) -> list[CheckpointEntry]:
             size = sum(map(_size, place.glob("*")))
             found.append(CheckpointEntry(int(match[1]), place, size, written))
     return sorted(found, key=lambda entry: entry.step)
-
-
-def _read_events(folder: Path) -> list[Event]:
-    """List what happened beside the steps, in the order of time; what has no time comes first."""
-    events = [
-        Event(
-            _modified(place),
-            f"{place.name.removeprefix('superseded-')} was superseded: the run went on from an earlier one",
-        )
-        for place in (folder / CHECKPOINTS).glob("superseded-*")
-    ]
-    events += [
-        Event(_modified(place), f"{place.name}: stopped on a value that is not finite; `d2l autopsy {folder}`")
-        for place in folder.glob(f"{AUTOPSY}*")
-        if place.is_dir()
-    ]
-    changes = _read_mapping(folder / RUN).get("changes")
-    for change in changes if isinstance(changes, list) else []:
-        if isinstance(change, dict):
-            was, now, reason = (change.get(key, "?") for key in ("was", "now", "reason"))
-            where = f"resumed after step {change.get('step', '?')} with another {change.get('field', '?')}"
-            events.append(Event(None, f"{where}: {was} → {now} ({reason})"))
-    return sorted(events, key=lambda event: event.written or 0)
 
 
 def _is_locked(path: Path) -> bool | None:

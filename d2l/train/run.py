@@ -14,6 +14,7 @@ from d2l.config.renamed import with_current_names
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.errors import CheckpointError
+from d2l.train.events import note_event
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import METRICS
 from d2l.train.processes import processes
@@ -107,6 +108,7 @@ def train(
         trainer.restore(checkpoint)
         if this.is_main_process:
             _rewind(folder, trainer.step_number)
+            note_event(folder, f"resumed after step {trainer.step_number:,}")
     elif this.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")

@@ -57,7 +57,7 @@ def _bars(screen: "Console", total: int) -> Iterator[tuple[ShowStep, OnProgress]
             left = "?" if task.time_remaining is None else clock(task.time_remaining)
             return Text(f"{clock(task.elapsed or 0)}<{left}")
 
-    def text(form: str, **options: object) -> TextColumn:
+    def text(form: str) -> TextColumn:
         return TextColumn(form, markup=False, table_column=Column(no_wrap=True))
 
     columns = (
@@ -75,17 +75,8 @@ def _bars(screen: "Console", total: int) -> Iterator[tuple[ShowStep, OnProgress]
     ) as bar:
         data = bar.add_task("tokenizing", total=None, numbers="records tokenized", visible=False)
         task = bar.add_task("training", total=total, numbers="")
-        is_new = True
-
-        def show(record: Mapping[str, float]) -> None:
-            nonlocal is_new
-            if is_new and record["step"] > 1:  # continued: the steps before were not taken in this time
-                bar.reset(task, completed=int(record["step"]) - 1)
-            is_new = False
-            bar.update(task, completed=record["step"], numbers=compact(record))
-
         yield (
-            show,
+            lambda record: bar.update(task, completed=record["step"], numbers=compact(record)),
             lambda done, records: bar.update(data, completed=done, total=records, visible=done < records),
         )
 

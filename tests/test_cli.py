@@ -45,12 +45,13 @@ class World:
     remarks: tuple = ()
     train_ds_names: tuple = ("needle",)
     logging_steps: int = 1
+    report_to: tuple = ()
 
     def load_config(self, path, overrides, **options):
         if self.load_error:
             raise self.load_error
         self.loaded.append((path, overrides, options))
-        settings = {"max_steps": 2, "logging_steps": self.logging_steps, "report_to": ()}
+        settings = {"max_steps": 2, "logging_steps": self.logging_steps, "report_to": self.report_to}
         return SimpleNamespace(remarks=self.remarks, train_ds_names=self.train_ds_names, **settings)
 
     def new_folder(self, config, *, numbered):
@@ -387,6 +388,16 @@ def test_train_without_data_is_refused_before_anything_is_checked(world):
     assert result.exit_code == 2
     assert "no training data" in result.stderr
     assert "TOY201" not in result.stdout
+
+
+def test_a_tracker_that_is_not_installed_is_found_before_anything_is_checked(world, monkeypatch):
+    monkeypatch.setattr("d2l.train.trackers.get_available_trackers", lambda: ["tensorboard"])
+    world.report_to = ("tensorboard", "mlflow", "wandb")
+    result = d2l("train", "x.yaml")
+    assert result.exit_code == 2
+    assert "expected installed trackers, mlflow, wandb is not" in result.stderr
+    assert "TOY201" not in result.stdout
+    assert world.trained == []
 
 
 def test_train_checks_first_then_shows_steps_and_what_came_out(world):

@@ -1,7 +1,8 @@
 """A run from a configuration: its folder, what it leaves there, and continuing it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from d2l.checkpoint import MANIFEST, Checkpoint, load_checkpoint, save_checkpoin
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
+from d2l.train.events import read_events
 from d2l.train.metrics import MEASURED, METRICS
 from d2l.train.run import checkpoint_to_resume, new_folder, train
 
@@ -94,6 +96,29 @@ def test_a_folder_in_use_is_refused_where_it_is_named(tmp_path: Path, make: Any)
 
 
 # A run
+
+
+def test_trackers_get_every_step_from_where_the_run_continues_and_a_resume_is_noted(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    @contextmanager
+    def trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Any]:
+        told.append((config, folder, step))
+        yield told.append
+        told.append("finished")
+
+    monkeypatch.setattr("d2l.train.run.started_trackers", trackers)
+    folder = Path(config.output_dir)
+    records = go(config)
+    assert told == [(config, folder, 0), *records, "finished"]
+    assert read_events(folder) == []
+    told.clear()
+    longer = config.model_copy(update={"max_steps": 4, "report_to": ("wandb",), "logging_steps": 2})
+    records = go(longer, folder)
+    assert told == [(longer, folder, 3), *records, "finished"]
+    assert [event.text for event in read_events(folder)] == ["resumed after step 3"]
 
 
 def test_a_run_writes_config_preflight_metrics_and_checkpoints(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from support.tiny_run import tiny_config
 from typer.testing import CliRunner, Result
 
 import cli
+from commands.run_page import INK
 from d2l.data.chat.format import chat_format, load_tokenizer
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
@@ -120,6 +121,7 @@ def test_a_page_holds_everything_and_loads_nothing(run: Path, tmp_path: Path) ->
                 assert "//" not in (value or "").replace(str(run), ""), (tag, name, value)
     assert "default-src 'none'" in text
     assert "@import" not in text
+    assert INK not in text
     assert not re.search(r"url\((?!#)", text)
     curves = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert [ElementTree.fromstring(curve).get("aria-label") for curve in curves] == [

@@ -1,5 +1,6 @@
 """Helpers of all commands: options, reading a configuration, loading libraries, progress, and where output goes."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def load_libraries(*, quiet: bool = False) -> None:
         quiet: print nothing, as one of several processes.
     """
     screen = console(stderr=True, quiet=quiet)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # its bars would run into ours
     with redirect_stdout(sys.stderr):
         if screen.is_terminal and not screen.is_dumb_terminal:
             with screen.status(LOADING):
@@ -145,6 +147,18 @@ def load_libraries(*, quiet: bool = False) -> None:
         else:
             screen.out(LOADING, highlight=False)
             import_module("d2l.build")
+        _silence_transformers()
+
+
+def _silence_transformers() -> None:
+    """Switch off the bars of transformers, such as those of loading weights; downloads keep theirs: they take minutes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    downloads_are_shown = not are_progress_bars_disabled()
+    disable_progress_bar()  # switches those of the hub off too
+    if downloads_are_shown:
+        enable_progress_bars()
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """The command that trains: the preflight as a gate, then the loop with its progress. Heavy imports come late."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,6 @@ from commands.console import (
     DataOption,
     IgnoreOption,
     ModelOption,
-    OnProgress,
     SetOption,
     TokenizerOption,
     console,
@@ -24,6 +22,7 @@ from commands.console import (
     waited,
 )
 from commands.preflight import checks_progress
+from commands.progress import METRICS, steps_progress
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from d2l.train.start import Start
 
 REFUSED = 10  # exit code
-METRICS = ("ce_loss", "kl_loss", "grad_norm", "gen_lora_l1_norm", "tokens")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -88,7 +86,9 @@ def train(
     from checks.rules import RULES
     from checks.runner import run_checks
     from d2l.train.start import start_new, start_resumed, with_inputs
+    from d2l.train.trackers import require_trackers
 
+    require_trackers(resolved.report_to)
     screen = console(quiet=quiet)
     with start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=output is None) as start:
         _print_notes(start.notes, quiet=quiet)
@@ -169,50 +169,18 @@ def _train(config: "RunConfig", start: "Start", preflight: Mapping[str, Any], sc
 
     if start.checkpoint is not None:
         screen.out(f"resumed from step {start.step} of {start.folder}", highlight=False)
-    records: list[Mapping[str, float]] = []
-    with steps_progress(screen, config.max_steps) as (show, on_tokenize):
+    steps, tokens, last = 0, 0.0, dict[str, float]()
+    with steps_progress(screen, config) as (show, on_tokenize):
 
         def on_step(record: Mapping[str, float]) -> None:
-            records.append(record)
+            nonlocal steps, tokens, last
+            steps, tokens, last = steps + 1, tokens + record["tokens"], dict(record)
             show(record)
 
         train(config, start, preflight=preflight, on_step=on_step, on_tokenize=on_tokenize)
-    rows = {"steps of this run": str(len(records))}
-    if records:
-        rows |= {key: f"{records[-1][key]:.6g}" for key in METRICS if key in records[-1]}
-        rows["tokens"] = f"{sum(record['tokens'] for record in records):,.0f}"
+    rows = {"steps of this run": str(steps)} | {key: f"{last[key]:.6g}" for key in METRICS if key in last}
+    if steps:
+        rows["tokens"] = f"{tokens:,.0f}"
     rows["run folder"] = str(start.folder)
     width = max(map(len, rows))
     screen.out("\n".join(["", *(f"{label:<{width}}  {value}" for label, value in rows.items())]), highlight=False)
-
-
-@contextmanager
-def steps_progress(
-    screen: "Console", total: int
-) -> "Iterator[tuple[Callable[[Mapping[str, float]], None], OnProgress]]":
-    """Yield two functions that show the metrics of a step, and how many records are tokenized."""
-    if not screen.is_terminal or screen.is_dumb_terminal:
-
-        def print_tokenized(done: int, records: int) -> None:
-            if done == records:
-                screen.out(f"tokenized {records:,} records", highlight=False)
-
-        yield (
-            lambda it: screen.out(f"step {it['step']:.0f}/{total}  {_numbers(it, METRICS)}", highlight=False),
-            print_tokenized,
-        )
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    numbers = TextColumn("{task.fields[numbers]}", markup=False)
-    with Progress(MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), numbers, console=screen) as bar:
-        data = bar.add_task("tokenizing", total=None, numbers="records tokenized")
-        task = bar.add_task("training", total=total, numbers="")
-        yield (
-            lambda it: bar.update(task, completed=it["step"], numbers=_numbers(it, METRICS[:3])),
-            lambda done, records: bar.update(data, completed=done, total=records),
-        )
-
-
-def _numbers(record: Mapping[str, float], keys: Sequence[str]) -> str:
-    return "  ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)

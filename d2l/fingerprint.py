@@ -12,7 +12,8 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 
-_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory"}  # where a run takes place does not shape it
+# Where a run takes place, and who is told of it, does not shape it.
+_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory", "report_to", "logging_steps"}
 
 
 @dataclass(frozen=True)

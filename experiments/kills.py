@@ -32,7 +32,7 @@ from d2l.checkpoint import find_checkpoint, load_checkpoint, step_folders
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.train.loop import METRICS
+from d2l.train.metrics import METRICS
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed
 

@@ -18,7 +18,6 @@ import cli
 from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
 from commands.console import LOADING, libraries_to_stderr, load_libraries
-from commands.train import steps_progress
 from d2l.errors import ConfigError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +46,15 @@ class World:
     step: int = 1
     remarks: tuple = ()
     train_ds_names: tuple = ("needle",)
+    logging_steps: int = 1
+    report_to: tuple = ()
 
     def load_config(self, path, overrides, **options):
         if self.load_error:
             raise self.load_error
         self.loaded.append((path, overrides, options))
-        return SimpleNamespace(remarks=self.remarks, max_steps=2, train_ds_names=self.train_ds_names)
+        settings = {"max_steps": 2, "logging_steps": self.logging_steps, "report_to": self.report_to}
+        return SimpleNamespace(remarks=self.remarks, train_ds_names=self.train_ds_names, **settings)
 
     def start_new(self, config, *, numbered):
         self.asked.append(numbered)
@@ -413,6 +415,16 @@ def test_train_without_data_is_refused_before_anything_is_checked(world):
     assert "TOY201" not in result.stdout
 
 
+def test_a_tracker_that_is_not_installed_is_found_before_anything_is_checked(world, monkeypatch):
+    monkeypatch.setattr("d2l.train.trackers.get_available_trackers", lambda: ["tensorboard"])
+    world.report_to = ("tensorboard", "mlflow", "wandb")
+    result = d2l("train", "x.yaml")
+    assert result.exit_code == 2
+    assert "expected installed trackers, mlflow, wandb is not" in result.stderr
+    assert "TOY201" not in result.stdout
+    assert world.trained == []
+
+
 def test_train_checks_first_then_shows_steps_and_what_came_out(world):
     world.records = RECORDS
     result = d2l("train", "x.yaml", "--max-steps", "2", "--output", "runs/toy")
@@ -502,15 +514,3 @@ def test_one_process_of_several_speaks(world):
     world.records = RECORDS
     assert d2l("train", "x.yaml", RANK="1").stdout == ""
     assert "step 1/2" in d2l("train", "x.yaml", RANK="0").stdout
-
-
-def test_a_terminal_gets_bars():
-    console = Console(file=StringIO(), force_terminal=True, width=120)
-    with steps_progress(console, 2) as (show, on_tokenize):
-        on_tokenize(1200, 1200)
-        for record in RECORDS:
-            show(record)
-    assert "1200/1200" in console.file.getvalue()
-    assert "records tokenized" in console.file.getvalue()
-    assert "2/2" in console.file.getvalue()
-    assert "ce_loss 5.25" in console.file.getvalue()

@@ -101,11 +101,11 @@ def test_command_line_values_win_and_are_named_in_errors(tmp_path: Path) -> None
 
 
 def test_harmless_keys_of_the_reference_are_remarks_and_others_problems(tmp_path: Path) -> None:
-    text = "model_name_or_path: m\nstreaming: false\noptim: adamw_torch\nlogging_steps: 10\nnotes: mine\n"
+    text = "model_name_or_path: m\nstreaming: false\noptim: adamw_torch\nlogging_dir: x\nnotes: mine\n"
     assert load_config(write(tmp_path, text)).remarks == (
         "2 keys of the reference change nothing at this value: streaming: false, optim: adamw_torch; "
         "`d2l config KEY` says why",
-        "2 keys of the reference have no effect here: logging_steps, notes; `d2l config KEY` says why",
+        "2 keys of the reference have no effect here: logging_dir, notes; `d2l config KEY` says why",
     )
     for key, (neutral, _) in UNSUPPORTED.items():
         assert load_config(write(tmp_path, yaml.safe_dump({key: neutral[0]}))).remarks

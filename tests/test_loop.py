@@ -22,7 +22,8 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Row
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.fingerprint import base_facts
-from d2l.train.loop import METRICS, StepMetrics, Trainer, train_steps
+from d2l.train.loop import Trainer, train_steps
+from d2l.train.metrics import MEASURED, METRICS, StepMetrics
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -42,7 +43,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def without_time(metrics: Sequence[StepMetrics]) -> list[dict[str, float]]:
-    return [{name: value for name, value in vars(step).items() if name != "seconds"} for step in metrics]
+    return [{key: value for key, value in step.to_json().items() if key not in MEASURED} for step in metrics]
 
 
 def steps_in(folder: Path) -> list[str]:
@@ -69,9 +70,14 @@ def test_one_line_of_metrics_for_every_step(tmp_path: Path, kl: bool, task: str)
         "tokens",
         "label_tokens",
         "seconds",
+        "inp_fill",
+        "ctx_fill",
+        "tokens_per_second",
+        "resident_peak_gib",
     )
     assert all(tuple(line) == keys for line in lines)
-    assert len(keys) == len(fields(StepMetrics)) - 1  # the loss's name is part of a key
+    assert len(keys) == len(fields(StepMetrics))  # the loss's name is part of a key, and a speed is added
+    assert MEASURED & set(keys) == {"seconds", "tokens_per_second", "resident_peak_gib"}
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["seconds"] > 0 and line[task] > 0 and line["gen_lora_l1_norm"] > 0 for line in lines)
 
@@ -84,6 +90,9 @@ def test_tokens_are_those_of_questions_and_documents() -> None:
     ).step()
     questions = sum(len(query.input_ids) for row in rows for query in row.queries)
     assert taken.tokens == questions + sum(len(chunk) for row in rows for chunk in row.chunks)
+    assert taken.inp_fill == pytest.approx(questions / 500)
+    assert taken.ctx_fill == pytest.approx((taken.tokens - questions) / 500)
+    assert taken.to_json()["tokens_per_second"] == pytest.approx(taken.tokens / taken.seconds)
     assert taken.label_tokens == batch.n_labels == sum(query.n_labels for row in rows for query in row.queries)
 
 

@@ -69,7 +69,7 @@ def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:
     assert start.checkpoint is not None
     trainer.restore(start.checkpoint)
     taken, expected = trainer.step().to_json(), json.loads((OLD / "third_step.json").read_text())
-    assert taken.keys() == expected.keys()
+    assert taken.keys() >= expected.keys()
     for key in ("step", "ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens", "label_tokens", "stage"):
         assert taken[key] == pytest.approx(expected[key], rel=1e-5), key
     # 0.1.0 took the third step with the rate at the end of a schedule of two

@@ -4,7 +4,8 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
 from d2l.io.atomic import make_folders
-from d2l.train.loop import METRICS
+from d2l.train.events import read_events
+from d2l.train.metrics import MEASURED, METRICS
 from d2l.train.optimizer import learning_rates
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed
@@ -62,7 +64,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_time(records: list[Any]) -> list[dict[str, float]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
@@ -139,6 +141,29 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
 
 
 # A run
+
+
+def test_trackers_get_every_step_from_where_the_run_continues_and_a_resume_is_noted(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    @contextmanager
+    def trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Any]:
+        told.append((config, folder, step))
+        yield told.append
+        told.append("finished")
+
+    monkeypatch.setattr("d2l.train.run.started_trackers", trackers)
+    folder = Path(config.output_dir)
+    records = go(config)
+    assert told == [(config, folder, 0), *records, "finished"]
+    assert read_events(folder) == []
+    told.clear()
+    longer = config.model_copy(update={"max_steps": 4, "report_to": ("wandb",), "logging_steps": 2})
+    records = go(longer, folder)
+    assert told == [(longer, folder, 3), *records, "finished"]
+    assert [event.text for event in read_events(folder)] == ["resumed after step 3"]
 
 
 def test_a_run_writes_config_preflight_metrics_and_checkpoints(config: RunConfig) -> None:

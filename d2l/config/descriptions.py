@@ -216,6 +216,14 @@ GROUPS: dict[str, dict[str, Description]] = {
         "output_dir": Description("Folder of the run; a used one gets a number behind it"),
         "save_steps": Description("Optimizer steps between checkpoints; the last step is always saved"),
         "save_total_limit": Description("Newest checkpoints that are kept"),
+        "report_to": Description(
+            "Trackers that get the metrics too, through accelerate; `none` is none; a tracker that fails is left out with "
+            "a warning, and training goes on"
+        ),
+        "logging_steps": Description(
+            "Optimizer steps between two lines of output in a pipe, and between two reports to trackers; metrics.jsonl "
+            "has every step"
+        ),
     },
 }
 

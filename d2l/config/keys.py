@@ -153,6 +153,8 @@ def range_in_words(schema: Mapping[str, Any]) -> str:
         "pattern": "matching `{}`",
     }
     parts = [words.format(_number(schema[word])) for word, words in signs.items() if word in schema]
+    if words := schema.get("items", {}).get("enum"):
+        parts.append(f"each of {', '.join(words)}")
     if isinstance(values := schema.get("additionalProperties"), dict) and (inner := range_in_words(values)):
         parts.append(f"values {inner}")
     return ", ".join(parts)

@@ -51,7 +51,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_token_mixing": ((False,), "it has no effect in the reference either; remove it"),
 }
 
-_TRACKING = "metrics go to metrics.jsonl in the run's folder"
+_TRACKING = "metrics go to metrics.jsonl in the run's folder, and to what report_to names"
 _EVALUATION = "training does not evaluate in between"
 _LOADING = "rows are tokenized and packed before the run"
 _UPLOADS = "nothing is uploaded"
@@ -118,7 +118,6 @@ HAS_NO_EFFECT: dict[str, str] = {
     "logging_dir": _TRACKING,
     "logging_first_step": _TRACKING,
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "logging_steps": _TRACKING,
     "logging_strategy": _TRACKING,
     "max_base_len": "inputs are bounded by max_qas_len and max_packed_inp_len",
     "max_new_tokens": _EVALUATION,
@@ -134,7 +133,6 @@ HAS_NO_EFFECT: dict[str, str] = {
     "prediction_loss_only": _EVALUATION,
     "project": _TRACKING,
     "remove_unused_columns": "records hold only what is read",
-    "report_to": _TRACKING,
     "restore_callback_states_from_checkpoint": "there are no callbacks",
     "run_name": "the run's folder is output_dir",
     "save_on_each_node": "the main process writes checkpoints",

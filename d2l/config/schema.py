@@ -28,6 +28,7 @@ from d2l.config.numbers import (
 NEEDLE = "needle"
 REMARKS = "remarks"  # the one field that is no key
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 LossName = Literal["ce", "kl"]
 LOSSES: dict[LossName, str] = {  # what each is; `d2l.train.losses` computes them
     "ce": "cross-entropy with the answer",
@@ -150,6 +151,8 @@ class RunConfig(BaseModel):
     output_dir: str = "runs"
     save_steps: Count = 500
     save_total_limit: Count = 2
+    report_to: tuple[TrackerName, ...] = ()
+    logging_steps: Count = 1
 
     remarks: tuple[str, ...] = Field((), exclude=True)
 
@@ -169,6 +172,16 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none_is_no_tracker(cls, value: Any) -> Any:
+        return [] if value == "none" else [value] if isinstance(value, str) else value  # as TrainingArguments have it
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_are_distinct(cls, value: tuple[TrackerName, ...]) -> tuple[TrackerName, ...]:
+        return tuple(dict.fromkeys(value))
 
     @field_validator("target_modules")
     @classmethod

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from d2l.evaluation.canvas import frame, save_figure
 from d2l.evaluation.scores import LABELS, Condition, Estimate, Group, Score
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def draw_figure(evaluation: "Evaluation", path: Path) -> None:
         for column, (name, groups) in enumerate(curves):
             _draw_curve(figure.add_subplot(grid[row, column]), metric, label, name, groups)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    reproducible = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "d2l"}):
-        figure.savefig(path, dpi=150, metadata=reproducible)
+    save_figure(figure, path)
 
 
 def _draw_bars(axes: Axes, evaluation: "Evaluation") -> None:
@@ -93,8 +91,6 @@ def _error_lengths(estimates: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _style_axes(axes: Axes) -> None:
-    """Set limits, grid and frame."""
+    """Set the limits of a share, grid and frame."""
     axes.set_ylim(-0.02, 1.05)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes)

@@ -11,7 +11,7 @@ from d2l.fingerprint import Fingerprint
 from d2l.train.folder import Change
 from d2l.train.optimizer import learning_rates
 
-# Settings that may change when a run is resumed: how often it saves, paths, and what its memory may be.
+# Settings that may change when a run is resumed: how often it saves and reports, paths, and what its memory may be.
 CHANGEABLE = {
     "save_steps",
     "save_total_limit",
@@ -20,6 +20,8 @@ CHANGEABLE = {
     "cache_dir",
     "device_memory",
     "expert_transient_gib",
+    "logging_steps",
+    "report_to",
 }
 PARTS = ("data", "base_config", "tokenizer", "chat")  # of the fingerprint, whatever the configuration calls them
 _STEPS, _ACCUMULATION = "max_steps", "gradient_accumulation_steps"

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2l.checkpoint import load_checkpoint
+from d2l.checkpoint import load_checkpoint, step_folders
 from d2l.data.packing import PackedBatch
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.io.atomic import write_new_folder
@@ -148,8 +148,7 @@ def newest_sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     A checkpoint may be whole and still hold weights or moments that no step can start from.
     """
     rejected: list[str] = []
-    folders = [it for it in (run / "checkpoints").glob("step-*") if it.name.removeprefix("step-").isdecimal()]
-    for folder in sorted(folders, key=lambda it: int(it.name.removeprefix("step-")), reverse=True):
+    for folder in reversed(step_folders(run)):
         try:
             checkpoint = load_checkpoint(folder)
         except CheckpointError as error:

@@ -25,7 +25,7 @@ from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ConfigError
 from d2l.io.atomic import make_folders, remove_leftovers, replace_file
 from d2l.io.lock import LOCK, LockedError, lock_folder
-from d2l.train.loop import METRICS
+from d2l.train.metrics import METRICS
 
 RUN, CONFIG, PREFLIGHT = "run.json", "config.yaml", "preflight.json"
 

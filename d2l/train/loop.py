@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint, step_folder
-from d2l.config.schema import LossName, RunConfig
+from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches, stage_rows
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import Row
@@ -32,49 +31,11 @@ from d2l.train.diagnosis import autopsy_on_refusal
 from d2l.train.gradients import SummedGradients
 from d2l.train.guards import is_spoilt, require_finite_step, require_sound_state
 from d2l.train.losses import Loss, Normalizer, compute_loss
+from d2l.train.metrics import METRICS, StepMetrics, packing_fill, peak_memory
 from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, state_names
 from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import StepInputs
-
-METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """Measurements of one optimizer step.
-
-    Attributes:
-        step: 1 for the first.
-        loss: the name of the task's loss, as the config has it.
-        task_loss: its value, in nats.
-        grad_norm: of all hypernetwork gradients before clipping.
-        gen_lora_l1_norm: mean |A| + mean |B| of the generated LoRA, per context.
-        exact_match: share of the questions whose supervised tokens are all the likeliest ones.
-        stage: of the curriculum, 1 for the first.
-        lr: the learning rate that the step used, of what AdamW steps.
-        tokens: question tokens and document tokens of the step.
-        label_tokens: supervised tokens of the step.
-        seconds: wall time of the step.
-    """
-
-    step: int
-    loss: LossName
-    task_loss: float
-    grad_norm: float
-    gen_lora_l1_norm: float
-    exact_match: float
-    stage: int
-    lr: float
-    tokens: int
-    label_tokens: int
-    seconds: float
-
-    def to_json(self) -> dict[str, float]:
-        """Return a line of metrics.jsonl; the task's loss stands under its name, such as `ce_loss`."""
-        values = asdict(self)
-        name = f"{values.pop('loss')}_loss"
-        return {name if key == "task_loss" else key: value for key, value in values.items()}
 
 
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
@@ -159,6 +120,7 @@ class Trainer:
         stage = 1 + self.curriculum.stage
         if self.curriculum.observe(exact_match):
             self.epoch, self.position = self.epoch + 1, 0
+        inp_fill, ctx_fill = packing_fill(batches, self.config)
         return StepMetrics(
             step=self.step_number,
             loss=self.config.loss,
@@ -171,6 +133,9 @@ class Trainer:
             tokens=sum(batch.n_tokens + batch.ctx_ids.shape[1] for batch in batches),
             label_tokens=normalizer.label_tokens,
             seconds=time.perf_counter() - started,
+            inp_fill=inp_fill,
+            ctx_fill=ctx_fill,
+            memory=peak_memory(self.processes.device),
         )
 
     def checkpoint(self, **evidence: Any) -> Checkpoint:

@@ -8,10 +8,13 @@ from typing import Any
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
+from d2l.train.events import note_event
 from d2l.train.folder import named_writes, prepare
-from d2l.train.loop import StepMetrics, Trainer, train_steps
+from d2l.train.loop import Trainer, train_steps
+from d2l.train.metrics import StepMetrics
 from d2l.train.processes import processes
 from d2l.train.start import Start
+from d2l.train.trackers import started_trackers
 
 
 def train(
@@ -43,10 +46,15 @@ def train(
     if this.is_main_process:
         with _named_writes(start.folder):
             prepare(start.folder, config, start.identity, preflight, None if start.checkpoint is None else start.step)
+            if start.checkpoint is not None:
+                note_event(start.folder, f"resumed after step {start.step:,}")
     this.wait_for_everyone()
     evidence = {"fingerprint": preflight["fingerprint"], "preflight": preflight["summary"], **start.evidence()}
-    for metrics in _take_steps(trainer, start.folder, evidence):
-        on_step(metrics.to_json())
+    with started_trackers(config, start.folder, trainer.step_number) as track:
+        for metrics in _take_steps(trainer, start.folder, evidence):
+            record = metrics.to_json()
+            track(record)
+            on_step(record)
 
 
 def _take_steps(trainer: Trainer, folder: Path, evidence: Mapping[str, Any]) -> Iterator[StepMetrics]:

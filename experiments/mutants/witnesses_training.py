@@ -16,6 +16,7 @@ from d2l.train.curriculum import Curriculum
 from d2l.train.guards import require_finite_step
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.losses import Normalizer, compute_loss
+from d2l.train.metrics import MEASURED
 from d2l.train.optimizer import make_optimizer, make_schedule, orthogonalize
 from d2l.train.processes import OneProcess
 from experiments.mutants.values import Values
@@ -32,7 +33,7 @@ def _train(config: RunConfig, steps: int, values: Values, name: str) -> Trainer:
         if name == "curriculum" and step:
             trainer.curriculum._passing[0] = -1.0  # random weights answer nothing: the second step ends the first stage
         metrics = trainer.step().to_json()
-        values |= {f"{name} step {step} {key}": value for key, value in metrics.items() if key != "seconds"}
+        values |= {f"{name} step {step} {key}": value for key, value in metrics.items() if key not in MEASURED}
     values |= {f"{name} {key}": value.clone() for key, value in trainer.model.hypernet.state_dict().items()}
     values[f"{name} training"] = [trainer.model.hypernet.training, trainer.model.base.training]
     values[f"{name} trainable base"] = sum(p.requires_grad for p in trainer.model.base.parameters())
@@ -80,7 +81,7 @@ def resume(values: Values) -> None:
         values[f"{name} curriculum"] = second.curriculum.state()
         for step in range(2):
             metrics = second.step().to_json()
-            values |= {f"{name} step {step} {key}": value for key, value in metrics.items() if key != "seconds"}
+            values |= {f"{name} step {step} {key}": value for key, value in metrics.items() if key not in MEASURED}
         values |= {f"{name} {key}": value for key, value in second.model.hypernet.state_dict().items()}
         lacking = {key: value for key, value in checkpoint.trainer.items() if "exp_avg_sq" not in key}
         broken = type(checkpoint)(checkpoint.hypernet, lacking, checkpoint.state)

@@ -5,7 +5,7 @@ import re
 from io import StringIO
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
 
@@ -90,6 +90,7 @@ def test_bars_of_libraries_are_silent_and_those_of_downloads_are_not(
     monkeypatch.setattr(logging, "_tqdm_active", True)
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
     monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS")
+    enable_progress_bars()
     load_libraries(quiet=True)
     assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")

@@ -174,13 +174,19 @@ def _probe_records(subject: "Subject", form: ConversationFormat) -> "tuple[Recor
         if len(record.prompts) == 1:
             prompts = (prompts[0], f"{prompts[0]} {prompts[0]}")
         if not made:
-            prompts = (f"{prompts[0]} {next(iter(form.special_tokens), '')}", *prompts[1:])
+            prompts = (f"{prompts[0]} {_spelled(form)}", *prompts[1:])
         asked = 1 if made else 2
         short = replace(record, context=context, prompts=prompts[:asked], responses=responses[:asked])
         made.append(replace(short, logprobs_vals=None, logprobs_indices=None))
     if len(made) == 1:
         made.append(replace(made[0], context=f"{made[0].context} {made[0].context}"))
     return tuple(made)
+
+
+def _spelled(form: ConversationFormat) -> str:
+    """Return the letters of a control token that the tokenizer can read as text; empty where its vocabulary cannot."""
+    readable = (it for it in form.special_tokens if form.special_ids.isdisjoint(form.encode_contents(it)))
+    return next(readable, "")
 
 
 def _other_base(vocabulary: int, folder: Path, longest: int) -> str:

@@ -226,8 +226,8 @@ MUTANTS = [
         "resume",
         (
             "no-first-checkpoint",
-            "trainer.step_number == 0 and",
-            "trainer.step_number < 0 and",
+            "if trainer.step_number == 0:",
+            "if trainer.step_number < 0:",
             "the first save is hours later",
         ),
         ("last-step-not-saved", " or metrics.step == config.max_steps", "", "the last steps are lost"),

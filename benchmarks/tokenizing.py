@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from d2l.data.cache import cached_rows
-from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.needles import needle_records
 from d2l.data.shards import row_sizes
 from d2l.data.tokenize import Limits, Tokenized, tokenize_records

@@ -17,7 +17,8 @@ from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout
 from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.cache import cached_rows, default_folder
-from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.limits import Limits
 from d2l.data.logprobs import require_teacher_logprobs
 from d2l.data.needles import needle_records

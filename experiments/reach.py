@@ -21,8 +21,8 @@ from prove import CONFIG, d2l
 from d2l.build import Components
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
+from d2l.data.chunks import chunk_document
 from d2l.data.limits import Limits
-from d2l.data.tokenize import chunk_document
 from d2l.evaluation.scores import LABELS
 
 PAGES = Path("experiments")

@@ -20,7 +20,8 @@ from d2l import build as run_build
 from d2l.config.schema import RunConfig
 from d2l.data import cache, shards
 from d2l.data.cache import MANIFEST, cached_rows, default_folder, key_parts
-from d2l.data.chat.format import ChatFormat, Encoded, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, Encoded, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.epochs import epoch_batches
 from d2l.data.needles import needle_records
 from d2l.data.records import Record
@@ -345,7 +346,8 @@ BUILDER = """
 import sys
 from pathlib import Path
 from d2l.data import cache
-from d2l.data.chat.format import chat_format, load_tokenizer
+from d2l.data.chat.format import chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.needles import needle_records
 from d2l.data.tokenize import Limits, tokenize_records
 

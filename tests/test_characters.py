@@ -20,10 +20,12 @@ from checks.rules import RULES
 from checks.runner import run_checks
 from d2l.config.load import load_config
 from d2l.data.characters import characters_per_token
-from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
+from d2l.data.chunks import chunk_document
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record
-from d2l.data.tokenize import chunk_document, tokenize_records
+from d2l.data.tokenize import tokenize_records
 
 HUGE = "The red fox sat near the old barn. " * 600_000  # 21 million characters
 

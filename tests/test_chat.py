@@ -13,8 +13,9 @@ from support.tiny_tokenizer import VOCABULARY_SIZE, build_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from d2l.data.chat.format import DEFAULT_DATE, chat_format, default_template, load_tokenizer
+from d2l.data.chat.format import DEFAULT_DATE, chat_format, default_template
 from d2l.data.chat.harmony import CONTROL_TOKENS, ChannelMessage, final_text, parse_channels
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.errors import ConfigError, DataError, ModelError
 from d2l.io.resources import resource
 

@@ -14,9 +14,10 @@ from support.harmony_rules import harmony_text
 from support.plain_jinja import plain_jinja
 from transformers import PreTrainedTokenizerBase
 
-from d2l.data.chat.format import chat_format, load_tokenizer
+from d2l.data.chat.format import chat_format
 from d2l.data.chat.harmony import TEMPLATE, expected_supervision
 from d2l.data.chat.supervision import supervised_texts, supervision_faults
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.errors import DataError
 from d2l.io.resources import resource
 

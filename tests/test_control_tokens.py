@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from checks.rules import RULES
 from checks.runner import run_checks
-from d2l.data.chat.format import ChatFormat, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
+from d2l.data.chunks import chunk_document
 from d2l.data.limits import Limits
 from d2l.data.records import Record
-from d2l.data.tokenize import chunk_document, tokenize_records
+from d2l.data.tokenize import tokenize_records
 from d2l.errors import DataError
 from d2l.inference.generate import decode_answer
 

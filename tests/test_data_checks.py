@@ -29,8 +29,8 @@ from d2l import build
 from d2l.config.descriptions import GROUPS
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
-from d2l.data import cache, epochs, packing, tokenize
-from d2l.data.chat.format import load_tokenizer
+from d2l.data import cache, chunks, epochs, packing, tokenize
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.limits import Limits
 from d2l.data.records import Record, read_records, write_records
 from d2l.errors import DataError
@@ -267,14 +267,14 @@ BUGS: dict[str, tuple[Plant, str]] = {
         before(tokenize, "chunk_document", lambda text, *rest: (text[:60], *rest)),
         "DAT304",
     ),
-    "last chunk lost": (after(tokenize, "split_context", lambda chunks, *_: chunks[:-1] or chunks), "DAT304"),
-    "tail lost": (before(tokenize, "split_context", lambda text, *rest: (text[:-1] or text, *rest)), "DAT304"),
+    "last chunk lost": (after(chunks, "split_context", lambda chunks, *_: chunks[:-1] or chunks), "DAT304"),
+    "tail lost": (before(chunks, "split_context", lambda text, *rest: (text[:-1] or text, *rest)), "DAT304"),
     "end token lost": (
-        before(tokenize, "split_context", lambda text, prefix, suffix, *rest: (text, prefix, suffix[:-1], *rest)),
+        before(chunks, "split_context", lambda text, prefix, suffix, *rest: (text, prefix, suffix[:-1], *rest)),
         "DAT304",
     ),
     "first token doubled": (
-        before(tokenize, "split_context", lambda text, prefix, *rest: (text, [prefix[0], *prefix], *rest)),
+        before(chunks, "split_context", lambda text, prefix, *rest: (text, [prefix[0], *prefix], *rest)),
         "DAT304",
     ),
     "packed rows over their limit": (

@@ -16,9 +16,10 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat, chat_format, default_template
 from d2l.data.chat.supervision import supervised_texts, supervision_faults
 from d2l.data.chat.templates import SHIPPED
+from d2l.data.chunks import chunk_document
 from d2l.data.limits import Limits
 from d2l.data.records import Record
-from d2l.data.tokenize import chunk_document, tokenize_records
+from d2l.data.tokenize import tokenize_records
 from d2l.errors import DataError, ModelError
 from d2l.hypernet.model import DocToLora
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids

@@ -15,10 +15,11 @@ from torch import Tensor
 from d2l.checkpoint import load_checkpoint, save_checkpoint, step_folder
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import chat_format
+from d2l.data.chunks import chunk_document
 from d2l.data.document import decode_document
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import Row, chunk_document
+from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, bind
 from d2l.inference.generate import ask, decode_answer, encode_prompt, find_stop_ids, generate, internalize

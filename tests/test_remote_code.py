@@ -12,7 +12,7 @@ import pytest
 
 import d2l
 from d2l.base.config import read_base_config
-from d2l.data.chat.format import load_tokenizer
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.errors import ModelError
 from d2l.io.resources import resource
 
@@ -71,7 +71,7 @@ def test_every_call_of_transformers_says_that_no_code_is_trusted() -> None:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and re.match("Auto[A-Z]", ast.unparse(call.func))
     ]
-    assert {name for name, _ in calls} == {"config.py", "load.py", "format.py"}
+    assert {name for name, _ in calls} == {"config.py", "load.py", "tokenizer.py"}
     for name, call in calls:
         trusted = [ast.unparse(it.value) for it in call.keywords if it.arg == "trust_remote_code"]
         assert trusted == ["False"], f"{name}:{call.lineno}"

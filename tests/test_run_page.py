@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 import cli
 from commands.run_page import INK
-from d2l.data.chat.format import chat_format, load_tokenizer
+from d2l.data.chat.format import chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.evaluation import sample

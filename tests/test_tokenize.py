@@ -17,18 +17,12 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from d2l.build import Components
 from d2l.config.schema import RunConfig
-from d2l.data.chat.format import ChatFormat, Encoded, chat_format, load_tokenizer
+from d2l.data.chat.format import ChatFormat, Encoded, chat_format
+from d2l.data.chat.tokenizer import load_tokenizer
+from d2l.data.chunks import split_context
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record, read_records
-from d2l.data.tokenize import (
-    IGNORE_INDEX,
-    Query,
-    Row,
-    labels_from_mask,
-    split_context,
-    split_queries,
-    tokenize_records,
-)
+from d2l.data.tokenize import IGNORE_INDEX, Query, Row, labels_from_mask, split_queries, tokenize_records
 from d2l.errors import ConfigError, DataError
 from d2l.io.resources import resource
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from checks.oracles.conversations import ConversationFormat
 from checks.subject import changed
-from d2l.data.chat.format import load_tokenizer
+from d2l.data.chat.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from checks.subject import Subject

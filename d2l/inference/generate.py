@@ -12,9 +12,10 @@ from transformers import GenerationConfig
 from d2l.data.chat.conversations import PROBE
 from d2l.data.chat.format import ChatFormat
 from d2l.data.chat.harmony import CONTROL_TOKENS, final_text, has_harmony_tokens
+from d2l.data.chunks import Ids, chunk_document
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.packing import collate
-from d2l.data.tokenize import Ids, Row, chunk_document
+from d2l.data.tokenize import Row
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora, bind
 from d2l.hypernet.model import DocToLora

@@ -113,7 +113,6 @@ class Trainer:
         )
         # only now: clipping by a norm that is not finite would spoil all gradients, and the guard could name no culprit
         nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
-        lr = float(self.scheduler.get_last_lr()[-1])
         self.optimizer.step()
         self.scheduler.step()
         self.step_number += 1
@@ -129,7 +128,7 @@ class Trainer:
             gen_lora_l1_norm=l1,
             exact_match=exact_match,
             stage=stage,
-            lr=lr,
+            lr=float(rates[-1]),
             tokens=sum(batch.n_tokens + batch.ctx_ids.shape[1] for batch in batches),
             label_tokens=normalizer.label_tokens,
             seconds=time.perf_counter() - started,

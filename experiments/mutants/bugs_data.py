@@ -180,7 +180,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.tokenize:split_context",
+        "d2l.data.chunks:split_context",
         "rows",
         ("suffix-lost", "*islice(pieces, length), *suffix)", "*islice(pieces, length))", "no chunk is a whole message"),
         (
@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.tokenize:chunk_document",
+        "d2l.data.chunks:chunk_document",
         "rows",
         (
             "document-cut-to-60-characters",
@@ -242,7 +242,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.tokenize:_chunk_count",
+        "d2l.data.chunks:_chunk_count",
         "rows",
         (
             "chunks-over-their-limit",

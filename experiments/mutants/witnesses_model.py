@@ -15,8 +15,9 @@ from d2l.base.load import random_base
 from d2l.base.load_plan import plan_load
 from d2l.build import Components
 from d2l.config.schema import RunConfig
+from d2l.data.chunks import Ids
 from d2l.data.packing import PackedBatch, collate
-from d2l.data.tokenize import Ids, Row
+from d2l.data.tokenize import Row
 from d2l.errors import D2LError
 from d2l.hypernet.lora import bind, merge_chunks
 from d2l.hypernet.model import DocToLora

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2l.data.chat.format import load_tokenizer
+from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.io.resources import resource
 
 TINY = "configs/models/tiny_gpt_oss"

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,19 +91,21 @@ def train(
     reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
     first = os.environ.get("RANK", "0") == "0"  # one of several processes prints, each one checks
     stop = StopRequest(max_minutes, announce=_write_at_once if first else lambda text: None)
-    with stop_on_signals(stop), _told(resume, ignore or ()):
+    with stop_on_signals(_end_at_once):
         config = _config_file(config, resume, output)
         options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
         resolved = read_config(config, settings or (), **options)
         if not resolved.train_ds_names:
             raise DataError("no training data: pass --data FILE, or set train_ds_names")
         load_libraries(quiet=not first)
+    with stop_on_signals(stop.receive):
         from d2l.train.processes import process_group
         from d2l.train.start import start_new, start_resumed
 
         numbered = output is None
         with (
             process_group(),
+            _told(resume, ignore or ()),
             start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=numbered) as start,
             _told(start.folder, ignore or ()),
         ):
@@ -164,11 +167,21 @@ def _told(run: Path | None, ignored: Sequence[str]) -> Iterator[None]:
     except Interrupted as error:
         from d2l.checkpoint import is_checkpoint, step_folders
 
-        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         saved = run is not None and (step_folders(run) or is_checkpoint(run))
         left = f"; {_to_go_on(run, ignored)}" if run and saved else ", and nothing was saved: start it again"
-        typer.echo(f"{rank}Stopped by {error} before a step was taken{left}", err=True)
+        typer.echo(f"{_rank()}Stopped by {error} before a step was taken{left}", err=True)
         raise typer.Exit(STOPPED) from None
+
+
+def _end_at_once(number: int) -> None:
+    """End while libraries are loaded, whose half imported modules no exception should pass through."""
+    name = signal.Signals(number).name
+    _write_at_once(f"{_rank()}Stopped by {name} before anything was read or written: start it again")
+    os._exit(STOPPED)
+
+
+def _rank() -> str:
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _to_go_on(run: Path, ignored: Sequence[str]) -> str:

@@ -67,8 +67,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(request: StopRequest) -> Iterator[None]:
-    """Let SIGTERM, SIGUSR1 and SIGINT make the request meanwhile; afterwards they do what they did.
+def stop_on_signals(receive: Callable[[int], None]) -> Iterator[None]:
+    """Hand SIGTERM, SIGUSR1 and SIGINT to a function meanwhile, by number; afterwards they do what they did.
 
     Signals that are ignored stay so (`nohup`, `&`). Python takes signals in the main thread alone: in another one nothing
     is changed.
@@ -81,7 +81,7 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         if os.getpid() != owner:  # a forked worker of the preflight
             _end_by(number)
-        request.receive(number)
+        receive(number)
 
     before = {it: signal.getsignal(it) for it in SIGNALS}
     taken = {it: handler for it, handler in before.items() if handler is not signal.SIG_IGN}

@@ -49,7 +49,7 @@ def process_group() -> Iterator[None]:
         if not distributed.is_initialized():
             raise
         if _is_of_connection(error):
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].partition(". ")[0]
             raise ProcessError(
                 f"{process_name()} lost another process of the run, which ended, or whose host cannot be reached: the one "
                 f"that ended first says why ({reason})"

@@ -205,12 +205,13 @@ def test_the_command_ends_with_12_and_says_how_to_go_on(tmp_path: Path, number: 
     run = tmp_path / "run"
     values = ["save_steps=1000", "needle_documents=4", "max_steps=500"]
     options = ["--output", str(run), *(word for value in values for word in ("--set", value))]
-    started = subprocess.Popen(
-        [sys.executable, "-u", "-m", "cli", "train", "configs/tiny_gpt_oss.yaml", *options],
-        cwd=ROOT,
-        stdout=(tmp_path / "said").open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    with (tmp_path / "said").open("w") as said_file:
+        started = subprocess.Popen(
+            [sys.executable, "-u", "-m", "cli", "train", "configs/tiny_gpt_oss.yaml", *options],
+            cwd=ROOT,
+            stdout=said_file,
+            stderr=subprocess.STDOUT,
+        )
     begun = {
         "loading": lambda: "loading torch" in (tmp_path / "said").read_text(),
         "preflight": lambda: run.exists(),

@@ -11,13 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.launch import CONFIG, launch
-from support.tiny_run import tiny_config
+from support.launch import launch, train_alone
 from support.two_hosts import Host, two_hosts
 
-from d2l.build import Components
 from d2l.checkpoint import load_checkpoint, step_folder
-from d2l.train.loop import Trainer
 from d2l.train.metrics import METRICS
 
 pytestmark = pytest.mark.slow
@@ -69,12 +66,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, torch.Tensor]:
     """Weights after the steps of one process."""
-    config = tiny_config(**CONFIG | {"gradient_accumulation_steps": 2})
-    components = Components(config)
-    trainer = Trainer(components.model, components.rows, config)
-    for _ in range(config.max_steps):
-        trainer.step()
-    return dict(trainer.model.hypernet.state_dict())
+    return train_alone(processes=2)[1]
 
 
 def assert_trained(folder: Path, expected: dict[str, torch.Tensor]) -> None:

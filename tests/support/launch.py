@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from d2l.build import Components
+from d2l.train.loop import Trainer
+from support.tiny_run import tiny_config
+
 SCRIPT = Path(__file__).with_name("launched_run.py")
 CONFIG = {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 1, "needle_documents": 3}
 
@@ -48,3 +54,12 @@ def run_here(folder: Path, processes: int, **settings: Any) -> list[dict[str, An
     notes = [folder / f"{rank}.json" for rank in range(processes)]
     assert any(it.exists() for it in notes), said
     return [json.loads(it.read_text()) if it.exists() else {} for it in notes]
+
+
+def train_alone(processes: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Take the same steps in this process, with the micro-batches of so many; return their metrics and the weights."""
+    config = tiny_config(**CONFIG | {"gradient_accumulation_steps": processes} | changes)
+    components = Components(config)
+    trainer = Trainer(components.model, components.rows, config)
+    metrics = [trainer.step().to_json() for _ in range(config.max_steps)]
+    return metrics, dict(trainer.model.hypernet.state_dict())

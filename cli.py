@@ -13,9 +13,9 @@ require_one_installation()  # before the imports below: they would find the modu
 
 from checks.result import UsageError  # noqa: E402 - see above
 from commands import adapter, autopsy, config, data, evaluate, plan, preflight, runs, train  # noqa: E402
-from d2l.errors import D2LError, NonFiniteError  # noqa: E402
+from d2l.errors import D2LError, NonFiniteError, ProcessError  # noqa: E402
 
-USAGE, NON_FINITE, INTERRUPTED = 2, 11, 130  # exit codes
+USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130  # exit codes
 
 
 class Commands(TyperGroup):
@@ -26,8 +26,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except D2LError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(NON_FINITE if isinstance(error, NonFiniteError) else USAGE) from None
+            typer.echo("\n".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
+            raise typer.Exit(_exit_code(error)) from None
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -38,6 +38,11 @@ class Commands(TyperGroup):
         if command is not None:
             _refuse_repeated(command, type(ctx)(command, info_name=name, parent=ctx), rest)
         return name, command, rest
+
+
+def _exit_code(error: D2LError) -> int:
+    codes = {NonFiniteError: NON_FINITE, ProcessError: PROCESSES}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), USAGE)
 
 
 def _refuse_repeated(command: Any, ctx: Any, args: list[str]) -> None:

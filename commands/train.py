@@ -1,7 +1,10 @@
 """The command that trains: the preflight as a gate, then the loop with its progress. Heavy imports come late."""
 
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +27,7 @@ from commands.console import (
 from commands.preflight import checks_progress
 from commands.progress import METRICS, steps_progress
 from d2l.errors import DataError
+from d2l.train.stopping import Interrupted, StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from d2l.config.schema import RunConfig
     from d2l.train.start import Start
 
-REFUSED = 10  # exit code
+REFUSED, STOPPED = 10, 12  # exit codes
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -50,6 +54,15 @@ def train(
     settings: SetOption = None,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", metavar="N", help="Stop after N optimizer steps in all.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-minutes",
+            metavar="M",
+            min=0,
+            help="Stop, saved, at the end of the step in which M minutes have passed since the start of this command.",
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")] = None,
     resume: Annotated[
@@ -70,45 +83,118 @@ def train(
 ) -> None:
     """Train, if the preflight finds nothing against it.
 
-    Exit codes: 0 done, 2 bad usage or config, 10 refused by the preflight, 11 stopped on a value that is not finite.
-    """
-    options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
-    reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
-    config = _config_file(config, resume, output)
-    resolved = read_config(config, settings or (), **options)
-    if not resolved.train_ds_names:
-        raise DataError("no training data: pass --data FILE, or set train_ds_names")
-    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes prints, each one checks
-    load_libraries(quiet=quiet)
+    SIGTERM, SIGUSR1 and SIGINT stop a run at the end of its step, saved; a second one ends it at once.
 
+    Exit codes: 0 done, 2 bad usage or config, 10 refused by the preflight, 11 stopped on a value that is not finite,
+    12 stopped by a signal or --max-minutes, 13 another process of the run is gone or differs.
+    """
+    reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
+    first = os.environ.get("RANK", "0") == "0"  # one of several processes prints, each one checks
+    stop = StopRequest(max_minutes, announce=_write_at_once if first else lambda text: None)
+    with stop_on_signals(_end_at_once):
+        config = _config_file(config, resume, output)
+        options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
+        resolved = read_config(config, settings or (), **options)
+        if not resolved.train_ds_names:
+            raise DataError("no training data: pass --data FILE, or set train_ds_names")
+        load_libraries(quiet=not first)
+    with stop_on_signals(stop.receive):
+        from d2l.train.processes import process_group
+        from d2l.train.start import start_new, start_resumed
+
+        numbered = output is None
+        with (
+            process_group(),
+            _told(resume, ignore or ()),
+            start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=numbered) as start,
+            _told(start.folder, ignore or ()),
+        ):
+            stopped_by = _check_and_train(resolved, str(config), start, reasons, stop, quiet=not first)
+        if stopped_by is not None:
+            if first:
+                typer.echo(f"Stopped by {stopped_by}, saved; {_to_go_on(start.folder, ignore or ())}", err=True)
+            raise typer.Exit(STOPPED)
+
+
+def _check_and_train(
+    config: "RunConfig", name: str, start: "Start", reasons: Mapping[str, str], stop: StopRequest, *, quiet: bool
+) -> str | None:
+    """Run the preflight, and train where it finds nothing; return what the run was stopped by.
+
+    Raises:
+        typer.Exit: the preflight refuses the run.
+    """
     from checks.production import make_subject, one_thread
     from checks.report import print_report
     from checks.rules import RULES
     from checks.runner import run_checks
-    from d2l.train.start import start_new, start_resumed, with_inputs
+    from d2l.train.start import with_inputs
     from d2l.train.trackers import require_trackers
 
-    require_trackers(resolved.report_to)
+    require_trackers(config.report_to)
     screen = console(quiet=quiet)
-    with start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=output is None) as start:
-        _print_notes(start.notes, quiet=quiet)
-        if start.checkpoint is not None and start.step >= resolved.max_steps:
-            screen.out(_nothing_to_do(start, resolved.max_steps), highlight=False)
-            return
-        with checks_progress() as (observe, on_tokenize), one_thread():
-            subject = make_subject(resolved, str(config), on_tokenize)
-            compared = with_inputs(start, subject.identity)
-            report = run_checks(subject, RULES, ignore=reasons, observe=observe)
-        _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
-        report = replace(report, seconds=waited())
-        print_report(report, screen)
-        if report.exit_code() != 0:
-            typer.echo(
-                "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check",
-                err=True,
-            )
-            raise typer.Exit(REFUSED)
-        _train(resolved, compared, report.to_json(), screen)
+    _print_notes(start.notes, quiet=quiet)
+    if start.checkpoint is not None and start.step >= config.max_steps:
+        screen.out(_nothing_to_do(start, config.max_steps), highlight=False)
+        return None
+    with checks_progress() as (observe, on_tokenize), one_thread():
+        subject = make_subject(config, name, on_tokenize)
+        compared = with_inputs(start, subject.identity)
+        report = run_checks(subject, RULES, ignore=reasons, observe=observe)
+    _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
+    report = replace(report, seconds=waited())
+    print_report(report, screen)
+    if report.exit_code() != 0:
+        typer.echo(
+            "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check", err=True
+        )
+        raise typer.Exit(REFUSED)
+    return _train(config, compared, report.to_json(), screen, stop)
+
+
+@contextmanager
+def _told(run: Path | None, ignored: Sequence[str]) -> Iterator[None]:
+    """Where a signal ends the run before its first step is taken, say what it leaves behind.
+
+    Args:
+        run: the run's folder; None: there is none yet.
+
+    Raises:
+        typer.Exit: a signal did.
+    """
+    try:
+        yield
+    except Interrupted as error:
+        from d2l.checkpoint import is_checkpoint, step_folders
+
+        saved = run is not None and (step_folders(run) or is_checkpoint(run))
+        left = f"; {_to_go_on(run, ignored)}" if run and saved else ", and nothing was saved: start it again"
+        typer.echo(f"{_rank()}Stopped by {error} before a step was taken{left}", err=True)
+        raise typer.Exit(STOPPED) from None
+
+
+def _end_at_once(number: int) -> None:
+    """End while libraries are loaded, whose half imported modules no exception should pass through."""
+    name = signal.Signals(number).name
+    _write_at_once(f"{_rank()}Stopped by {name} before anything was read or written: start it again")
+    os._exit(STOPPED)
+
+
+def _rank() -> str:
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _to_go_on(run: Path, ignored: Sequence[str]) -> str:
+    """Return the command that continues a run."""
+    options = shlex.join(["train", "--resume", str(run), *(word for text in ignored for word in ("--ignore", text))])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return f"to go on, start all processes as before: {options}"
+    return f"to go on: d2l {options}"
+
+
+def _write_at_once(text: str) -> None:
+    """Write to stderr from a signal's handler, which may have interrupted a print."""
+    os.write(2, f"{text}\n".encode())
 
 
 def _print_notes(notes: Sequence[str], *, quiet: bool) -> None:
@@ -163,8 +249,13 @@ def _nothing_to_do(start: "Start", max_steps: int) -> str:
     )
 
 
-def _train(config: "RunConfig", start: "Start", preflight: Mapping[str, Any], screen: "Console") -> None:
-    """Train with a bar on a terminal and lines elsewhere, then print the last metrics and where the run lies."""
+def _train(
+    config: "RunConfig", start: "Start", preflight: Mapping[str, Any], screen: "Console", stop: StopRequest
+) -> str | None:
+    """Train with a bar on a terminal and lines elsewhere, then print the last metrics and where the run lies.
+
+    Returns what the run was stopped by; None where all steps are taken.
+    """
     from d2l.train.run import train
 
     if start.checkpoint is not None:
@@ -177,10 +268,11 @@ def _train(config: "RunConfig", start: "Start", preflight: Mapping[str, Any], sc
             steps, tokens, last = steps + 1, tokens + record["tokens"], dict(record)
             show(record)
 
-        train(config, start, preflight=preflight, on_step=on_step, on_tokenize=on_tokenize)
+        stopped_by = train(config, start, preflight=preflight, on_step=on_step, on_tokenize=on_tokenize, stop=stop)
     rows = {"steps of this run": str(steps)} | {key: f"{last[key]:.6g}" for key in METRICS if key in last}
     if steps:
         rows["tokens"] = f"{tokens:,.0f}"
     rows["run folder"] = str(start.folder)
     width = max(map(len, rows))
     screen.out("\n".join(["", *(f"{label:<{width}}  {value}" for label, value in rows.items())]), highlight=False)
+    return stopped_by

@@ -5,6 +5,7 @@ D2LError
 ├── DataError        a data file or a record in it
 ├── ModelError       the base model, its tokenizer or its chat template
 ├── CheckpointError  a checkpoint or an output folder
+├── ProcessError     one of several processes of a run is gone, or differs from the others
 └── NonFiniteError   training stopped before a step, or before a save, on a value that is not finite
 """
 
@@ -40,6 +41,10 @@ class ModelError(D2LError):
 
 class CheckpointError(D2LError):
     """A checkpoint or output folder cannot be written, verified or read."""
+
+
+class ProcessError(D2LError):
+    """One of several processes of a run is gone, or differs from the others."""
 
 
 class NonFiniteError(D2LError):

@@ -74,7 +74,7 @@ class World:
         assert identity == "hashes"
         return SimpleNamespace(**vars(start) | {"notes": (*start.notes, "torch is another")})
 
-    def train(self, config, start, *, preflight, on_step, on_tokenize):
+    def train(self, config, start, *, preflight, on_step, on_tokenize, stop):
         self.trained.append((preflight, start.folder, start.checkpoint))
         for done in (1, 1200):
             on_tokenize(done, 1200)

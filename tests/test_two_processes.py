@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.launch import run_here, train_alone
 from support.tiny_model import random_rows, tiny_model
 from support.two_processes import config_for
 
@@ -55,3 +56,16 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     trained = load_checkpoint(step_folder(folder, 3))
     for name, value in alone.model.hypernet.state_dict().items():
         torch.testing.assert_close(trained.hypernet[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(tmp_path: Path) -> None:
+    """By loss and gradient norm: four numbers are summed in another order, and Adam makes the sign of a tiny one a step."""
+    slow = {"learning_rate": 0.001}
+    assert [note["code"] for note in run_here(tmp_path, 4, config=slow)] == [0] * 4
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    expected, _ = train_alone(processes=4, **slow)
+    assert len(lines) == len(expected)
+    for ours, theirs in zip(lines, expected, strict=True):
+        for key in ("ce_loss", "grad_norm", "gen_lora_l1_norm", "tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (key, ours["step"])

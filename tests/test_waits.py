@@ -84,6 +84,8 @@ def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, chang
     )
     with Device() as device:
         trainer.step()
-    assert fetched == [5]  # task loss, L1 norm, exact match, whether the weights are spoilt, gradient norm
+    assert fetched == [
+        6
+    ]  # task loss, L1 norm, exact match, whether to stop, whether the weights are spoilt, gradient norm
     assert device.waits == []
     assert device.copies == moves > 0

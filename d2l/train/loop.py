@@ -36,6 +36,7 @@ from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, sta
 from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import StepInputs
+from d2l.train.stopping import StopRequest
 
 
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
@@ -61,6 +62,7 @@ class Trainer:
         rows: tokenized rows; packed anew, in another order, for every epoch.
         config: the resolved configuration.
         among: the processes that share each step; default: those of this run.
+        stop: read at the end of every step.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Trainer:
         rows: Sequence[Row],
         config: RunConfig,
         among: "PartialState | OneProcess | None" = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.rows = config, rows
+        self.stop, self._agreed_to_stop = stop or StopRequest(), False
         self.processes = among or processes()
         self.model = model.to(self.processes.device)
         self.model.hypernet.train()
@@ -99,8 +103,9 @@ class Trainer:
         parameters = list(self.model.hypernet.parameters())
         grad_norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         # the one time in a step that the host waits for the device; nothing has been changed yet
-        task, l1, exact_match, *spoilt, norm = torch.cat([sums, grad_norm.detach().to(sums)[None]]).tolist()
+        task, l1, exact_match, stopping, *spoilt, norm = torch.cat([sums, grad_norm.detach().to(sums)[None]]).tolist()
         self._require_none(spoilt)
+        self._agreed_to_stop = stopping > 0
         self.inputs = inputs
         coefficient = self.config.gen_lora_l1_reg_coef
         require_finite_step(
@@ -136,6 +141,11 @@ class Trainer:
             ctx_fill=ctx_fill,
             memory=peak_memory(self.processes.device),
         )
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the last step was to be the last: the same in all processes, so that a late request waits for the next."""
+        return self._agreed_to_stop or (self.processes.num_processes == 1 and self.stop.is_made)
 
     def checkpoint(self, **evidence: Any) -> Checkpoint:
         """Collect everything needed to continue this run elsewhere; `evidence` is kept in its state as it is."""
@@ -203,7 +213,11 @@ class Trainer:
         )
 
     def _accumulate(self, batches: Sequence[PackedBatch], normalizer: Normalizer, spoilt: Tensor) -> Tensor:
-        """Accumulate the step's gradients; return task loss, L1 norm, exact match and `spoilt`, all processes' sums."""
+        """Accumulate the step's gradients; return all processes' sums.
+
+        Returns:
+            task loss, L1 norm, exact match, requests to stop, and `spoilt`: float32 [4 + processes] on the device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         count, rank, device = self.processes.num_processes, self.processes.process_index, self.processes.device
         sums = torch.zeros(3, device=device)
@@ -215,7 +229,7 @@ class Trainer:
             with shared.during() if shared else nullcontext():
                 loss.total.backward()
             sums += torch.stack([loss.task.detach(), loss.l1.detach(), loss.exact_match])
-        sums = torch.cat([sums, spoilt])
+        sums = torch.cat([sums, torch.full((1,), float(self.stop.is_made), device=device), spoilt])
         return reduce(sums, reduction="sum") if count > 1 else sums
 
     def _next_batches(self) -> list[PackedBatch]:
@@ -240,9 +254,10 @@ class Trainer:
 
 
 def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
-    """Train to `max_steps`, yielding every step's metrics, and write them and checkpoints into the run's folder.
+    """Train to `max_steps`, or to the step in which the trainer is asked to stop; yield every step's metrics.
 
-    A checkpoint is written before the first step: a run that cannot save should fail now and not hours later.
+    Metrics and checkpoints go into the run's folder. A checkpoint is written before the first step: a run that cannot
+    save should fail now and not hours later.
 
     Args:
         trainer: new, or restored from a checkpoint of this folder.
@@ -263,13 +278,17 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
                 save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
+            trainer.stop.wait_for_step()
+            stopping = trainer.should_stop
             if main:
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
-            if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
+            if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps or stopping:
                 trainer.require_sound_state()
                 if main:
                     os.fsync(metrics_file.fileno())  # a checkpoint's steps are in the file, whatever happens after it
                     save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))
                     prune_checkpoints(folder, config.save_total_limit)
             yield metrics
+            if stopping:
+                return

@@ -1,16 +1,25 @@
-"""Processes that share each optimizer step, and the device of this one."""
+"""Processes that share each optimizer step, the device of this one, and how their group is left."""
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch import distributed
 
-from d2l.errors import CheckpointError
+from d2l.errors import CheckpointError, D2LError, ProcessError
 
 T = TypeVar("T")
+
+# How long a process waits for another one whose host has vanished without a word; NCCL's own default, for gloo too. One
+# that ends is noticed within seconds: its connections close.
+TIMEOUT = timedelta(minutes=10)
 
 
 def processes() -> PartialState:
@@ -18,7 +27,76 @@ def processes() -> PartialState:
 
     On CPUs accelerate needs the option, or each of several processes acts as the only one.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    return PartialState(cpu=cpu, timeout=TIMEOUT)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the process group of this run at the end, where it was joined meanwhile.
+
+    In order all leave together. After an error, which is given the name of this process, the others notice within seconds
+    that it is gone.
+
+    Raises:
+        ProcessError: another process is gone.
+    """
+    try:
+        yield
+        if distributed.is_initialized():
+            processes().wait_for_everyone()
+    except Exception as error:
+        if not distributed.is_initialized():
+            raise
+        if _is_of_connection(error):
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise ProcessError(
+                f"{process_name()} lost another process of the run, which ended, or whose host cannot be reached: the one "
+                f"that ended first says why ({reason})"
+            ) from error
+        error.add_note(
+            f"in {process_name()}" + ("" if isinstance(error, D2LError) else "; the other processes end too")
+        )
+        raise
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def process_name() -> str:
+    """Return which of several processes this is, and on which host."""
+    return f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Return whether an error says that another process cannot be reached; gloo has no type of its own for it."""
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def require_agreement(parts: Mapping[str, str], what: str) -> None:
+    """Refuse processes that differ, in all of them.
+
+    Args:
+        parts: values of this process by name.
+        what: the values, in words.
+
+    Raises:
+        ProcessError: the message names the parts that differ, and the processes with another value than the first one.
+    """
+    if processes().num_processes == 1:
+        return
+    names, values = zip(*gather_object([(process_name(), dict(parts))]), strict=True)
+    lines = []
+    for part in dict.fromkeys(part for each in values for part in each):
+        others = [name for name, each in zip(names, values, strict=True) if each.get(part) != values[0].get(part)]
+        if others:
+            found = next(each.get(part) for each in values if each.get(part) != values[0].get(part))
+            lines.append(
+                f"  {part}: expected {str(values[0].get(part))[:12]} of {names[0]}, found {str(found)[:12]} in "
+                f"{', '.join(others)}"
+            )
+    if lines:
+        raise ProcessError("\n".join([f"{what} of the processes differ; give all of them the same:", *lines]))
 
 
 def from_main_process(decide: Callable[[], T]) -> T:

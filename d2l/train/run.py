@@ -14,6 +14,7 @@ from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import StepMetrics
 from d2l.train.processes import processes
 from d2l.train.start import Start
+from d2l.train.stopping import StopRequest
 from d2l.train.trackers import started_trackers
 
 
@@ -24,7 +25,8 @@ def train(
     preflight: Mapping[str, Any],
     on_step: Callable[[Mapping[str, float]], None],
     on_tokenize: OnProgress = lambda done, total: None,
-) -> None:
+    stop: StopRequest | None = None,
+) -> str | None:
     """Train in a run's folder to the configured number of steps.
 
     Args:
@@ -32,6 +34,10 @@ def train(
         preflight: report of the preflight as JSON values, kept in the folder.
         on_step: called after every step with its metrics, as in metrics.jsonl.
         on_tokenize: called while the data is tokenized, with the number of records done, and of all.
+        stop: the run stops, saved, at the end of the step in which this is made; in several processes, if it is in one.
+
+    Returns:
+        None where all steps are taken, else what it was stopped by.
 
     Raises:
         CheckpointError: the folder cannot be written: the disk is full, or worse; the newest checkpoint stands.
@@ -40,7 +46,7 @@ def train(
     this = processes()  # before the base is loaded: gives each process a GPU of its own
     components = Components(config, on_tokenize)
     rows = components.rows  # before the base is loaded: errors in the data should come first
-    trainer = Trainer(components.model, rows, config)
+    trainer = Trainer(components.model, rows, config, stop=stop)
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint)
     if this.is_main_process:
@@ -55,6 +61,12 @@ def train(
             record = metrics.to_json()
             track(record)
             on_step(record)
+    if trainer.step_number >= config.max_steps:
+        return None
+    if this.is_main_process:
+        with _named_writes(start.folder):
+            note_event(start.folder, f"stopped after step {trainer.step_number:,} by {trainer.stop.cause}")
+    return trainer.stop.cause
 
 
 def _take_steps(trainer: Trainer, folder: Path, evidence: Mapping[str, Any]) -> Iterator[StepMetrics]:

@@ -28,7 +28,7 @@ from d2l.train.changes import (
     require_known,
 )
 from d2l.train.folder import Identity, named_writes, never_saved, read_identity, take_new_folder
-from d2l.train.processes import from_main_process, processes
+from d2l.train.processes import from_main_process, processes, require_agreement
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,11 @@ def with_inputs(start: Start, now: Fingerprint | None) -> Start:
 
     Raises:
         CheckpointError: data or base differ, and that is not allowed.
+        ProcessError: they differ among the processes of the run.
     """
     start = replace(start, inputs=now)
+    if now is not None:
+        require_agreement(now.parts, "configuration, data, base or versions")
     if start.checkpoint is None or now is None:
         return start
     then = start.checkpoint.state.get("inputs")

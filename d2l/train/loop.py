@@ -36,6 +36,7 @@ from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, sta
 from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import StepInputs
+from d2l.train.watch import Watch
 
 
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
@@ -240,7 +241,7 @@ class Trainer:
         return self._packed[1]
 
 
-def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
+def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **evidence: Any) -> Iterator[StepMetrics]:
     """Train to `max_steps`, yielding every step's metrics, and write them and checkpoints into the run's folder.
 
     A checkpoint is written before the first step: a run that cannot save should fail now and not hours later.
@@ -248,6 +249,7 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
     Args:
         trainer: new, or restored from a checkpoint of this folder.
         folder: the run's folder, which exists.
+        watch: looks at every step before it is saved, and evaluates held-out documents; changes nothing of the run.
         evidence: JSON values to be kept in every checkpoint (fingerprint, preflight summary).
 
     Raises:
@@ -267,6 +269,8 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
             if main:
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
+            if watch is not None:
+                watch.observe(metrics)
             if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps:
                 trainer.require_sound_state()
                 if main:

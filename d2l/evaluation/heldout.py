@@ -6,8 +6,6 @@ weight changes, so that a run goes on as it would have without.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from statistics import fmean, stdev
 from typing import Literal, get_args
 
@@ -18,7 +16,7 @@ from d2l.config.schema import LossName, RunConfig
 from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import Row
-from d2l.hypernet.distance import UpdateDistance, update_distance
+from d2l.hypernet.distance import UpdateProducts, compare_updates, mean_distance
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.train.losses import Normalizer, compute_loss, context_losses
@@ -45,12 +43,12 @@ class HeldoutScores:
     Attributes:
         loss: the name of the task's loss.
         answers: under the document's own LoRA, under another document's, and without one.
-        distance: of each document's LoRA from the one that stands for another's.
+        pairs: each document's LoRA beside the other one, without the learned bias that all of them share.
     """
 
     loss: LossName
     answers: dict[Control, Answers]
-    distance: UpdateDistance
+    pairs: Sequence[UpdateProducts]
 
     @property
     def gaps(self) -> list[float]:
@@ -68,14 +66,24 @@ class HeldoutScores:
         """The standard error of `gap`."""
         return stdev(self.gaps) / len(self.gaps) ** 0.5
 
+    @property
+    def distance(self) -> float:
+        """The mean distance of two documents' updates, each at norm 1; see `UpdateProducts.distance`."""
+        return mean_distance(self.pairs)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no document's LoRA does anything."""
+        return not any(any(pair.one.values()) for pair in self.pairs)
+
     def to_json(self) -> dict[str, float]:
         """Return them as flat JSON values, as evaluation.jsonl has them."""
         values: dict[str, float] = {"documents": len(self.gaps)}
         for control, found in self.answers.items():
             values[f"{control}_{self.loss}{LOSS_SUFFIX}"] = found.loss
             values[f"{control}_exact_match"] = found.exact_match
-        values |= {"swap_gap": self.gap, "swap_gap_error": self.gap_error, DISTANCE: self.distance.relative()}
-        return values | {f"{DISTANCE}_{name}": self.distance.relative(name) for name in self.distance.norm}
+        values |= {"swap_gap": self.gap, "swap_gap_error": self.gap_error, DISTANCE: self.distance}
+        return values | {f"{DISTANCE}_{name}": mean_distance(self.pairs, name) for name in self.pairs[0].one}
 
 
 class Heldout:
@@ -100,17 +108,17 @@ class Heldout:
         """
         controls = CONTROLS if self._alone is None else CONTROLS[:2]
         parts: dict[Control, list[Answers]] = {control: [] for control in controls}
-        distances = []
+        pairs: list[UpdateProducts] = []
         for batch, lora, others in self._loras():
             bound: dict[Control, Lora | None] = {"document": lora, "other": others, "none": None}
             for control in controls:
                 parts[control].append(self._answer(batch, bound[control]))
-            distances.append(update_distance(lora, others))
+            pairs += compare_updates(lora, others, self._model.hypernet.bias())
         answers = {control: _joined(part) for control, part in parts.items()}
         self._alone = answers.get("none", self._alone)
         assert self._alone is not None
         answers["none"] = self._alone
-        return HeldoutScores(self._config.loss, answers, reduce(add, distances))
+        return HeldoutScores(self._config.loss, answers, pairs)
 
     def _loras(self) -> Iterator[tuple[PackedBatch, Lora, Lora]]:
         """Yield each batch with its documents' LoRAs and, for each of them, that of the document before it.

@@ -1,62 +1,66 @@
-"""How far two LoRAs are from each other, as updates of the base's weights: no matrix of the size of a weight is formed.
+"""How far the LoRAs of two documents are from each other, as updates of the base's weights, none of which is formed.
 
-Shape legend: n = contexts, L = decoder layers, R = rank.
+Shape legend: L = decoder layers, R = rank. An update is ΔW = scale · Aᵀ B.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean
 
-from torch import Tensor
+import torch
 
 from d2l.hypernet.lora import Lora
 
 
 @dataclass(frozen=True)
-class UpdateDistance:
-    """Squared sizes of the updates ΔW = scale · Aᵀ B of pairs of LoRAs, by module, over all pairs and layers.
+class UpdateProducts:
+    """Inner products of two documents' updates over all layers, by module: ⟨ΔW, ΔW⟩, ⟨ΔW', ΔW'⟩ and ⟨ΔW, ΔW'⟩."""
 
-    Attributes:
-        difference: module name → Σ ‖ΔW - ΔW'‖².
-        norm: module name → Σ (‖ΔW‖² + ‖ΔW'‖²) / 2.
-    """
+    one: dict[str, float]
+    other: dict[str, float]
+    between: dict[str, float]
 
-    difference: dict[str, float]
-    norm: dict[str, float]
+    def distance(self, modules: Sequence[str]) -> float:
+        """Return ‖ΔW - ΔW'‖ over some modules, each taken at norm 1: 0 for equal directions, √2 for unrelated ones.
 
-    def __add__(self, other: "UpdateDistance") -> "UpdateDistance":
-        """Return the distance over the pairs of both."""
-        difference, norm = (
-            {name: mine[name] + theirs[name] for name in mine}
-            for mine, theirs in ((self.difference, other.difference), (self.norm, other.norm))
-        )
-        return UpdateDistance(difference, norm)
-
-    def relative(self, *modules: str) -> float:
-        """Return distance over norm of some modules, or of all: 0 for equal updates, √2 for unrelated ones, 2 at most.
-
-        0 where all updates are zero.
+        0 where one of them is zero.
         """
-        names = modules or tuple(self.norm)
-        norm = sum(self.norm[name] for name in names)
-        return float((sum(self.difference[name] for name in names) / norm) ** 0.5) if norm else 0.0
+        one, other, between = (sum(it[name] for name in modules) for it in (self.one, self.other, self.between))
+        return sqrt(max(0.0, 2 - 2 * between / sqrt(one * other))) if one > 0 and other > 0 else 0.0
 
 
-def update_distance(one: Lora, other: Lora) -> UpdateDistance:
-    """Measure each context of one LoRA against the same context of the other, whatever their ranks.
+def mean_distance(pairs: Sequence[UpdateProducts], *modules: str) -> float:
+    """Return the mean of the pairs' distances over some modules; default: over all of them."""
+    return fmean(pair.distance(modules or tuple(pair.between)) for pair in pairs)
+
+
+def compare_updates(one: Lora, other: Lora, shared: Lora | None = None) -> list[UpdateProducts]:
+    """Compare each context of one LoRA with the same context of the other, whatever their ranks.
 
     ⟨ΔW, ΔW'⟩ = Σ (A A'ᵀ) ∘ (B B'ᵀ), R² · (d_in + d_out) products. In float64, so that near ones are told from equal
     ones, and a context at a time, so that few values are copied. The host waits for the device.
+
+    Args:
+        shared: a LoRA of one context that is part of all of them, and is subtracted.
     """
-    difference, norm = dict.fromkeys(one.A, 0.0), dict.fromkeys(one.A, 0.0)
+    found = []
     for context in range(one.n_contexts):
-        mine, theirs = one[context], other[context]
-        for name in one.A:
-            sizes = _inner(mine, mine, name) + _inner(theirs, theirs, name)
-            difference[name] += max(0.0, float(sizes - 2 * _inner(mine, theirs, name)))
-            norm[name] += float(sizes) / 2
-    return UpdateDistance(difference, norm)
+        mine, theirs = _without(one[context], shared), _without(other[context], shared)
+        found.append(UpdateProducts(_products(mine, mine), _products(theirs, theirs), _products(mine, theirs)))
+    return found
 
 
-def _inner(one: Lora, other: Lora, name: str) -> Tensor:
-    """Return ⟨ΔW, ΔW'⟩ of a module, over contexts and layers; float64 scalar."""
-    A, B = (getattr(one, side)[name].double() @ getattr(other, side)[name].double().mT for side in "AB")
-    return (A * B).sum() * one.scale * other.scale
+def _without(lora: Lora, shared: Lora | None) -> Lora:
+    """Return a LoRA in float64 whose update is that of one less that of the other: its rows, then the other's."""
+    A, B = ({name: x.double() for name, x in side.items()} for side in (lora.A, lora.B))
+    if shared is not None:
+        A = {name: torch.cat([x, shared.A[name].double()], dim=2) for name, x in A.items()}
+        B = {name: torch.cat([x, -shared.B[name].double()], dim=2) for name, x in B.items()}
+    return Lora(A, B, lora.scale)
+
+
+def _products(one: Lora, other: Lora) -> dict[str, float]:
+    """Return ⟨ΔW, ΔW'⟩ of each module, over contexts and layers."""
+    grams = {name: (one.A[name] @ other.A[name].mT) * (one.B[name] @ other.B[name].mT) for name in one.A}
+    return {name: float(gram.sum()) * one.scale * other.scale for name, gram in grams.items()}

@@ -6,14 +6,16 @@ configs/needle_tiny.yaml brings the loss from 3.70 to 0.90 in 75 steps while `ge
 
 from d2l.evaluation.heldout import HeldoutScores
 
-# Distance of two documents' updates over their norm. In runs of configs/needle_tiny.yaml that learn it is 0.013 and more at
-# every evaluation, also before they have learnt anything (0.013 to 0.026 in the first 20 steps, 0.3 to 0.75 from step 50
-# on; with AdamW alone and a perceiver_query_scale of 1 too). With features of zero it is 0 in float64, at every step.
-SAME = 1e-3
-# Standard errors that the loss under another document's LoRA is above the loss under the own one. The runs that learn have
-# 4 and more at every evaluation from step 20 on, 10 and more from step 30 on.
-LEAST_ERRORS = 2.0
-PATIENCE = 3  # evaluations in a row without a gap
+# Distance of two documents' updates over their norm: 0.013 and more at every evaluation of runs of configs/needle_tiny.yaml
+# that learn (0.013 to 0.026 in the first 20 steps, when they have learnt nothing yet, 0.4 to 1.1 from step 75 on; alike
+# with AdamW alone and perceiver_query_scale: 1), 0.004 in the first 12 steps of configs/tiny_gpt_oss.yaml, where the shared
+# bias outgrows the rest; with features of zero it is 0 in float64, at every step.
+SAME = 1e-4
+# Standard errors by which the loss under another document's LoRA lies above that under the own one. Runs that learn have
+# 4.1 and more from step 20 on, 8.6 and more from step 50 on; with the LoRAs of other documents in training, a run that
+# brings the loss from 3.70 to 0.90 all the same has -2.0 to 1.6.
+LEAST_ERRORS = 3.0
+PATIENCE = 3  # evaluations in a row without such a gap
 LEAST_STEP = 100
 
 
@@ -35,8 +37,8 @@ class ReadingGuard:
 
     def _same_updates(self, scores: HeldoutScores, warm: bool) -> str:
         """Find LoRAs that are alike; before the end of the warm-up they may still be zero."""
-        distance = scores.distance.relative()
-        if distance >= SAME or not (warm or any(scores.distance.norm.values())):
+        distance = scores.distance
+        if distance >= SAME or not (warm or not scores.is_zero):
             return ""
         own, alone = scores.answers["document"].loss, scores.answers["none"].loss
         return (

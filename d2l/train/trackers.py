@@ -39,7 +39,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 @contextmanager
 def started_trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Track]:
-    """Start the run's trackers and yield a function that hands them the metrics of a step: every `logging_steps`, the last, evaluated ones.
+    """Start the run's trackers and yield a function that hands them a step's metrics.
+
+    They get every step that is a multiple of `logging_steps`, or evaluated, or the last.
 
     The main process reports; in the others the function does nothing. A tracker that fails after its start is left out
     with one warning.

@@ -131,7 +131,7 @@ def _heldout(history: RunHistory) -> list[dict[str, Any]]:
         for control, label in LABELS.items()
         if f"{control}_exact_match" in found
     ]
-    title = f"step {found.get('step')}; distance of two LoRAs over their size: {_number(found.get('lora_distance'))}"
+    title = f"step {found.get('step')}; distance of two LoRAs: {_number(found.get('lora_distance'))}"
     return [{"name": EVALUATIONS, "title": title, "header": keys, "rows": rows}] if rows else []
 
 

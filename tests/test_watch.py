@@ -22,11 +22,11 @@ from d2l.data.packing import collate
 from d2l.data.records import Record
 from d2l.data.shards import row_sizes
 from d2l.errors import DataError, NonFiniteError
-from d2l.evaluation.heldout import Answers, Heldout, HeldoutScores
 from d2l.hypernet.distance import UpdateProducts, compare_updates, mean_distance
 from d2l.hypernet.lora import Lora
 from d2l.train.curriculum import Curriculum
 from d2l.train.events import read_events
+from d2l.train.heldout import Answers, Heldout, HeldoutScores
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import EVALUATED, EVALUATIONS, MEASURED, METRICS
 from d2l.train.reading import LEAST_STEP, PATIENCE, SAME, ReadingGuard

@@ -27,8 +27,13 @@ def steps_progress(screen: "Console", config: "RunConfig") -> Iterator[tuple[Sho
         config: gives the number of all steps, and between how many a pipe gets a line.
     """
     if screen.is_terminal and not screen.is_dumb_terminal:
-        with _bars(screen, config.max_steps) as shown:
-            yield shown
+        with _bars(screen, config.max_steps) as (show_step, show_tokenized):
+
+            def show(record: Mapping[str, float]) -> None:
+                show_step(record)
+                print_evaluation(screen, record)
+
+            yield show, show_tokenized
         return
 
     def print_tokenized(done: int, records: int) -> None:
@@ -39,6 +44,7 @@ def steps_progress(screen: "Console", config: "RunConfig") -> Iterator[tuple[Sho
         step = int(record["step"])
         if step % config.logging_steps == 0 or step == config.max_steps:
             screen.out(f"step {step}/{config.max_steps}  {numbers(record, LINE)}", highlight=False)
+        print_evaluation(screen, record)
 
     yield print_step, print_tokenized
 
@@ -79,6 +85,27 @@ def _bars(screen: "Console", total: int) -> Iterator[tuple[ShowStep, OnProgress]
             lambda record: bar.update(task, completed=record["step"], numbers=compact(record)),
             lambda done, records: bar.update(data, completed=done, total=records, visible=done < records),
         )
+
+
+def print_evaluation(screen: "Console", record: Mapping[str, float]) -> None:
+    """Print a line about the held-out documents where the step was evaluated."""
+    if "eval/lora_distance" in record:
+        screen.out(f"step {record['step']:.0f} held-out  {evaluation_numbers(record, 'eval/')}", highlight=False)
+
+
+def evaluation_numbers(record: Mapping[str, float], before: str = "") -> str:
+    """Write loss and exact match under the own LoRA, another document's and none, and how far LoRAs are apart.
+
+    Args:
+        before: what stands before the keys of an evaluation.
+    """
+    parts = []
+    for name in ("ce_loss", "kl_loss", "exact_match"):
+        values = [record.get(f"{before}{control}_{name}") for control in ("document", "other", "none")]
+        if None not in values:
+            own, other, none = (f"{value:.4g}" for value in values)
+            parts.append(f"{name} {own} (other LoRA {other}, none {none})")
+    return "  ".join([*parts, f"lora_distance {record[f'{before}lora_distance']:.3g}"])
 
 
 def numbers(record: Mapping[str, float], keys: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from d2l.errors import D2LError
 from d2l.evaluation.curves import PANELS, Panel, draw_curves
 from d2l.evaluation.sample import Sample, sample_row
 from d2l.train.history import CONFIG, PREFLIGHT, RunHistory, loss_keys, peak_keys, series, speeds
+from d2l.train.metrics import EVALUATIONS
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 FINDINGS = ("fail", "crash", "warn")
@@ -45,7 +46,7 @@ def render_page(history: RunHistory, now: float) -> str:
         curves=[curve for curve in (_curve(history, panel) for panel in PANELS) if curve],
         sample=sample,
         no_sample=no_sample,
-        evaluations=_evaluations(history.folder),
+        evaluations=[*_heldout(history), *_evaluations(history.folder)],
         evaluate=f"d2l eval {quote(str(history.folder))} --data FILE -o {quote(str(history.folder / 'evaluation.json'))}",
         memory=_memory(history, outcomes),
         checkpoints=[
@@ -117,6 +118,25 @@ def _sample(history: RunHistory) -> tuple[Sample | None, str]:
         return sample_row(load_config(history.folder / CONFIG)), ""
     except (D2LError, OSError) as error:
         return None, f"The run's data cannot be shown: {error}"
+
+
+def _heldout(history: RunHistory) -> list[dict[str, Any]]:
+    """Return a table of the newest evaluation that the run made of its held-out documents."""
+    from d2l.evaluation.scores import LABELS
+
+    found = history.evaluations[-1] if history.evaluations else {}
+    keys = [key for key in (*loss_keys(), "exact_match") if f"document_{key}" in found]
+    rows = [
+        (label, [_number(found.get(f"{control}_{key}")) for key in keys])
+        for control, label in LABELS.items()
+        if f"{control}_exact_match" in found
+    ]
+    title = f"step {found.get('step')}; distance of two LoRAs: {_number(found.get('lora_distance'))}"
+    return [{"name": EVALUATIONS, "title": title, "header": keys, "rows": rows}] if rows else []
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:

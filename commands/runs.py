@@ -38,7 +38,10 @@ def status(runs: RunsArgument, output_format: FormatOption = "text") -> None:
     if output_format == "json":
         typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
-    rows = [("run", "step", "loss", "tokens/s", "eta", "checkpoint", "written", "state"), *map(_status_cells, facts)]
+    rows = [
+        ("run", "step", "loss", "held-out", "tokens/s", "eta", "checkpoint", "written", "state"),
+        *map(_status_cells, facts),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     screen = console()
     for row in rows:
@@ -104,6 +107,7 @@ def status_facts(history: "RunHistory", now: float) -> dict[str, Any]:
     from d2l.train.history import loss_keys, series, speeds
 
     losses, tokens = series(history.records, loss_keys()), speeds(history.records)
+    heldout = series(history.evaluations, [f"document_{key}" for key in loss_keys()])
     state = history.state(now)
     newest = history.checkpoints[-1] if history.checkpoints else None
     return {
@@ -112,6 +116,7 @@ def status_facts(history: "RunHistory", now: float) -> dict[str, Any]:
         "step": history.step,
         "max_steps": history.max_steps,
         "loss": losses[-1][1] if losses else None,
+        "heldout_loss": heldout[-1][1] if heldout else None,
         "tokens_per_second": tokens[-1][1] if tokens else None,
         "eta_seconds": history.eta if state.startswith("running") else None,
         "checkpoint": None if newest is None else str(newest.folder),
@@ -128,6 +133,7 @@ def _status_cells(facts: dict[str, Any]) -> tuple[str, ...]:
         facts["run"],
         f"{facts['step']:,}" + of(facts["max_steps"], lambda most: f"/{most:,}").replace("-", ""),
         of(facts["loss"], lambda loss: f"{loss:.4g}"),
+        of(facts["heldout_loss"], lambda loss: f"{loss:.4g}"),
         of(facts["tokens_per_second"], thousands),
         of(facts["eta_seconds"], clock),
         of(facts["checkpoint"], lambda folder: Path(folder).name),

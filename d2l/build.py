@@ -3,7 +3,7 @@
 Training, checks, evaluation and experiments all come through here, so what is diagnosed is what runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.cache import cached_rows, default_folder
 from d2l.data.chat.format import ChatFormat, chat_format
 from d2l.data.chat.tokenizer import load_tokenizer
+from d2l.data.heldout import choose_heldout, one_row_each, require_unseen, without_records
 from d2l.data.limits import Limits
 from d2l.data.logprobs import require_teacher_logprobs
-from d2l.data.needles import needle_records
+from d2l.data.needles import Split, needle_records
 from d2l.data.records import Record, read_records
 from d2l.data.tokenize import OnProgress, Row, Tokenized, tokenize_records
 from d2l.errors import DataError, ModelError
@@ -79,10 +80,34 @@ class Components:
         """Token rows of all records, and an account of what is not in them."""
         return tokenize(self.config, self.base_config, self.chat, self.records, self._on_tokenize)
 
-    @property
+    @cached_property
+    def kept_out(self) -> frozenset[int]:
+        """The records that training leaves out for its evaluations: none where others are evaluated."""
+        config = self.config
+        if config.eval_steps is None or config.val_ds_names or NEEDLE in config.train_ds_names:
+            return frozenset()
+        return choose_heldout(self.records, config.eval_documents)
+
+    @cached_property
     def rows(self) -> Sequence[Row]:
-        """The token rows alone."""
-        return self.tokenized.rows
+        """The token rows that training packs."""
+        return without_records(self.tokenized.rows, self.kept_out)
+
+    @cached_property
+    def heldout(self) -> tuple[tuple[Row, ...], ...]:
+        """One row of each held-out document, for each stage of the run; empty without `eval_steps`."""
+        if self.config.eval_steps is None:
+            return ()
+        return tuple(one_row_each(*part, self.config.eval_documents) for part in self._heldout_parts())
+
+    def _heldout_parts(self) -> Iterator[tuple[Sequence[Row], Sequence[Record]]]:
+        """Yield rows with the records that their indices mean, for each stage of the run."""
+        if self.kept_out:
+            others = frozenset(range(len(self.records))) - self.kept_out
+            yield without_records(self.tokenized.rows, others), self.records
+            return
+        for records in heldout_records(self.config, self.records):
+            yield tokenize(self.config, self.base_config, self.chat, records).rows, records
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -163,20 +188,45 @@ def load_records(config: RunConfig) -> tuple[Record, ...]:
     return tuple(records)
 
 
+def heldout_records(config: RunConfig, trained: Sequence[Record]) -> list[list[Record]]:
+    """Generate held-out needles for every stage, or read `val_ds_names`, which hold for the whole run.
+
+    Raises:
+        DataError: a file or a record in it cannot be used, or training has the same document.
+    """
+    if NEEDLE in config.train_ds_names:  # twice as many: short documents are drawn more than once
+        return [
+            _stage_needles(config, number, 2 * config.eval_documents, "heldout") for number in range(len(config.stages))
+        ]
+    try:
+        records = read_records(config.val_ds_names)
+    except DataError as error:
+        raise DataError(f"val_ds_names: {error}") from None
+    require_unseen(records, trained)
+    return [records]
+
+
 def _needles(config: RunConfig) -> list[Record]:
     """Generate the documents of every stage."""
     records: list[Record] = []
     for number, stage in enumerate(config.stages):
-        records += needle_records(
-            documents=config.documents_of(stage),
-            pairs=stage.pairs,
-            digits=stage.digits,
-            filler_words=stage.filler_words,
-            seed=config.seed + number,
-            style=config.needle_style,
-            min_filler_words=stage.min_filler_words,
-        )[: config.max_train_samples_per_ds]
+        records += _stage_needles(config, number, config.documents_of(stage))[: config.max_train_samples_per_ds]
     return records
+
+
+def _stage_needles(config: RunConfig, number: int, documents: int, split: Split = "train") -> list[Record]:
+    """Generate documents of one stage."""
+    stage = config.stages[number]
+    return needle_records(
+        documents=documents,
+        pairs=stage.pairs,
+        digits=stage.digits,
+        filler_words=stage.filler_words,
+        seed=config.seed + number,
+        split=split,
+        style=config.needle_style,
+        min_filler_words=stage.min_filler_words,
+    )
 
 
 def tokenize(

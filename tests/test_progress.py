@@ -49,6 +49,20 @@ def test_the_bar_fits_80_columns(total: int, values: dict[str, float], parts: li
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]", text))
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_evaluation_has_a_line_of_its_own(terminal: bool) -> None:
+    console = Console(file=StringIO(), force_terminal=terminal, width=200)
+    losses = {"eval/document_ce_loss": 0.3118, "eval/other_ce_loss": 1.9466, "eval/none_ce_loss": 3.6547}
+    exact = {"eval/document_exact_match": 0.75, "eval/other_exact_match": 0.1, "eval/none_exact_match": 0.0}
+    config = RunConfig(max_steps=9, logging_steps=9)
+    text = shown(console, config, [record(3), record(4, **losses, **exact, **{"eval/lora_distance": 0.55241})])
+    assert (
+        "step 4 held-out  ce_loss 0.3118 (other LoRA 1.947, none 3.655)  exact_match 0.75 (other LoRA 0.1, none 0)  "
+        "lora_distance 0.552\n" in text.replace("\r", "")
+    )
+    assert "step 3 held-out" not in text
+
+
 def test_a_continued_run_estimates_from_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     console = Console(file=StringIO(), force_terminal=True, width=80, get_time=lambda: now[0])

@@ -22,6 +22,7 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.evaluation import sample
 from d2l.evaluation.sample import read_batch, sample_row
+from d2l.train.metrics import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & é'
@@ -147,6 +148,17 @@ def test_a_page_holds_everything_and_loads_nothing(run: Path, tmp_path: Path) ->
     assert '<th scope="row">step-000004</th>' in text
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
+
+
+def test_the_newest_evaluation_of_the_run_itself_is_a_table(run: Path, tmp_path: Path) -> None:
+    line = {f"{control}_{key}": 0.25 for control in ("document", "other", "none") for key in ("ce_loss", "exact_match")}
+    lines = [{"step": 2, **line}, {"step": 4, **line, "document_ce_loss": 0.125, "lora_distance": 0.5}]
+    (run / EVALUATIONS).write_text("".join(f"{json.dumps(it)}\n" for it in lines))
+    text, page = report(run, tmp_path / "page.html")
+    assert "<h3>evaluation.jsonl</h3>" in text
+    assert "step 4; distance of two LoRAs: 0.5" in text
+    assert page.text["td"].count("0.125") == 1
+    assert page.text["td"].count("0.25") == 5
 
 
 def test_what_comes_from_data_stays_text(run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import cli
 from d2l.evaluation.curves import MOST_POINTS, smooth, thin
 from d2l.train.events import note_event, read_events
 from d2l.train.history import RunHistory, read_history, read_metrics, series, speeds
+from d2l.train.metrics import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 
@@ -52,11 +53,11 @@ def test_a_line_for_each_run_and_a_folder_of_runs_is_taken(tmp_path: Path) -> No
     (tmp_path / "runs" / "data").mkdir()
     written_ago(tmp_path / "runs", 7200)
     header, first, second = d2l("status", tmp_path / "runs").stdout.splitlines()
-    assert header.split() == ["run", "step", "loss", "tokens/s", "eta", "checkpoint", "written", "state"]
+    assert header.split() == ["run", "step", "loss", "held-out", "tokens/s", "eta", "checkpoint", "written", "state"]
     assert first.split() == [
-        *(str(tmp_path / "runs" / "a"), "6/10", "1.333", "1k", "-", "step-000004", "2:00:00", "ago", "died?")
+        *(str(tmp_path / "runs" / "a"), "6/10", "1.333", "-", "1k", "-", "step-000004", "2:00:00", "ago", "died?")
     ]
-    assert second.split()[1:] == ["10/10", "0.8", "1k", "-", "step-000010", "2:00:00", "ago", "done"]
+    assert second.split()[1:] == ["10/10", "0.8", "-", "1k", "-", "step-000010", "2:00:00", "ago", "done"]
     assert d2l("status", tmp_path / "runs" / "a", tmp_path / "runs").stdout.count("6/10") == 1
 
 
@@ -69,6 +70,7 @@ def test_json_has_numbers_and_none_where_nothing_is_known(tmp_path: Path) -> Non
         "step": 6,
         "max_steps": 10,
         "loss": 8 / 6,
+        "heldout_loss": None,
         "tokens_per_second": 1000,
         "eta_seconds": 4,
         "checkpoint": str(tmp_path / "run" / "checkpoints" / "step-000004"),
@@ -82,6 +84,14 @@ def test_json_has_numbers_and_none_where_nothing_is_known(tmp_path: Path) -> Non
         "step": 0,
         "damaged_lines": 0,
     }
+
+
+def test_the_newest_held_out_loss_is_told(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    lines = [{"step": 2, "document_ce_loss": 3.5}, {"step": 4, "document_ce_loss": 2.25}]
+    (folder / EVALUATIONS).write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "docu')
+    assert facts(folder)[0]["heldout_loss"] == 2.25
+    assert d2l("status", folder).stdout.splitlines()[1].split()[3] == "2.25"
 
 
 @pytest.mark.parametrize(

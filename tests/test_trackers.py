@@ -95,6 +95,16 @@ def test_every_tracker_gets_the_settings_and_every_so_many_steps_and_the_last(
         assert [values for method, _, values in notebook.events if method == "log"] == expected
 
 
+def test_an_evaluated_step_is_reported_whatever_its_number(tmp_path: Path, notebooks: list[Notebook]) -> None:
+    config = run_config(max_steps=9, logging_steps=4, report_to=("tensorboard",))
+    with started_trackers(config, tmp_path, 0) as track:
+        for step in range(1, 8):
+            track({"step": step, "ce_loss": 1.0} | ({"eval/lora_distance": 0.5} if step == 6 else {}))
+    assert notebooks[0].steps() == [4, 6]
+    logged = [values for method, _, values in notebooks[0].events if method == "log"]
+    assert logged == [{"ce_loss": 1.0}, {"ce_loss": 1.0, "eval/lora_distance": 0.5}]
+
+
 @pytest.mark.parametrize(("method", "step", "kept"), [("log", 2, [1]), ("store", 0, []), ("finish", 0, [1, 2, 3])])
 def test_a_tracker_that_fails_is_left_out_with_one_warning_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebooks: list[Notebook], method: str, step: int, kept: list[int]

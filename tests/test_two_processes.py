@@ -10,12 +10,14 @@ import pytest
 import torch
 from support.launch import run_here, train_alone
 from support.tiny_model import random_rows, tiny_model
-from support.two_processes import config_for
+from support.two_processes import HELDOUT, config_for
 
 from d2l.checkpoint import load_checkpoint, step_folder
 from d2l.train.autopsy import read_autopsy
+from d2l.train.events import read_events
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.metrics import MEASURED, METRICS
+from d2l.train.metrics import EVALUATIONS, MEASURED, METRICS
+from d2l.train.watch import Watch
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
@@ -47,12 +49,18 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 
     config = config_for(processes=1)
     alone = Trainer(tiny_model(config), random_rows(), config)
-    expected = [step.to_json() for step in train_steps(alone, tmp_path)]
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    assert len(lines) == len(expected) == 3
-    for ours, theirs in zip(lines, expected, strict=True):
-        wanted = {key: value for key, value in theirs.items() if key not in MEASURED}
-        assert {key: value for key, value in ours.items() if key not in MEASURED} == pytest.approx(wanted, rel=1e-5)
+    with pytest.warns(UserWarning, match="the first step's loss"):  # of a LoRA that does not begin at zero
+        assert len(list(train_steps(alone, tmp_path, Watch(alone, tmp_path, HELDOUT)))) == 3
+    assert [event.text[:21] for event in read_events(folder)][:1] == ["the first step's loss"]
+    for name, count in ((METRICS, 3), (EVALUATIONS, 2)):
+        lines, expected = (
+            [json.loads(line) for line in (place / name).read_text().splitlines()] for place in (folder, tmp_path)
+        )
+        assert len(lines) == len(expected) == count
+        for ours, theirs in zip(lines, expected, strict=True):
+            wanted = {key: value for key, value in theirs.items() if key not in MEASURED}
+            found = {key: value for key, value in ours.items() if key not in MEASURED}
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     trained = load_checkpoint(step_folder(folder, 3))
     for name, value in alone.model.hypernet.state_dict().items():
         torch.testing.assert_close(trained.hypernet[name], value, rtol=1e-5, atol=1e-5, msg=name)

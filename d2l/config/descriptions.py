@@ -12,6 +12,7 @@ SAME_NAME = "the same"
 ABSENT = "not in the reference"
 
 _NEEDLES = "with `train_ds_names: [needle]`"
+_EVALUATED = "with `eval_steps`"
 _SINGLE_STAGE = f"{_NEEDLES} and no `curriculum`"
 
 
@@ -211,6 +212,22 @@ GROUPS: dict[str, dict[str, Description]] = {
             "Arguments of torch's checkpoint function", "with `gradient_checkpointing: true`"
         ),
         "seed": Description("Seed of initial weights, generated documents, drawn chunks and the order of rows"),
+    },
+    "Evaluation": {
+        "eval_steps": Description(
+            "Optimizer steps between two evaluations on held-out documents, which change nothing of the run; evaluation.jsonl "
+            "has them; default: none"
+        ),
+        "eval_documents": _own(
+            "Documents that are held out: generated ones where train_ds_names has `needle`, else the first ones of "
+            "val_ds_names, else some that training leaves out, a tenth of all at most",
+            _EVALUATED,
+        ),
+        "val_ds_names": Description(
+            "Data files as in train_ds_names, whose documents are held out; none of them may be in train_ds_names; default: "
+            "some documents are kept out of training",
+            f"{_EVALUATED} and without `needle` in train_ds_names",
+        ),
     },
     "Output": {
         "output_dir": Description("Folder of the run; a used one gets a number behind it"),

@@ -52,7 +52,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _TRACKING = "metrics go to metrics.jsonl in the run's folder, and to what report_to names"
-_EVALUATION = "training does not evaluate in between"
+_EVALUATION = "training evaluates every eval_steps, on eval_documents documents"
 _LOADING = "rows are tokenized and packed before the run"
 _UPLOADS = "nothing is uploaded"
 _COMPILATION = "the model is not compiled"
@@ -86,7 +86,6 @@ HAS_NO_EFFECT: dict[str, str] = {
     "eval_delay": _EVALUATION,
     "eval_do_concat_batches": _EVALUATION,
     "eval_on_start": _EVALUATION,
-    "eval_steps": _EVALUATION,
     "eval_strategy": _EVALUATION,
     "eval_use_gather_object": _EVALUATION,
     "fp16_full_eval": _EVALUATION,
@@ -153,7 +152,6 @@ HAS_NO_EFFECT: dict[str, str] = {
     "use_cache": "the base keeps no key-value cache in training",
     "use_flash_attn": "see attn_implementation",
     "use_liger_kernel": "logits are only formed where labels are",
-    "val_ds_names": _EVALUATION,
 }
 
 

@@ -22,6 +22,7 @@ from d2l.config.numbers import (
     PositiveShare,
     Probability,
     Seed,
+    Several,
     Whole,
 )
 
@@ -147,6 +148,11 @@ class RunConfig(BaseModel):
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=lambda: {"use_reentrant": False})
     seed: Seed = 42
 
+    # Evaluation
+    eval_steps: Count | None = None
+    eval_documents: Several = 32
+    val_ds_names: tuple[str, ...] = ()
+
     # Output
     output_dir: str = "runs"
     save_steps: Count = 500
@@ -168,7 +174,7 @@ class RunConfig(BaseModel):
     def _a_day_is_text(cls, value: Any) -> Any:
         return value.isoformat() if isinstance(value, date) else value  # YAML reads 2025-08-05 without quotes as a date
 
-    @field_validator("target_modules", "train_ds_names", mode="before")
+    @field_validator("target_modules", "train_ds_names", "val_ds_names", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -66,12 +66,12 @@ class Shard:
     def __init__(self, path: Path) -> None:
         with pyarrow.memory_map(str(path)) as file:  # the map outlives the file handle, of which a process may have few
             batch = pyarrow.ipc.open_file(file).get_batch(0)
-        self._records = batch.column("record").to_numpy()
+        self.records = batch.column("record").to_numpy()
         self._columns = {name: _Nested.of(batch.column(name), depth) for name, (depth, _) in _COLUMNS.items()}
         self._metadata = batch.schema.metadata
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -85,7 +85,7 @@ class Shard:
             Query(ids, labels, vals or None, indices or None)
             for ids, labels, vals, indices in zip(*columns, strict=True)
         )
-        return Row(int(self._records[index]), chunks, tuple(queries))
+        return Row(int(self.records[index]), chunks, tuple(queries))
 
     def read_dropped(self, records: Sequence[Record]) -> TokenizedPart:
         """Return a part without rows: the dropped records and questions, with the present `source` of each record."""
@@ -124,10 +124,50 @@ class MappedRows(Sequence[Row]):
         """Return `Row.size` of every row, int64 [rows, 2], without reading tokens."""
         return np.concatenate([shard.sizes for shard in self._shards])
 
+    @property
+    def records(self) -> list[int]:
+        """Return the index of each row's record, without reading tokens."""
+        return [int(record) for shard in self._shards for record in shard.records]
+
+
+class SomeRows(Sequence[Row]):
+    """Some of the rows, in order; each is made on access where the rows are.
+
+    Args:
+        places: indices of the rows that are kept, ascending.
+    """
+
+    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self._rows[place] for place in self._places[index]]
+        return self._rows[self._places[index]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Return `Row.size` of every row, int64 [rows, 2]."""
+        return row_sizes(self._rows)[np.asarray(self._places)]
+
+
+def row_records(rows: Sequence[Row]) -> Sequence[int]:
+    """Return the index of each row's record, without reading tokens."""
+    return rows.records if isinstance(rows, MappedRows) else [row.record for row in rows]
+
 
 def row_sizes(rows: Sequence[Row]) -> np.ndarray:
     """Return `Row.size` of every row, int64 [rows, 2]: tokens of the queries, tokens of the chunks."""
-    if isinstance(rows, MappedRows):
+    if isinstance(rows, MappedRows | SomeRows):
         return rows.sizes
     return np.array([row.size for row in rows], dtype=np.int64).reshape(-1, 2)
 

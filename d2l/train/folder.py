@@ -5,6 +5,8 @@ OUTPUT/
     config.yaml       configuration of the newest start
     preflight.json    report of the preflight before the first start
     metrics.jsonl     one object for each step
+    evaluation.jsonl  one object for each evaluation, where there are some
+    events.jsonl      one object for each resume, and for each warning of `d2l.train.watch`
     checkpoints/      see `d2l.checkpoint`
     .lock             pid and host of the process that trains in it; absent where none does
 """
@@ -25,7 +27,7 @@ from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ConfigError
 from d2l.io.atomic import make_folders, remove_leftovers, replace_file
 from d2l.io.lock import LOCK, LockedError, lock_folder
-from d2l.train.metrics import METRICS
+from d2l.train.metrics import EVALUATIONS, METRICS
 
 RUN, CONFIG, PREFLIGHT = "run.json", "config.yaml", "preflight.json"
 
@@ -180,14 +182,14 @@ def prepare(
 
 
 def _rewind(folder: Path, step: int) -> None:
-    """Rename checkpoints of later steps, and remove what metrics.jsonl says of them."""
+    """Rename checkpoints of later steps, and remove what metrics.jsonl and evaluation.jsonl say of them."""
     for later in step_folders(folder):
         if (step_of(later) or 0) > step:
             later.rename(next(filter(_is_free, _number_folders(later.with_name(f"superseded-{later.name}")))))
-    metrics = folder / METRICS
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        _write(metrics, "".join(line for line in lines if _is_of_step_up_to(step, line)))
+    for path in (folder / METRICS, folder / EVALUATIONS):
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            _write(path, "".join(line for line in lines if _is_of_step_up_to(step, line)))
 
 
 def _is_of_step_up_to(step: int, line: str) -> bool:

@@ -19,7 +19,7 @@ from d2l.config.schema import LossName
 from d2l.errors import DataError
 from d2l.io.lock import LOCK
 from d2l.train.events import Event, read_events, was_autopsied
-from d2l.train.metrics import LOSS_SUFFIX, METRICS, PEAK_SUFFIX
+from d2l.train.metrics import EVALUATIONS, LOSS_SUFFIX, METRICS, PEAK_SUFFIX
 
 Record = Mapping[str, Any]
 State = Literal["running", "running?", "done", "stopped", "died", "died?", "empty"]
@@ -51,6 +51,7 @@ class RunHistory:
         preflight: its preflight.json; empty where it cannot be read.
         records: lines of metrics.jsonl, one a step, in order; of a step that was taken twice the later one.
         damaged: lines of metrics.jsonl that could not be read.
+        evaluations: lines of evaluation.jsonl, likewise.
         checkpoints: complete ones, the newest last.
         events: resumes, superseded checkpoints, autopsies, by time.
         written: when the run last wrote, in seconds since 1970; None where it wrote nothing.
@@ -62,6 +63,7 @@ class RunHistory:
     preflight: Record
     records: Sequence[Record]
     damaged: int
+    evaluations: Sequence[Record]
     checkpoints: Sequence[CheckpointEntry]
     events: Sequence[Event]
     written: float | None
@@ -153,6 +155,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
         preflight=_read_mapping(folder / PREFLIGHT),
         records=records,
         damaged=damaged,
+        evaluations=read_metrics(folder / EVALUATIONS, _TAIL if newest else None)[0],
         checkpoints=checkpoints,
         events=read_events(folder),
         written=max((it for it in times if it is not None), default=None),
@@ -161,7 +164,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
 
 
 def read_metrics(path: Path, tail: int | None = None) -> tuple[list[Record], int]:
-    """Return the metrics of every step, and how many lines could not be read.
+    """Return the metrics of every step, or its evaluation, and how many lines could not be read.
 
     Args:
         tail: read so many bytes at the end only; a line that they cut is left out.

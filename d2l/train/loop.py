@@ -37,6 +37,7 @@ from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import StepInputs
 from d2l.train.stopping import StopRequest
+from d2l.train.watch import Watch
 
 
 def batch_loss(model: DocToLora, batch: PackedBatch, normalizer: Normalizer, config: RunConfig) -> Loss:
@@ -253,7 +254,7 @@ class Trainer:
         return self._packed[1]
 
 
-def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[StepMetrics]:
+def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **evidence: Any) -> Iterator[StepMetrics]:
     """Train to `max_steps`, or to the step in which the trainer is asked to stop; yield every step's metrics.
 
     Metrics and checkpoints go into the run's folder. A checkpoint is written before the first step: a run that cannot
@@ -262,6 +263,7 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
     Args:
         trainer: new, or restored from a checkpoint of this folder.
         folder: the run's folder, which exists.
+        watch: looks at every step before it is saved, and evaluates held-out documents; changes nothing of the run.
         evidence: JSON values to be kept in every checkpoint (fingerprint, preflight summary).
 
     Raises:
@@ -283,6 +285,8 @@ def train_steps(trainer: Trainer, folder: Path, **evidence: Any) -> Iterator[Ste
             if main:
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
+            if watch is not None:
+                watch.observe(metrics)
             if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps or stopping:
                 trainer.require_sound_state()
                 if main:

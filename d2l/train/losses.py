@@ -77,7 +77,7 @@ class Loss:
 def compute_loss(
     logits: Tensor,
     batch: PackedBatch,
-    lora: Lora,
+    lora: Lora | None,
     normalizer: Normalizer,
     *,
     loss: LossName = "ce",
@@ -89,7 +89,7 @@ def compute_loss(
     Args:
         logits: `[N, V]`, at the batch's `prediction_positions`.
         batch: the packed row.
-        lora: the merged LoRAs of the row's contexts.
+        lora: the merged LoRAs of the row's contexts; None for the base alone, whose L1 term is 0.
         normalizer: the counts of the whole step.
         loss: the name of the loss of a label token, a key of `TOKEN_LOSSES`.
         use_per_ctx_average_loss: mean over tokens, then queries, then contexts, instead of over all tokens.
@@ -105,9 +105,27 @@ def compute_loss(
         task = (per_token * batch.label_weights).sum() / normalizer.contexts
     else:
         task = per_token.sum() / max(normalizer.label_tokens, 1)
-    l1 = lora_l1(lora, normalizer)
+    l1 = task.new_zeros(()) if lora is None else lora_l1(lora, normalizer)
     recalled = _recalled_queries(logits, batch) / max(normalizer.queries, 1)
     return Loss(task=task, l1=l1, total=task + l1_coefficient * l1, exact_match=recalled)
+
+
+def context_losses(logits: Tensor, batch: PackedBatch, loss: LossName) -> Tensor:
+    """Return the mean loss of each context's label tokens, float32 `[contexts]`; 0 where a context has none.
+
+    Args:
+        logits, batch, loss: as for `compute_loss`.
+
+    Raises:
+        DataError: as by `compute_loss`.
+    """
+    if loss in TEACHER_LOSSES:
+        _require_teacher(batch, *logits.shape)
+    per_token = _token_losses(logits, batch, TOKEN_LOSSES[loss])
+    queries = torch.tensor(batch.n_queries)
+    context = torch.repeat_interleave(queries).to(logits.device)[batch.label_queries]
+    sums = torch.zeros(len(queries), device=logits.device).index_add(0, context, per_token)
+    return sums / torch.bincount(context, minlength=len(queries)).clamp(min=1)
 
 
 def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:

@@ -16,6 +16,7 @@ from d2l.train.processes import processes
 from d2l.train.start import Start
 from d2l.train.stopping import StopRequest
 from d2l.train.trackers import started_trackers
+from d2l.train.watch import Watch
 
 
 def train(
@@ -32,7 +33,7 @@ def train(
     Args:
         start: a new folder, or the checkpoint that is resumed in the folder of its run.
         preflight: report of the preflight as JSON values, kept in the folder.
-        on_step: called after every step with its metrics, as in metrics.jsonl.
+        on_step: called after every step with its metrics, as in metrics.jsonl, and the evaluation after it, under `eval/`.
         on_tokenize: called while the data is tokenized, with the number of records done, and of all.
         stop: the run stops, saved, at the end of the step in which this is made; in several processes, if it is in one.
 
@@ -46,6 +47,7 @@ def train(
     this = processes()  # before the base is loaded: gives each process a GPU of its own
     components = Components(config, on_tokenize)
     rows = components.rows  # before the base is loaded: errors in the data should come first
+    heldout = components.heldout
     trainer = Trainer(components.model, rows, config, stop=stop)
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint)
@@ -56,9 +58,10 @@ def train(
                 note_event(start.folder, f"resumed after step {start.step:,}")
     this.wait_for_everyone()
     evidence = {"fingerprint": preflight["fingerprint"], "preflight": preflight["summary"], **start.evidence()}
+    watch = Watch(trainer, start.folder, heldout, [record.source for record in components.records])
     with started_trackers(config, start.folder, trainer.step_number) as track:
-        for metrics in _take_steps(trainer, start.folder, evidence):
-            record = metrics.to_json()
+        for metrics in _take_steps(trainer, start.folder, watch, evidence):
+            record = metrics.to_json() | watch.evaluation
             track(record)
             on_step(record)
     if trainer.step_number >= config.max_steps:
@@ -69,10 +72,10 @@ def train(
     return trainer.stop.cause
 
 
-def _take_steps(trainer: Trainer, folder: Path, evidence: Mapping[str, Any]) -> Iterator[StepMetrics]:
+def _take_steps(trainer: Trainer, folder: Path, watch: Watch, evidence: Mapping[str, Any]) -> Iterator[StepMetrics]:
     """Take the steps; what the operating system refuses meanwhile is about the folder."""
     with _named_writes(folder):
-        yield from train_steps(trainer, folder, **evidence)
+        yield from train_steps(trainer, folder, watch, **evidence)
 
 
 def _named_writes(folder: Path) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from d2l.config.schema import RunConfig, TrackerName
 from d2l.errors import ConfigError
+from d2l.train.metrics import EVALUATED
 from d2l.train.processes import processes
 
 PROJECT = "d2l"
@@ -38,7 +39,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 @contextmanager
 def started_trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Track]:
-    """Start the run's trackers and yield a function that hands them a step's metrics, every `logging_steps` and the last.
+    """Start the run's trackers and yield a function that hands them a step's metrics.
+
+    They get every step that is a multiple of `logging_steps`, or evaluated, or the last.
 
     The main process reports; in the others the function does nothing. A tracker that fails after its start is left out
     with one warning.
@@ -62,7 +65,8 @@ def started_trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Tra
                 warn(f"the tracker {tracker.name} failed and is left out from now on: {reason}", stacklevel=3)
 
     def track(record: Mapping[str, float]) -> None:
-        if record["step"] % config.logging_steps == 0 or record["step"] == config.max_steps:
+        evaluated = any(key.startswith(EVALUATED) for key in record)
+        if evaluated or record["step"] % config.logging_steps == 0 or record["step"] == config.max_steps:
             values = {key: value for key, value in record.items() if key != "step"}
             each(lambda tracker: tracker.log(values, step=int(record["step"])))
 

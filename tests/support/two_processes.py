@@ -20,12 +20,15 @@ from d2l.train.diagnosis import autopsy_on_refusal
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.processes import processes
 from d2l.train.start import start_new
+from d2l.train.watch import Watch
 from support.tiny_model import random_rows, run_config, tiny_model
+
+HELDOUT = [random_rows(5, seed=9)]
 
 
 def config_for(processes: int) -> RunConfig:
     """Two micro-batches to a step, dealt out to so many processes."""
-    return run_config(max_steps=3, gradient_accumulation_steps=2 // processes)
+    return run_config(max_steps=3, gradient_accumulation_steps=2 // processes, eval_steps=2)
 
 
 def main(output: Path) -> None:
@@ -43,7 +46,7 @@ def train_in(folder: Path, rank: int, config: RunConfig, output: Path) -> None:
     gradients.BUCKET_BYTES = 20_000  # several buckets for a tiny hypernetwork
     trainer = Trainer(tiny_model(config), random_rows(), config)
     buckets = len(gradients.SummedGradients([*trainer.model.hypernet.parameters()])._buckets)
-    for _ in train_steps(trainer, folder):
+    for _ in train_steps(trainer, folder, Watch(trainer, folder, HELDOUT)):
         pass
     refused = []
     for place in ("base.model.layers.2.self_attn.o_proj.weight", "hypernet.head.weight"):

@@ -50,7 +50,11 @@ fuzz: install # 500 clean configurations, every planted fault in ten, all publis
 pairs: install # two planted faults at once: both are named, or one is blocked by the other
 	$(BIN)/python experiments/pairs.py
 
-kills: install # 300 runs killed and damaged at random instants, each of which has to end equal to one left alone
+# What a run survives: signals, lost processes and hosts, planted NaN, hostile inputs; then 300 runs killed and damaged at
+# random instants, each of which has to end equal to one left alone.
+kills: install
+	$(BIN)/pytest -m slow tests/test_signals.py tests/test_two_processes.py tests/test_two_hosts.py tests/test_autopsy.py \
+	  tests/test_kills.py tests/test_trial.py tests/test_characters.py tests/test_control_tokens.py
 	$(BIN)/python experiments/kills.py
 
 docs: install

@@ -254,7 +254,11 @@ CAUSES = {
         fill("hypernet.head.weight", 1e30, 0, 0, 0), ("start", "hypernet.head", "weight", None, ()), "state"
     ),
 }
-SLOW = ("norm of finite gradients overflows", "weight of the hypernetwork", "perceiver", "gradient of one parameter")
+SLOW = (
+    *("norm of finite gradients overflows", "weight of the hypernetwork", "perceiver", "gradient of one parameter"),
+    *("one expert that one document is routed to", "a weight that only questions pass", "head of one layer"),
+    *("teacher without a number", "square root at 0 behind a frozen weight"),
+)
 
 
 def rows_with_a_rare_token(top_k: int | None = None) -> list[Row]:

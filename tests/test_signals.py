@@ -177,6 +177,7 @@ def test_a_forked_worker_is_ended_by_a_signal_and_asks_nothing() -> None:
 # Several processes
 
 
+@pytest.mark.slow
 def test_processes_that_one_signal_reaches_stop_at_one_step(tmp_path: Path) -> None:
     notes = run_here(tmp_path, 2, signal=[1, 2])
     assert [note["code"] for note in notes] == [12, 12]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from checks.implementation import Implementation
     from checks.result import Report
-    from checks.subject import Implementation
     from d2l.config.schema import RunConfig
 
 __all__ = ["preflight"]

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from checks.implementation import Implementation
 from checks.result import NotApplicable
-from checks.subject import Implementation, Subject, changed
+from checks.subject import Subject, changed
 from d2l.config.schema import RunConfig
 
 

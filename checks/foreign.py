@@ -25,7 +25,7 @@ from d2l.errors import ModelError
 from d2l.hypernet.lora import Lora
 
 if TYPE_CHECKING:
-    from checks.subject import Model
+    from checks.implementation import Model
 
 __all__ = ["Context", "Foreign", "Lora", "PackedBatch", "contexts", "load_implementation", "stack"]
 
@@ -57,7 +57,7 @@ class Foreign:
     """What the checks need and another implementation may leave to them; subclass it, and define at least `build`."""
 
     def build(self, base: PreTrainedModel, config: RunConfig) -> "Model":
-        """Make the model around a base; see `checks.subject.Model` for its parts."""
+        """Make the model around a base; see `checks.implementation.Model` for its parts."""
         raise TypeError(f"{type(self).__name__} defines no method build")
 
     def build_base(self, base_config: PreTrainedConfig, plan: Any, seed: int) -> PreTrainedModel:

@@ -13,7 +13,8 @@ from d2l.data.tokenize import Query, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from checks.subject import Model, Subject
+    from checks.implementation import Model
+    from checks.subject import Subject
 
 # Equal computations in float32 differ by about 1e-6 of the largest value; a leak or a lost term by 1e-2 and more.
 TOLERANCE = 1e-4

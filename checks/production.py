@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from checks.implementation import Implementation, Offered
 from checks.machine import free_disk, free_memory, gpu
-from checks.subject import Implementation, Offered, Subject
+from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import load_base, random_base
@@ -40,7 +41,7 @@ from d2l.train.processes import OneProcess
 
 
 class Production:
-    """d2l behind the protocol `checks.subject.Implementation`.
+    """d2l behind the protocol `checks.implementation.Implementation`.
 
     Args:
         on_tokenize: called with the records that are tokenized so far, and all of them.

@@ -33,7 +33,23 @@ if TYPE_CHECKING:
     from checks.runner import Observer
     from checks.selftest import Selftest
 
-
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
+]
+StageOption = Annotated[
+    Texts,
+    typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
+]
+SelectOption = Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")]
+FailLevelOption = Annotated[
+    FailLevel, typer.Option("--fail-level", help="Exit with 1 on findings of this severity and above.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
+]
+SelftestOption = Annotated[
+    bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
+]
 ImplementationOption = Annotated[
     str | None,
     typer.Option(
@@ -52,31 +68,20 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def preflight(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
-    ] = None,
+    config: ConfigArgument = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     data: DataOption = None,
     settings: SetOption = None,
     gpu: GpuOption = None,
-    stages: Annotated[
-        Texts,
-        typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
-    ] = None,
-    select: Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")] = None,
+    stages: StageOption = None,
+    select: SelectOption = None,
     ignore: IgnoreOption = None,
-    fail_level: Annotated[
-        FailLevel, typer.Option("--fail-level", help="Exit with 1 on findings of this severity and above.")
-    ] = "error",
+    fail_level: FailLevelOption = "error",
     output_format: FormatOption = "text",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
-    ] = None,
+    output: ReportOption = None,
     implementation: ImplementationOption = None,
-    selftest: Annotated[
-        bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
-    ] = False,
+    selftest: SelftestOption = False,
 ) -> None:
     """Check a run before it costs money.
 

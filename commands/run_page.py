@@ -18,8 +18,8 @@ from d2l.config.load import load_config
 from d2l.errors import D2LError
 from d2l.evaluation.curves import PANELS, Panel, draw_curves
 from d2l.evaluation.sample import Sample, sample_row
-from d2l.train.history import CONFIG, PREFLIGHT, RunHistory, loss_keys, peak_keys, series, speeds
-from d2l.train.metrics import EVALUATIONS
+from d2l.io.run_folder import CONFIG, EVALUATIONS, PREFLIGHT
+from d2l.train.history import RunHistory, loss_keys, peak_keys, series, speeds
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 FINDINGS = ("fail", "crash", "warn")

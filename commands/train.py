@@ -17,6 +17,7 @@ from commands.console import (
     IgnoreOption,
     ModelOption,
     SetOption,
+    Texts,
     TokenizerOption,
     console,
     load_libraries,
@@ -27,6 +28,7 @@ from commands.console import (
 from commands.preflight import checks_progress
 from commands.progress import METRICS, steps_progress
 from d2l.errors import DataError
+from d2l.io.run_folder import CONFIG
 from d2l.train.stopping import Interrupted, StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -37,6 +39,35 @@ if TYPE_CHECKING:
 
 REFUSED, STOPPED = 10, 12  # exit codes
 
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); with --resume, default: that of the run.")
+]
+MaxStepsOption = Annotated[
+    int | None, typer.Option("--max-steps", metavar="N", help="Stop after N optimizer steps in all.")
+]
+MaxMinutesOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-minutes",
+        metavar="M",
+        min=0,
+        help="Stop, saved, at the end of the step in which M minutes have passed since the start of this command.",
+    ),
+]
+OutputOption = Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="DIR", help="Continue the run in this folder, or from this checkpoint folder."),
+]
+AllowChangeOption = Annotated[
+    Texts,
+    typer.Option(
+        "--allow-change",
+        metavar="FIELD=REASON",
+        help="Resume although this differs: a configuration key, data, base_config, tokenizer or chat. Repeatable.",
+    ),
+]
+
 
 def add_commands(app: typer.Typer) -> None:
     """Register the command with the application."""
@@ -44,41 +75,16 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[
-        Path | None,
-        typer.Argument(metavar="CONFIG", help="Configuration (YAML); with --resume, default: that of the run."),
-    ] = None,
+    config: ConfigArgument = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     data: DataOption = None,
     settings: SetOption = None,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", help="Stop after N optimizer steps in all.")
-    ] = None,
-    max_minutes: Annotated[
-        float | None,
-        typer.Option(
-            "--max-minutes",
-            metavar="M",
-            min=0,
-            help="Stop, saved, at the end of the step in which M minutes have passed since the start of this command.",
-        ),
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Write the run to this folder.")] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume", metavar="DIR", help="Continue the run in this folder, or from this checkpoint folder."
-        ),
-    ] = None,
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-change",
-            metavar="FIELD=REASON",
-            help="Resume although this differs: a configuration key, data, base_config, tokenizer or chat. Repeatable.",
-        ),
-    ] = None,
+    max_steps: MaxStepsOption = None,
+    max_minutes: MaxMinutesOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = None,
+    allow_change: AllowChangeOption = None,
     ignore: IgnoreOption = None,
 ) -> None:
     """Train, if the preflight finds nothing against it.
@@ -165,7 +171,7 @@ def _told(run: Path | None, ignored: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        from d2l.checkpoint import is_checkpoint, step_folders
+        from d2l.io.run_folder import is_checkpoint, step_folders
 
         saved = run is not None and (step_folders(run) or is_checkpoint(run))
         left = f"; {_to_go_on(run, ignored)}" if run and saved else ", and nothing was saved: start it again"
@@ -233,7 +239,7 @@ def _config_file(config: Path | None, resume: Path | None, output: str | None) -
             f"--resume {resume} goes on in its own folder, not in {output}: to continue that run leave --output out; "
             f"to start anew in {output} leave --resume out"
         )
-    own = next((run / "config.yaml" for run in runs if (run / "config.yaml").is_file()), None)
+    own = next((run / CONFIG for run in runs if (run / CONFIG).is_file()), None)
     if config is None and own is None:
         raise UsageError(
             f"{resume} holds no config.yaml of a run: name the configuration, d2l train CONFIG --resume DIR"

@@ -12,7 +12,6 @@ unpickled.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,9 @@ from torch import Tensor, nn
 
 from d2l.errors import CheckpointError
 from d2l.io.atomic import remove_folder, remove_leftovers, require_new_folder, write_new_folder
+from d2l.io.run_folder import MANIFEST, checkpoints_folder, is_checkpoint, step_folders
 
-MANIFEST = "manifest.json"
 _HYPERNET, _TRAINER, _STATE = "hypernet.safetensors", "trainer.safetensors", "state.json"
-_STEP = re.compile(r"step-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -56,30 +54,6 @@ class FoundCheckpoint:
 
     folder: Path
     passed_over: tuple[str, ...] = ()
-
-
-def checkpoints_folder(run: Path) -> Path:
-    """Return the folder of all checkpoints in a run's folder."""
-    return run / "checkpoints"
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Return the checkpoint folder of a step in a run's folder."""
-    return checkpoints_folder(run) / f"step-{step:06d}"
-
-
-def step_of(folder: Path) -> int | None:
-    """Return the step that a folder is named after; None for any other name."""
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
-def step_folders(run: Path) -> list[Path]:
-    """Return the step folders of a run, oldest first, whole or not; links are followed by nobody and are among them."""
-    found = [
-        (step, folder) for folder in checkpoints_folder(run).glob("step-*") if (step := step_of(folder)) is not None
-    ]
-    return [folder for _, folder in sorted(found)]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -170,11 +144,6 @@ def find_newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             return folder, rejected
         rejected.append(damage)
     return None, rejected
-
-
-def is_checkpoint(place: Path) -> bool:
-    """Return whether a path is meant as a checkpoint's folder and not as a run's."""
-    return step_of(place) is not None or (place / MANIFEST).is_file()
 
 
 def find_checkpoint(place: Path) -> FoundCheckpoint:

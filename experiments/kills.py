@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from d2l.checkpoint import find_checkpoint, load_checkpoint, step_folders
+from d2l.checkpoint import find_checkpoint, load_checkpoint
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.train.metrics import METRICS
+from d2l.io.run_folder import METRICS, step_folders
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed
 
@@ -101,7 +101,7 @@ def in_child(action: Callable[[], None], log: Path, kill_after: float | None = N
         try:
             action()
             status = 0
-        except BaseException:
+        except BaseException:  # whatever it is: a child must not go on where its parent does
             log.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             os._exit(status)

@@ -28,6 +28,22 @@ def shared(request: pytest.FixtureRequest) -> Path:
     return SHARED
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the figures that are saved."""
+    from matplotlib.figure import Figure  # here: few tests draw
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **named: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
 def _golden_only(config: pytest.Config) -> bool:
     return config.option.markexpr == "golden"
 

@@ -8,16 +8,15 @@ import torch
 
 from d2l import checkpoint as module
 from d2l.checkpoint import (
-    MANIFEST,
     Checkpoint,
     find_checkpoint,
     find_newest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    step_folder,
 )
 from d2l.errors import CheckpointError
+from d2l.io.run_folder import MANIFEST, step_folder
 
 
 def example(**hypernet: object) -> Checkpoint:

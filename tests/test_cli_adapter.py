@@ -15,11 +15,12 @@ from typer.testing import CliRunner, Result
 import cli
 from checks.reference_file import reference_state, write_reference_file
 from commands.console import LOADING
-from d2l.checkpoint import MANIFEST, load_checkpoint, step_folder
+from d2l.checkpoint import load_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.hypernet.hypernetwork import Hypernetwork
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.shape import HypernetShape
+from d2l.io.run_folder import MANIFEST, step_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = "The ferry to Brennick leaves at nine."

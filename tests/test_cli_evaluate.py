@@ -9,10 +9,10 @@ from typer.testing import CliRunner, Result
 
 import cli
 from commands.console import LOADING
-from d2l.checkpoint import step_folder
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
 from d2l.evaluation.scores import LABELS
+from d2l.io.run_folder import step_folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import pytest
@@ -23,20 +22,6 @@ def evaluation(sizes: list[tuple[int, int]]) -> Evaluation:
     )
     groups = group_by_length(answers, 0), group_by_chunks(answers, 0)
     return Evaluation(len(sizes), len(sizes), compute_scores(answers, 0), *groups, answers)
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures that are saved."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **named: Any) -> None:
-        figures.append(figure)
-        save(figure, *arguments, **named)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 @pytest.mark.parametrize(

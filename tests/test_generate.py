@@ -12,7 +12,7 @@ from support.tiny_run import make_run
 from test_end_to_end import build
 from torch import Tensor
 
-from d2l.checkpoint import load_checkpoint, save_checkpoint, step_folder
+from d2l.checkpoint import load_checkpoint, save_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import chat_format
 from d2l.data.chunks import chunk_document
@@ -24,6 +24,7 @@ from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, bind
 from d2l.inference.generate import ask, decode_answer, encode_prompt, find_stop_ids, generate, internalize
 from d2l.inference.load import TrainedModel, load_model
+from d2l.io.run_folder import step_folder
 
 SHORT = "The ferry to Brennick leaves at nine."
 LONG = " ".join(f"On day {day} the ferry leaves at {day % 12}." for day in range(12))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2l.errors import CheckpointError
-from d2l.io.lock import LOCK, lock_folder
+from d2l.io.lock import lock_folder
+from d2l.io.run_folder import LOCK
 
 HOLDER = """
 import os, sys, time

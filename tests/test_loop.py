@@ -15,15 +15,16 @@ from support.tiny_model import random_rows, run_config, tiny_model
 from torch import Tensor
 
 from d2l.build import Components
-from d2l.checkpoint import Checkpoint, load_checkpoint, load_hypernet, save_checkpoint, step_folder
+from d2l.checkpoint import Checkpoint, load_checkpoint, load_hypernet, save_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches
 from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Row
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.fingerprint import base_facts
+from d2l.io.run_folder import METRICS, step_folder
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.metrics import MEASURED, METRICS, StepMetrics
+from d2l.train.metrics import MEASURED, StepMetrics
 
 SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import run_config
 
-from d2l.checkpoint import MANIFEST, Checkpoint, checkpoints_folder, save_checkpoint, step_folder
+from d2l.checkpoint import Checkpoint, save_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
 from d2l.fingerprint import Fingerprint
+from d2l.io.run_folder import MANIFEST, checkpoints_folder, step_folder
 from d2l.train import start as module
 from d2l.train.changes import compare_configs
 from d2l.train.folder import Change, Identity

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.tiny_model import base_config, run_config
 
-from d2l.checkpoint import load_checkpoint, save_checkpoint, step_folder
+from d2l.checkpoint import load_checkpoint, save_checkpoint
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
 from d2l.io.atomic import make_folders
+from d2l.io.run_folder import METRICS, step_folder
 from d2l.train.events import read_events
-from d2l.train.metrics import MEASURED, METRICS
+from d2l.train.metrics import MEASURED
 from d2l.train.optimizer import learning_rates
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed

@@ -22,7 +22,7 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
 from d2l.evaluation import sample
 from d2l.evaluation.sample import read_batch, sample_row
-from d2l.train.metrics import EVALUATIONS
+from d2l.io.run_folder import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & é'

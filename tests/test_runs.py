@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 import cli
 from d2l.evaluation.curves import MOST_POINTS, smooth, thin
+from d2l.io.run_folder import EVALUATIONS
 from d2l.train.events import note_event, read_events
 from d2l.train.history import RunHistory, read_history, read_metrics, series, speeds
-from d2l.train.metrics import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 
@@ -234,20 +234,6 @@ def test_events_are_told_by_time(tmp_path: Path) -> None:
 
 
 # Plot
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures that are saved."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **named: Any) -> None:
-        figures.append(figure)
-        save(figure, *arguments, **named)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def test_runs_lie_over_each_other_raw_and_smoothed(tmp_path: Path, drawn: list[Figure]) -> None:

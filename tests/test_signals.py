@@ -15,7 +15,8 @@ import torch
 from support.launch import run_here
 from support.tiny_model import random_rows, run_config, tiny_model
 
-from d2l.checkpoint import load_checkpoint, step_folder, step_folders, step_of
+from d2l.checkpoint import load_checkpoint
+from d2l.io.run_folder import step_folder, step_folders, step_of
 from d2l.train import stopping
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.stopping import SIGNALS, Interrupted, StopRequest, stop_on_signals

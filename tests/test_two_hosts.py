@@ -14,8 +14,8 @@ import torch
 from support.launch import launch, train_alone
 from support.two_hosts import Host, two_hosts
 
-from d2l.checkpoint import load_checkpoint, step_folder
-from d2l.train.metrics import METRICS
+from d2l.checkpoint import load_checkpoint
+from d2l.io.run_folder import METRICS, step_folder
 
 pytestmark = pytest.mark.slow
 LIMIT = 150  # seconds, for everything that must not hang

@@ -12,11 +12,12 @@ from support.launch import run_here, train_alone
 from support.tiny_model import random_rows, tiny_model
 from support.two_processes import HELDOUT, config_for
 
-from d2l.checkpoint import load_checkpoint, step_folder
+from d2l.checkpoint import load_checkpoint
+from d2l.io.run_folder import EVALUATIONS, METRICS, step_folder
 from d2l.train.autopsy import read_autopsy
 from d2l.train.events import read_events
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.metrics import EVALUATIONS, MEASURED, METRICS
+from d2l.train.metrics import MEASURED
 from d2l.train.watch import Watch
 
 

@@ -15,7 +15,7 @@ from support.tiny_model import base_config, random_rows, run_config, tiny_model
 from torch.nn import functional
 
 from d2l.build import Components, load_records
-from d2l.checkpoint import load_checkpoint, step_folder
+from d2l.checkpoint import load_checkpoint
 from d2l.config.schema import CurriculumStage, RunConfig
 from d2l.data.heldout import SHARE, choose_heldout
 from d2l.data.packing import collate
@@ -24,11 +24,12 @@ from d2l.data.shards import row_sizes
 from d2l.errors import DataError, NonFiniteError
 from d2l.hypernet.distance import UpdateProducts, compare_updates, mean_distance
 from d2l.hypernet.lora import Lora
+from d2l.io.run_folder import EVALUATIONS, METRICS, step_folder
 from d2l.train.curriculum import Curriculum
 from d2l.train.events import read_events
 from d2l.train.heldout import Answers, Heldout, HeldoutScores
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.metrics import EVALUATED, EVALUATIONS, MEASURED, METRICS
+from d2l.train.metrics import EVALUATED, MEASURED
 from d2l.train.reading import LEAST_STEP, PATIENCE, SAME, ReadingGuard
 from d2l.train.run import train
 from d2l.train.spikes import LEAST, LIMIT, SpikeGuard

@@ -1,13 +1,27 @@
-"""Sizes of packed batches, rows and chunks against the limits of a configuration, counted on the batches themselves."""
+"""Limits on the sizes of batches, rows and chunks: what exceeds them, counted on the batches themselves; and none at all."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from checks.subject import changed
 
 if TYPE_CHECKING:
     from d2l.config.schema import RunConfig
     from d2l.data.packing import PackedBatch
+
+
+ROOM = 1 << 20  # tokens of a packed row that holds whatever there is
+
+
+def unlimited(config: "RunConfig", **values: Any) -> "RunConfig":
+    """Return a configuration that drops and splits nothing and makes one chunk of a document; no teacher, no cache."""
+    none = dict.fromkeys(
+        ("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_ctx_chunk_len", "min_ctx_chunk_len"), -1
+    )
+    packed = {"max_packed_inp_len": ROOM, "max_packed_ctx_len": ROOM, "loss": "ce", "cache": False}
+    return changed(config, **{**none, **packed, "max_ctx_chunk_num": None, "num_chunk_probs": None, **values})
 
 
 def size_problems(

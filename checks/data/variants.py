@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import normalizers
 from transformers import LlamaConfig
 
+from checks.data.sizes import unlimited
 from checks.oracles.conversations import ConversationFormat
 from checks.subject import changed
 from d2l.data.chat.tokenizer import load_tokenizer
@@ -30,7 +31,6 @@ LARGE = 20_000  # ids: a tokenizer above takes half a second to fingerprint, whi
 TEXT, TOKENS = 300, 12  # at most so many characters of a document, and at least so many tokens
 PIECES = 6  # more chunks than the draw of the base inputs takes
 PRINTED = "{{ supervision }} {{ strftime_now('%Y-%m-%d') }} "
-ROOMY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,10 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
     questions = [pair for record in records for pair in zip(record.prompts, record.responses, strict=True)]
     question = max(len(expected.ids) for expected in form.expected(questions) if expected)
     draw = dict.fromkeys(range(2, PIECES), 0.25)
-    config = changed(
+    config = unlimited(
         subject.config,
-        loss="ce",
-        max_ctx_len=-1,
-        max_qas_len=-1,
-        max_qas_per_sample=-1,
         max_ctx_chunk_len=text + affixes,
-        min_ctx_chunk_len=-1,
-        max_ctx_chunk_num=None,
         num_chunk_probs=draw,
-        max_packed_inp_len=ROOMY,
-        max_packed_ctx_len=ROOMY,
-        cache=False,
         supervision=chat.supervision,
         control_tokens="text",
     )
@@ -185,7 +176,7 @@ def _probe_records(subject: "Subject", form: ConversationFormat) -> "tuple[Recor
 
 def _spelled(form: ConversationFormat) -> str:
     """Return the letters of a control token that the tokenizer can read as text; empty where its vocabulary cannot."""
-    readable = (it for it in form.special_tokens if form.special_ids.isdisjoint(form.encode_contents(it)))
+    readable = (it for it in form.special.by_name if form.special.ids.isdisjoint(form.encode_contents(it)))
     return next(readable, "")
 
 

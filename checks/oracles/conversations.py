@@ -20,6 +20,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from checks.oracles.special_tokens import SpecialTokens
+
 QUESTION, ANSWER = "Zebras graze", "Kettles whistle"  # stand in for texts; they occur in no template
 HARMONY_HEADER = "<|channel|>final<|message|>"  # what GPT-OSS writes before an answer; `content` leaves it out
 # Replaces transformers' clock: the day in each format that the template names, since functions cannot be passed to it.
@@ -115,13 +117,9 @@ class ConversationFormat:
             for text, pair in zip(texts, questions, strict=True)
         ]
 
-    def count_special(self, text: str) -> int:
-        """Count the special tokens that a text spells."""
-        return len(self._special.findall(text))
-
     def has_special(self, *texts: str) -> bool:
         """Tell whether texts hold special tokens that have to be read as text."""
-        return not self.keeps_control_tokens and any(map(self._special.search, texts))
+        return not self.keeps_control_tokens and any(map(self.special.pattern.search, texts))
 
     def document(self, text: str) -> str:
         """Render a document as a user's message of its own.
@@ -166,19 +164,9 @@ class ConversationFormat:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of the tokenizer's special tokens by their text."""
-        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of the tokenizer's special tokens, that for unknown text apart."""
-        return frozenset(self.special_tokens.values()) - {self.tokenizer.unk_token_id}
-
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)")
+    def special(self) -> SpecialTokens:
+        """The tokenizer's special tokens."""
+        return SpecialTokens(self.tokenizer)
 
     @cached_property
     def _frame(self) -> _Frame:
@@ -254,33 +242,12 @@ class ConversationFormat:
 
     def _by_pieces(self, question: str, answer: str) -> Expected | None:
         """Encode a conversation whose texts hold special tokens piece by piece, cut at those of the template."""
-        letters = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in question + answer)
-        stand_ins = {name: next(letters) * len(name) for name in self.special_tokens}
-        asked, answered = (self._special.sub(lambda match: stand_ins[match[0]], text) for text in (question, answer))
+        stand_ins = self.special.stand_ins(question + answer)
+        asked, answered = (self.special.hide(text, stand_ins) for text in (question, answer))
         text = self.render([_turns(asked, answered)])[0]
-        ids: list[int] = []
-        token_at: list[int | None] = []
-        for piece in filter(None, self._special.split(text)):
-            if piece in self.special_tokens:
-                token_at += [len(ids)] * len(piece)
-                ids.append(self.special_tokens[piece])
-                continue
-            for name, stand_in in stand_ins.items():
-                piece = piece.replace(stand_in, name)
-            lead = self._lead if ids else ""
-            encoding = self.tokenizer(lead + piece, add_special_tokens=False, split_special_tokens=True)
-            before = len(self.tokenizer(lead, add_special_tokens=False)["input_ids"]) if lead else 0
-            places = (encoding.char_to_token(len(lead) + place) for place in range(len(piece)))
-            token_at += [None if place is None else len(ids) + place - before for place in places]
-            ids += encoding["input_ids"][before:]
+        ids, token_at = self.special.encode_pieces(text, stand_ins)
         found = self._supervised(text, answered, token_at.__getitem__)
         return None if found is None else Expected(ids, max(found[0], 1), found[1] + 1)
-
-    @cached_property
-    def _lead(self) -> str:
-        """What goes before a piece so that it is not read as the beginning of a text, where a space would be added."""
-        both, one = self.encode("\nx"), self.encode("\n")
-        return "" if both[len(one) :] == self.encode("x") else "\n"
 
     def _supervised(self, text: str, answer: str, token_at: Callable[[int], int | None]) -> tuple[int, int] | None:
         """Find the first and the last supervised token by the place of the answer; None where it is not there."""

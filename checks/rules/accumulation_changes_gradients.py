@@ -31,7 +31,8 @@ from checks.subject import changed
 from checks.training.steps import CHUNKS, TOLERANCE, TWO_BATCHES, loss_step, worst_parameter
 
 if TYPE_CHECKING:
-    from checks.subject import Implementation, Subject
+    from checks.implementation import Implementation
+    from checks.subject import Subject
 
 MEANS = {False: "mean over tokens", True: "mean over contexts"}
 

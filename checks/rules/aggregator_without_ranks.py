@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import configure, override
+from checks.implementation import Implementation, Model
 from checks.probes import probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import Override, override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from d2l.data.chat.conversations import SUPERVISED
 from d2l.data.chat.supervision import supervision_faults
 from d2l.errors import DataError, ModelError

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.probes import difference, probe_rows
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from d2l.base.attention import FLASH_4
 from d2l.base.config import skeleton
 from d2l.base.load_plan import Choice

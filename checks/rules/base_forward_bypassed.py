@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 
 if TYPE_CHECKING:
     from checks.subject import Subject

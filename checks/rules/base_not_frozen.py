@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override, override_step
+from checks.implementation import Implementation, Model
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from checks.training.short_run import short_run
 
 if TYPE_CHECKING:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.oracles import edited_weights
 from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows, probe_rows
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from d2l.data.packing import collate
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import configure, override
+from checks.implementation import Implementation, Model
 from checks.probes import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from d2l.hypernet.model import checkpoint_layers
 
 if TYPE_CHECKING:

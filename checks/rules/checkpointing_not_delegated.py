@@ -25,9 +25,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, changed
+from checks.subject import changed
 from checks.training.short_run import PLAN, unique_rows
 from checks.training.steps import light_config, light_model
 

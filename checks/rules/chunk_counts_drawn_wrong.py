@@ -25,10 +25,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from checks.data.sizes import ROOM, unlimited
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 COPIES = 100
 PROBABILITIES = {1: 0.6, 2: 0.1, 3: 0.3}
 DEVIATIONS = 5
-ROOM = 1_000_000  # tokens: no limit acts
 
 
 def check(subject: "Subject") -> Result:
@@ -48,10 +49,7 @@ def check(subject: "Subject") -> Result:
     text = " ".join([record.context] * max(PROBABILITIES))  # a document of two tokens has no three chunks
     one = replace(record, context=text, prompts=record.prompts[:1], responses=record.responses[:1])
     copies = tuple(replace(one, logprobs_vals=None, logprobs_indices=None) for _ in range(COPIES))
-    limits = {"max_ctx_chunk_len": ROOM, "min_ctx_chunk_len": -1, "max_ctx_chunk_num": None, "max_ctx_len": -1}
-    config = changed(
-        subject.config, **limits, num_chunk_probs=PROBABILITIES, max_packed_ctx_len=ROOM, loss="ce", cache=False
-    )
+    config = unlimited(subject.config, max_ctx_chunk_len=ROOM, num_chunk_probs=PROBABILITIES)
     rows = subject.implementation.rows(config, subject.chat, copies).rows
     counts = Counter(len(row.chunks) for row in rows)
     shares = {count: counts[count] / max(len(rows), 1) for count in sorted({*PROBABILITIES, *counts})}

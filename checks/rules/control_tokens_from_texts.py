@@ -25,11 +25,13 @@ from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from checks.data.expected import conversation_format
+from checks.data.sizes import unlimited
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles.conversations import REFUSALS, ConversationFormat
 from checks.result import Fail, Pass, Result, Skip, Warn
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from d2l.data.records import Record
 
 LETTERS = 200  # of a text of the data that go into a probe
-ROOM = 1 << 20  # tokens: no limit acts
 REMEDY = "set control_tokens: text, or refuse; encode documents and messages without the tokenizer's special tokens"
 
 
@@ -47,9 +48,9 @@ def check(subject: "Subject") -> Result:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     form, mode = conversation_format(subject), subject.config.control_tokens
     spelled = {
-        "documents": sum(form.count_special(record.context) for record in subject.records),
-        "prompts": sum(form.count_special(text) for record in subject.records for text in record.prompts),
-        "responses": sum(form.count_special(text) for record in subject.records for text in record.responses),
+        "documents": sum(form.special.count(record.context) for record in subject.records),
+        "prompts": sum(form.special.count(text) for record in subject.records for text in record.prompts),
+        "responses": sum(form.special.count(text) for record in subject.records for text in record.responses),
     }
     total = sum(spelled.values())
     evidence: dict[str, Any] = {"control_tokens": mode, "spelled": spelled}
@@ -92,31 +93,19 @@ def _names(form: ConversationFormat) -> list[str]:
         text = form.render([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])[0]
     except REFUSALS:
         text = ""
-    return [name for name in form.special_tokens if name in text] or [*form.special_tokens][:1]
+    return [name for name in form.special.by_name if name in text] or [*form.special.by_name][:1]
 
 
 def _made(subject: "Subject", names: list[str]) -> tuple[int, int] | None:
     """Let the run tokenize a record with names in its texts; count special ids in chunks and questions; None: refused."""
     assert subject.records is not None
     record = subject.records[next(iter(subject.rows.rows)).record]
-    config = changed(
-        subject.config,
-        loss="ce",
-        max_ctx_len=-1,
-        max_qas_len=-1,
-        max_ctx_chunk_len=-1,
-        min_ctx_chunk_len=-1,
-        max_ctx_chunk_num=None,
-        num_chunk_probs=None,
-        max_packed_inp_len=ROOM,
-        max_packed_ctx_len=ROOM,
-        cache=False,
-    )
+    config = unlimited(subject.config)
     try:
         rows = subject.implementation.rows(config, subject.chat, (_spelling(record, names),)).rows
     except D2LError:
         return None
-    special = conversation_format(subject).special_ids
+    special = conversation_format(subject).special.ids
     chunks = [token for row in rows for chunk in row.chunks for token in chunk]
     queries = [token for row in rows for query in row.queries for token in query.input_ids]
     return sum(token in special for token in chunks), sum(token in special for token in queries)

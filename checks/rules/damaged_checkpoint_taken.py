@@ -3,8 +3,8 @@
 What it does
 ------------
 Trains the light twin into a temporary folder, and resumes copies of its newest checkpoint in which one byte is changed or
-one file is missing. It saves weights with a NaN among them, and looks which checkpoint a run's folder is continued from
-when its newest one is damaged.
+one file is missing. It saves weights with a NaN among them, and looks which checkpoint a run's folder of ten steps is
+continued from, also when its newest one is damaged.
 
 Why it matters
 --------------
@@ -30,15 +30,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from checks.training.staged_run import staged_trainer
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-PLAN = {"max_steps": 2, "save_steps": 1, "save_total_limit": 2, "gradient_accumulation_steps": 1}
+# Steps 9 and 10 are kept: as texts they are in the other order.
+PLAN = {"max_steps": 10, "save_steps": 9, "save_total_limit": 2, "gradient_accumulation_steps": 1}
 REMEDY = "write a manifest of hashes last, compare it before reading, and refuse to save what is not finite"
 
 
@@ -126,6 +127,11 @@ def _by_name(healthy: Implementation, folder: Path) -> Path:
     return places[-1]
 
 
+def _as_text(healthy: Implementation, folder: Path) -> Path:
+    """Take the folder whose number is the last one as a text."""
+    return max((path.parent for path in folder.rglob("*.json")), key=lambda it: it.name.lstrip("step-0"))
+
+
 RULE = Rule(
     code="SAV203",
     name="damaged-checkpoint-taken",
@@ -137,5 +143,6 @@ RULE = Rule(
     faults=(
         Fault("not-verified", "a changed byte is not noticed", override(trainer=_unverified)),
         Fault("by-name", "the newest folder is taken unseen", override(newest=_by_name)),
+        Fault("ordered-as-text", "step 9 counts as newer than step 10", override(newest=_as_text)),
     ),
 )

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.oracles.loss import cross_entropy
 from checks.probes import gradients, norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from checks.training.steps import loss_rows, still_model
 from d2l.data.packing import collate
 

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override_step
+from checks.implementation import offered
 from checks.oracles import edited_weights
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import offered
 from checks.training.observed import observed_step
 from checks.training.steps import TWO_BATCHES, light_config, loss_rows, still_model
 from d2l.data.packing import collate

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles import experts
 from checks.probes import TOLERANCE, base_in_double, difference, hidden_states, large_inputs
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles import experts
 from checks.probes import (
     TOLERANCE,
@@ -41,7 +42,6 @@ from checks.probes import (
 )
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -24,9 +24,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import configure, override
+from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from d2l.base.load_plan import Choice
 
 if TYPE_CHECKING:

@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.probes import TOLERANCE, difference, probe_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from d2l.data.packing import collate
 from d2l.errors import D2LError
 from d2l.hypernet.targets import MLP_BLOCK

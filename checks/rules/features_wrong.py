@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation, Model, offered
 from checks.oracles import features
 from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, changed, offered
+from checks.subject import changed
 from d2l.data.packing import collate
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.probes import TOLERANCE, alone, difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 from d2l.base.segments import segment_starts
 
 if TYPE_CHECKING:

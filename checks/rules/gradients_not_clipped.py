@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles.optimizer import clipped
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.steps import TOLERANCE, loss_step, worst_parameter
 
 if TYPE_CHECKING:

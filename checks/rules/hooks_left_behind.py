@@ -27,7 +27,8 @@ from checks.rule import Fault, Rule
 from checks.training.short_run import count_hooks, short_run
 
 if TYPE_CHECKING:
-    from checks.subject import Stepper, Subject
+    from checks.implementation import Stepper
+    from checks.subject import Subject
 
 REMEDY = "remove what is added for a forward pass in a finally block or by a context manager"
 

@@ -29,12 +29,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from checks.faults import override
+from checks.implementation import Implementation, Model, offered
 from checks.oracles import edited_weights, hypernetwork
 from checks.oracles.stored import StoredCase, stored_cases
 from checks.probes import TOLERANCE, difference, in_double, packed_rows
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, build_drawn, changed, offered, plan_on_cpu
+from checks.subject import build_drawn, changed, plan_on_cpu
 from d2l.config.schema import RunConfig
 from d2l.data.packing import collate
 from d2l.data.tokenize import Query, Row

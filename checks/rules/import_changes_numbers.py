@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from checks.faults import Override, override
+from checks.implementation import Implementation
 from checks.probes import TOLERANCE, difference, probe_batch
 from checks.reference_file import reference_state, write_reference_file
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 

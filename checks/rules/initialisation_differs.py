@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from checks.faults import Override, override
+from checks.implementation import Implementation, Model
 from checks.oracles.initialisation import Distribution, distribution
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model, changed
+from checks.subject import changed
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -24,11 +24,12 @@ document.
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles.loss import lora_l1
 from checks.probes import gradients, norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.steps import TOLERANCE, TWO_BATCHES, loss_rows, loss_step, still_model, worst_parameter
 from d2l.data.packing import collate
 

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 from checks.data.epoch import gather
 from checks.data.packed import readings
 from checks.faults import Override, override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation, Model
 from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, Model
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles import edited_weights, loss
 from checks.probes import gradients
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.observed import Observed
 from checks.training.steps import TOLERANCE, loss_rows, loss_step, still_model, worst_parameter
 from d2l.data.packing import collate

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles import mxfp4
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 
 if TYPE_CHECKING:
     from checks.subject import Subject

@@ -27,16 +27,17 @@ import numpy as np
 
 from checks.data.epoch import EpochReading, gather
 from checks.data.packed import readings
+from checks.data.sizes import ROOM
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from d2l.errors import D2LError, DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-ROOMY = 1 << 20
 REMEDY = "report what is dropped, keep documents with their own questions, and take every batch once an epoch"
 
 
@@ -120,7 +121,7 @@ def _teacher_problems(subject: "Subject", own: EpochReading) -> list[str]:
         logprobs_vals=tuple(((-0.5, -2.0),) * count for count in counts),
         logprobs_indices=tuple(((1, 3),) * count for count in counts),
     )
-    config = changed(subject.config, max_qas_len=-1, max_qas_per_sample=-1, max_packed_inp_len=ROOMY, cache=False)
+    config = changed(subject.config, max_qas_len=-1, max_qas_per_sample=-1, max_packed_inp_len=ROOM, cache=False)
     try:
         tokenized = subject.implementation.rows(config, subject.chat, (unusable,))
     except D2LError:

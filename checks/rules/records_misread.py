@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles.record_files import Content, read_file
 from checks.result import Fail, NotApplicable, NotOffered, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:

@@ -32,16 +32,17 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checks.faults import Override, override
+from checks.implementation import Implementation
 from checks.probes import difference
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from checks.training.staged_run import Stage, staged_trainer
 from checks.training.steps import hypernet_values
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:
-    from checks.subject import Stepper, Subject
+    from checks.implementation import Stepper
+    from checks.subject import Subject
 
 EXACT = 1e-5
 REMEDY = (

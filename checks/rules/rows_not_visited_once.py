@@ -26,9 +26,9 @@ epoch's number.
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from checks.training.short_run import PER_STEP, ROWS, rows_read, short_run
 
 if TYPE_CHECKING:

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 from checks.data.epoch import gather
 from checks.data.packed import readings
 from checks.faults import Override, override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:

@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from checks.training.staged_run import staged_trainer
 
 if TYPE_CHECKING:
-    from checks.subject import Stepper, Subject
+    from checks.implementation import Stepper
+    from checks.subject import Subject
 
 STEPS, KEPT = 10, 2  # the last two of a number of digits each: names that are not padded sort wrongly
 PLAN = {"max_steps": STEPS, "save_steps": 9, "save_total_limit": KEPT, "gradient_accumulation_steps": 1}

@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.oracles.schedule import KINDS, learning_rate
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.short_run import short_run
 from checks.training.steps import light_config
 

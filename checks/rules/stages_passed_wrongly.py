@@ -25,9 +25,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.observed import observed_step
 from checks.training.short_run import rows_read, unique_rows
 from checks.training.staged_run import PER_STAGE, PER_STEP, Stage, staged_trainer

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.faults import override, override_step
+from checks.implementation import Implementation
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from checks.training.observed import observed_step
 from checks.training.steps import (
     TOLERANCE,

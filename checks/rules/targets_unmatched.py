@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from checks.faults import configure, override
+from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from d2l.errors import ModelError
 from d2l.hypernet.targets import MLP_BLOCK
 

@@ -29,10 +29,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checks.faults import override, override_step
+from checks.implementation import Implementation
 from checks.oracles import optimizer
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation, changed
+from checks.subject import changed
 from checks.training.observed import Observed, observed_step
 from checks.training.short_run import PLAN, short_run
 from checks.training.steps import light_config

@@ -29,10 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checks.faults import override
+from checks.implementation import Implementation
 from checks.probes import TOLERANCE, difference, probe_batch
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import Implementation
 from d2l.errors import ModelError
 
 if TYPE_CHECKING:

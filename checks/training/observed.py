@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
-    from checks.subject import Model, Stepper
+    from checks.implementation import Model, Stepper
 
 
 @dataclass

@@ -15,7 +15,8 @@ from checks.training.steps import light_config, light_model, shared
 from d2l.data.tokenize import Query, Row
 
 if TYPE_CHECKING:
-    from checks.subject import Model, Stepper, Subject
+    from checks.implementation import Model, Stepper
+    from checks.subject import Subject
     from d2l.config.schema import RunConfig
 
 ROWS, CHUNK, QUESTION, LABELS = 5, 3, 4, 2  # rows, and tokens of each

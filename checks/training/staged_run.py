@@ -13,7 +13,8 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import Row
 
 if TYPE_CHECKING:
-    from checks.subject import Model, Stepper, Subject
+    from checks.implementation import Model, Stepper
+    from checks.subject import Subject
 
 PER_STAGE, PER_STEP = 4, 2  # rows, each a micro-batch by itself: an epoch of a stage is two steps
 PLAN: dict[str, Any] = {

@@ -18,7 +18,8 @@ from d2l.data.tokenize import Query, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from checks.subject import Model, Subject
+    from checks.implementation import Model
+    from checks.subject import Subject
     from d2l.config.schema import RunConfig
 
 Value = TypeVar("Value")

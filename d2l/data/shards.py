@@ -5,6 +5,7 @@ without a row (dropped ones) are listed in the schema's metadata, so that one ha
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,7 +97,25 @@ class Shard:
         return TokenizedPart(dropped=tuple(dropped), top_k=frozenset(json.loads(self._metadata[b"top_k"])))
 
 
-class MappedRows(Sequence[Row]):
+class _RowsOnAccess(Sequence[Row]):
+    """Rows that are made when they are asked for."""
+
+    @abstractmethod
+    def _row(self, place: int) -> Row:
+        """Make the row at a place counted from the first."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(len(self))[index]
+        return self._row(places) if isinstance(places, int) else [self._row(place) for place in places]
+
+
+class MappedRows(_RowsOnAccess):
     """Rows of some shards: each row is made on access, and only its own tokens are read."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -106,16 +125,7 @@ class MappedRows(Sequence[Row]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def _row(self, place: int) -> Row:
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self._shards[shard].row(place - int(self._starts[shard]))
 
@@ -130,7 +140,7 @@ class MappedRows(Sequence[Row]):
         return [int(record) for shard in self._shards for record in shard.records]
 
 
-class SomeRows(Sequence[Row]):
+class SomeRows(_RowsOnAccess):
     """Some of the rows, in order; each is made on access where the rows are.
 
     Args:
@@ -143,16 +153,8 @@ class SomeRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self._rows[place] for place in self._places[index]]
-        return self._rows[self._places[index]]
+    def _row(self, place: int) -> Row:
+        return self._rows[self._places[place]]
 
     @property
     def sizes(self) -> np.ndarray:

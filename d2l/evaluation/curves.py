@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from d2l.errors import DataError
 from d2l.evaluation.canvas import PALETTE, frame, save_figure
+from d2l.io.run_folder import METRICS
 from d2l.train.history import Record, RunHistory, loss_keys, series, speeds
-from d2l.train.metrics import METRICS
 
 SMOOTHED_SHARE, SMOOTHED_LEAST = 1 / 50, 10  # of a run's steps, and steps, over which its smoothed line forgets
 MOST_POINTS = 2000  # of one line: more are not seen, and a run of days has a hundred thousand

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from d2l.errors import CheckpointError
-
-LOCK = ".lock"
+from d2l.io.run_folder import LOCK
 
 
 class LockedError(CheckpointError):

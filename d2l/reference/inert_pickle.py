@@ -11,6 +11,7 @@ import pickletools
 import sys
 import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -43,6 +44,10 @@ MOST_SHARED = 32
 def _refuse_state(state: Any) -> None:
     """Refuse a state, as `__setstate__`: without one, BUILD would set attributes, even on a class."""
     raise pickle.UnpicklingError(f"state of type {type(state).__name__} for an object that has none")
+
+
+# What opening an archive raises; the third where it needs a newer version of the format than zipfile reads.
+_BAD_ARCHIVE = (OSError, ValueError, NotImplementedError, zipfile.BadZipFile)
 
 
 class SavedDataclass:
@@ -116,24 +121,22 @@ class TorchFile:
         self.path = path
         self._storages: dict[str, bytearray] = {}
         self._described = 0  # bytes of the tensors that were read, each counted whole
-        try:
-            self._size = path.stat().st_size
-            self._archive = zipfile.ZipFile(path)
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise CheckpointError(_describe_bad_archive(path, error)) from error
-        try:
+        with ExitStack() as opened:
+            try:
+                self._size = path.stat().st_size
+                self._archive = opened.enter_context(zipfile.ZipFile(path))
+            except _BAD_ARCHIVE as error:
+                raise CheckpointError(_describe_bad_archive(path, error)) from error
             self._folder = self._find_folder()
             names = dict.fromkeys(dataclasses, SavedDataclass) | dict.fromkeys(enums, EnumMember)
             self.root: Any = _load(self._read("data.pkl"), names, path)
-        except BaseException:
-            self._archive.close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._archive.close()
+        self._opened.close()
 
     def read_tensor(self, reference: TensorReference) -> Tensor:
         """Read a tensor, on the CPU; tensors of one storage share its memory.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from d2l.errors import CheckpointError
+from d2l.io.run_folder import AUTOPSY_FOLDER, is_run
 
 AUTOPSY, BATCH, TENSORS, RANDOM = "autopsy.json", "batch.json", "batch.safetensors", "random.safetensors"
-NAME = "autopsy"  # of the folder; the next ones are autopsy-2, autopsy-3, ...
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Autopsy:
 
 def numbered(run: Path) -> Iterator[Path]:
     """Yield the folders of a run's autopsies, existing or not: the first one first."""
-    yield run / NAME
-    yield from (run / f"{NAME}-{number}" for number in count(2))
+    yield run / AUTOPSY_FOLDER
+    yield from (run / f"{AUTOPSY_FOLDER}-{number}" for number in count(2))
 
 
 def newest_autopsy(run: Path) -> Path | None:
@@ -149,10 +149,10 @@ def newest_autopsy(run: Path) -> Path | None:
     Raises:
         CheckpointError: the path is no run's folder.
     """
-    if not any((run / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", NAME)):
+    if not is_run(run) and not (run / AUTOPSY_FOLDER).exists():
         what = "is no run's folder" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} {what}: expected the folder that `d2l train` wrote, or an autopsy in it")
-    found = {_number(folder): folder for folder in run.glob(f"{NAME}*") if folder.is_dir()}
+    found = {_number(folder): folder for folder in run.glob(f"{AUTOPSY_FOLDER}*") if folder.is_dir()}
     return found[max(found)] if max(found, default=0) else None
 
 
@@ -182,6 +182,6 @@ def read_autopsy(folder: Path) -> Autopsy:
 def _number(folder: Path) -> int:
     """Return which autopsy a folder's name says, 0 where it is another folder's."""
     _, dash, number = folder.name.partition("-")
-    if folder.name == NAME:
+    if folder.name == AUTOPSY_FOLDER:
         return 1
-    return int(number) if dash and folder.name.startswith(f"{NAME}-") and number.isdecimal() else 0
+    return int(number) if dash and folder.name.startswith(f"{AUTOPSY_FOLDER}-") and number.isdecimal() else 0

@@ -15,10 +15,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2l.checkpoint import load_checkpoint, step_folders
+from d2l.checkpoint import load_checkpoint
 from d2l.data.packing import PackedBatch
 from d2l.errors import CheckpointError, NonFiniteError
 from d2l.io.atomic import write_new_folder
+from d2l.io.run_folder import CONFIG, PREFLIGHT, step_folders
 from d2l.train.autopsy import AUTOPSY, BATCH, RANDOM, TENSORS, Autopsy, numbered
 from d2l.train.guards import STATE, is_sound
 from d2l.train.replay import BatchLoss
@@ -169,7 +170,7 @@ def _command(folder: Path, checkpoint: Path | None, processes: int) -> str:
     """Return the command that takes the same steps from the newest sound checkpoint, or from the start, once more."""
     program = ["d2l"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "cli"]
     again = ["--output", f"{folder}-again"] if checkpoint is None else ["--resume", str(checkpoint)]
-    return shlex.join([*program, "train", str(folder / "config.yaml"), *again, *_ignored(folder / "preflight.json")])
+    return shlex.join([*program, "train", str(folder / CONFIG), *again, *_ignored(folder / PREFLIGHT)])
 
 
 def _ignored(preflight: Path) -> list[str]:

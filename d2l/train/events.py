@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EVENTS = "events.jsonl"  # one JSON object a line: time (seconds since 1970) and text
-AUTOPSY = "autopsy"
-_RUN, _SUPERSEDED = "run.json", "superseded-"
+from d2l.io.run_folder import AUTOPSY_FOLDER, EVENTS, RUN
+
+_SUPERSEDED = "superseded-"
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def _superseded(folder: Path) -> Iterator[Event]:
 
 
 def _autopsies(folder: Path) -> Iterator[Event]:
-    for place in folder.glob(f"{AUTOPSY}*"):
+    for place in folder.glob(f"{AUTOPSY_FOLDER}*"):
         if place.is_dir():
             yield Event(_modified(place), f"stopped on a value that is not finite: {place.name}")
 
 
 def _changes(folder: Path) -> Iterator[Event]:
     """Yield what was changed on purpose at a resume."""
-    changes = _mapping(_read(folder / _RUN)).get("changes")
+    changes = _mapping(_read(folder / RUN)).get("changes")
     for change in changes if isinstance(changes, list) else []:
         if isinstance(change, dict):
             step, field, was, now, reason = (change.get(key, "?") for key in ("step", "field", "was", "now", "reason"))

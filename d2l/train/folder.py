@@ -1,15 +1,4 @@
-"""A run's folder: taking a new one, its lock, who the run is, and making it ready for the next step.
-
-OUTPUT/
-    run.json          id of the run, and what was changed on purpose when it was resumed
-    config.yaml       configuration of the newest start
-    preflight.json    report of the preflight before the first start
-    metrics.jsonl     one object for each step
-    evaluation.jsonl  one object for each evaluation, where there are some
-    events.jsonl      one object for each resume, and for each warning of `d2l.train.watch`
-    checkpoints/      see `d2l.checkpoint`
-    .lock             pid and host of the process that trains in it; absent where none does
-"""
+"""A run's folder: taking a new one, its lock, who the run is, and making it ready for the next step."""
 
 import json
 import os
@@ -21,15 +10,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from d2l.checkpoint import checkpoints_folder, step_folders, step_of
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ConfigError
 from d2l.io.atomic import make_folders, remove_leftovers, replace_file
-from d2l.io.lock import LOCK, LockedError, lock_folder
-from d2l.train.metrics import EVALUATIONS, METRICS
-
-RUN, CONFIG, PREFLIGHT = "run.json", "config.yaml", "preflight.json"
+from d2l.io.lock import LockedError, lock_folder
+from d2l.io.run_folder import (
+    CONFIG,
+    EVALUATIONS,
+    LOCK,
+    METRICS,
+    PREFLIGHT,
+    RUN,
+    checkpoints_folder,
+    step_folders,
+    step_of,
+)
 
 
 @dataclass(frozen=True)

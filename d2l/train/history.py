@@ -6,7 +6,6 @@ Files may be absent, half written or of an earlier version: what is missing is l
 import fcntl
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ import yaml
 
 from d2l.config.schema import LossName
 from d2l.errors import DataError
-from d2l.io.lock import LOCK
+from d2l.io.run_folder import CONFIG, EVALUATIONS, LOCK, MANIFEST, METRICS, PREFLIGHT, is_run, step_folders, step_of
 from d2l.train.events import Event, read_events, was_autopsied
-from d2l.train.metrics import EVALUATIONS, LOSS_SUFFIX, METRICS, PEAK_SUFFIX
+from d2l.train.metrics import LOSS_SUFFIX, PEAK_SUFFIX
 
 Record = Mapping[str, Any]
 State = Literal["running", "running?", "done", "stopped", "died", "died?", "empty"]
 
-CONFIG, PREFLIGHT, CHECKPOINTS = "config.yaml", "preflight.json", "checkpoints"
-_STEP = re.compile(r"step-(\d+)")
 _TAIL = 2**18  # bytes at the end of metrics.jsonl that tell how a run goes: hundreds of steps
 _RECENT = 50  # steps whose median speed stands for those to come
 _PATIENCE = 60.0  # seconds without a write before a run without a lock counts as ended, or as many as ten steps take
@@ -131,11 +128,9 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise DataError(f"{place} is no folder: expected the folder of a run, or a folder of runs")
-        below = [place] if _is_run(place) else sorted(filter(_is_run, place.iterdir()))
+        below = [place] if is_run(place) else sorted(filter(is_run, place.iterdir()))
         if not below and any(place.iterdir()):
-            raise DataError(
-                f"{place}: expected {CONFIG}, {METRICS} or {CHECKPOINTS} in it or right below it, found none"
-            )
+            raise DataError(f"{place}: expected {CONFIG}, {METRICS} or checkpoints in it or right below it, found none")
         found += below or [place]  # an empty folder is a run that wrote nothing yet
     return list(dict.fromkeys(found))
 
@@ -217,10 +212,6 @@ def speeds(records: Iterable[Record]) -> list[tuple[int, float]]:
     return series(computed, ["tokens_per_second"])
 
 
-def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
-
-
 def _parse(line: bytes) -> Record | None:
     """Return a line of metrics as a mapping with a step; None for anything else, such as a torn last line."""
     try:
@@ -247,12 +238,11 @@ def _read_mapping(path: Path) -> Record:
 def _read_checkpoints(folder: Path) -> list[CheckpointEntry]:
     """List the complete checkpoints of a run by their steps, which are numbers; a run may remove one meanwhile."""
     found = []
-    for place in (folder / CHECKPOINTS).glob("step-*"):
-        match, written = _STEP.fullmatch(place.name), _modified(place / "manifest.json")
-        if match and written is not None:
-            size = sum(map(_size, place.glob("*")))
-            found.append(CheckpointEntry(int(match[1]), place, size, written))
-    return sorted(found, key=lambda entry: entry.step)
+    for place in step_folders(folder):
+        step, written = step_of(place), _modified(place / MANIFEST)
+        if step is not None and written is not None:
+            found.append(CheckpointEntry(step, place, sum(map(_size, place.glob("*"))), written))
+    return found
 
 
 def _is_locked(path: Path) -> bool | None:

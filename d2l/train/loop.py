@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint, step_folder
+from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches, stage_rows
 from d2l.data.packing import PackedBatch
@@ -26,12 +26,13 @@ from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
+from d2l.io.run_folder import METRICS, step_folder
 from d2l.train.curriculum import Curriculum
 from d2l.train.diagnosis import autopsy_on_refusal
 from d2l.train.gradients import SummedGradients
 from d2l.train.guards import is_spoilt, require_finite_step, require_sound_state
 from d2l.train.losses import Loss, Normalizer, compute_loss
-from d2l.train.metrics import METRICS, StepMetrics, packing_fill, peak_memory
+from d2l.train.metrics import StepMetrics, packing_fill, peak_memory
 from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, state_names
 from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state

@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # whoever reads metrics only need not wait for torch
 
     from d2l.data.packing import PackedBatch
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluation.jsonl"
 EVALUATED = "eval/"  # before the keys of an evaluation where they stand beside those of a step
 LOSS_SUFFIX, PEAK_SUFFIX = "_loss", "_peak_gib"
 # Keys of a line whose values differ between two equal runs.

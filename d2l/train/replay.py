@@ -147,7 +147,11 @@ class _Watch(ExitStack):
         for name, parameter in model.hypernet.named_parameters(prefix="hypernet"):
             owner, _, own = name.rpartition(".")
             self.callback(parameter.register_hook(partial(self._gradient, owner, own)).remove)
-        self.callback(lambda: [handle.remove() for handle in self._latest.values()] and None)
+        self.callback(self._remove_latest)
+
+    def _remove_latest(self) -> None:
+        for handle in self._latest.values():
+            handle.remove()
 
     def see(self, module: str, tensor: str, x: Tensor) -> None:
         """Note what a tensor holds."""

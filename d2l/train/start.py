@@ -7,19 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d2l.checkpoint import (
-    Checkpoint,
-    checkpoints_folder,
-    find_newest_checkpoint,
-    is_checkpoint,
-    load_checkpoint,
-    step_of,
-)
+from d2l.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError, ConfigError
 from d2l.fingerprint import Fingerprint
 from d2l.io.lock import lock_folder
+from d2l.io.run_folder import checkpoints_folder, is_checkpoint, step_of
 from d2l.train.changes import (
     allow,
     compare_configs,

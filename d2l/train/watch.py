@@ -19,11 +19,12 @@ from accelerate.utils import reduce
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import Row
 from d2l.hypernet.model import DocToLora
+from d2l.io.run_folder import EVALUATIONS
 from d2l.train.curriculum import Curriculum
 from d2l.train.events import note_event
 from d2l.train.heldout import Heldout
 from d2l.train.losses import compute_loss
-from d2l.train.metrics import EVALUATED, EVALUATIONS, StepMetrics
+from d2l.train.metrics import EVALUATED, StepMetrics
 from d2l.train.processes import OneProcess
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.reading import ReadingGuard

@@ -139,7 +139,7 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:step_folders",
+        "d2l.io.run_folder:step_folders",
         "checkpoint",
         (
             "steps-ordered-as-text",

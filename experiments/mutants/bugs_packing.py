@@ -227,7 +227,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.shards:MappedRows.__getitem__",
+        "d2l.data.shards:MappedRows._row",
         "cache",
         ("off-by-one-at-shards", 'side="right"', 'side="left"', "rows at the edge of a shard are others"),
     ),

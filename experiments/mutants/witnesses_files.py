@@ -16,9 +16,9 @@ from d2l.checkpoint import (
     load_hypernet,
     prune_checkpoints,
     save_checkpoint,
-    step_folder,
 )
 from d2l.inference.adapter import export_adapter
+from d2l.io.run_folder import step_folder
 from d2l.reference.load import import_reference
 from experiments.mutants.values import Values
 from experiments.mutants.witnesses_base import outcome

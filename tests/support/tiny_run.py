@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from d2l.build import Components
-from d2l.checkpoint import save_checkpoint, step_folder
+from d2l.checkpoint import save_checkpoint
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
+from d2l.io.run_folder import step_folder
 from d2l.train.loop import Trainer
 
 

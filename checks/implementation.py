@@ -1,0 +1,167 @@
+"""The narrow protocol through which an implementation of Doc-to-LoRA is diagnosed: `Implementation` and its parts.
+
+`checks/production.py` is d2l's own; a reference, a fork or a user's own can stand in its place.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from checks.result import NotOffered
+from d2l.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from d2l.base.load_plan import LoadPlan
+    from d2l.data.chat.format import ChatFormat
+    from d2l.data.packing import PackedBatch
+    from d2l.data.records import Record
+    from d2l.data.tokenize import Row, Tokenized
+    from d2l.hypernet.lora import Lora
+
+
+class Model(Protocol):
+    """A base, its context encoder and its hypernetwork."""
+
+    @property
+    def base(self) -> "PreTrainedModel":
+        """Return the frozen base."""
+
+    @property
+    def hypernet(self) -> nn.Module:
+        """Return the module that trains."""
+
+    def features(self, batch: "PackedBatch") -> Tensor:
+        """Return what the context encoder makes of all chunks, `[1, layers, Tc, hidden]` or `[1, Tc, features]`."""
+
+    def lora(self, batch: "PackedBatch") -> "Lora":
+        """Return the merged LoRA of every context of a packed row."""
+
+    def logits(self, batch: "PackedBatch", lora: "Lora | None", positions: Tensor | None = None) -> Tensor:
+        """Return the logits of the questions, `[T or positions, V]`, under `lora`, or of the base alone."""
+
+    def gradient_checkpointing_enable(self, kwargs: Mapping[str, Any]) -> None:
+        """Recompute the base's layers in the backward pass."""
+
+
+class Stepper(Protocol):
+    """A run in progress on some rows."""
+
+    @property
+    def model(self) -> Model:
+        """Return the model in training."""
+
+    def step(self) -> Any:
+        """Take one optimizer step and return its metrics: `task_loss`, `grad_norm`, and `exact_match` where it has one.
+
+        Raises:
+            Exception: of any kind, before anything is changed, where the step is not finite or has no label.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to continue elsewhere into a new folder."""
+
+    def resume(self, folder: Path) -> None:
+        """Continue from such a folder."""
+
+
+class Implementation(Protocol):
+    """The functions through which an implementation is diagnosed. Twins are tiny, random, float32 and on the CPU.
+
+    Only `build` is necessary. What an implementation, its model or its stepper lacks is `NotOffered`, and the checks
+    that need it are skipped. `checks.foreign` has defaults for an implementation other than d2l.
+    """
+
+    def plan(self, config: RunConfig, base_config: "PreTrainedConfig") -> "LoadPlan":
+        """Return how the base would be loaded."""
+
+    def build_base(self, base_config: "PreTrainedConfig", plan: "LoadPlan", seed: int) -> "PreTrainedModel":
+        """Make a random frozen base."""
+
+    def save_base(self, base: "PreTrainedModel", folder: Path) -> None:
+        """Write a base in the file format of its family's checkpoints."""
+
+    def load_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
+        """Read a base as the run would."""
+
+    def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
+        """Make the whole model around a base."""
+
+    def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
+        """Return the modules that would be adapted: for each name one in every layer."""
+
+    def chat(self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormat":
+        """Return the chat format of the run."""
+
+    def records(self, config: RunConfig) -> Sequence["Record"]:
+        """Read the documents that `train_ds_names` names, or generate them, in that order."""
+
+    def rows(self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]) -> "Tokenized":
+        """Tokenize records into rows, and list what was dropped."""
+
+    def cached_rows(
+        self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"], folder: Path
+    ) -> "Tokenized":
+        """Return the same as `rows`, through the cache that lies in this folder, in as many files as records where it can."""
+
+    def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
+        """Pack the rows of one epoch."""
+
+    def loss(self, model: Any, batches: Sequence["PackedBatch"], config: RunConfig) -> tuple[Tensor, Tensor]:
+        """Return the task loss and the weighted L1 term of one step made of these micro-batches, with gradients."""
+
+    def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
+        """Make a run at its start."""
+
+    def train(self, run: Any, folder: Path) -> Sequence[Path]:
+        """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
+
+    def newest(self, folder: Path) -> Path:
+        """Return the checkpoint that a run's folder is continued from: its newest whole one."""
+
+    def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
+        """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
+
+    def read(self, folder: Path) -> tuple[RunConfig, Mapping[str, Tensor]]:
+        """Return the configuration and the trained tensors, by name, of a folder of `save` or `import_reference`."""
+
+    def export(self, lora: "Lora", base: "PreTrainedModel", folder: Path) -> None:
+        """Write one document's LoRA as an adapter folder of PEFT."""
+
+    def import_reference(self, file: Path, folder: Path) -> None:
+        """Turn a checkpoint file of the reference into a checkpoint folder."""
+
+    def gpu(self) -> str | None:
+        """Return the GPU that the run would use, as torch names it; `None` without one."""
+
+    def free_memory(self) -> int | None:
+        """Return the free bytes of the GPU that the run would use; `None` without one."""
+
+    def free_disk(self, config: RunConfig) -> int:
+        """Return the free bytes where the run's folder would be."""
+
+
+class Offered:
+    """An implementation whose missing methods raise `NotOffered`."""
+
+    def __init__(self, implementation: Any) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := getattr(self._implementation, name, None)) is None:
+            raise NotOffered(name)
+        return found
+
+
+def offered(part: Any, name: str) -> Any:
+    """Return an attribute of a model or a stepper.
+
+    Raises:
+        NotOffered: it has none of that name.
+    """
+    if (found := getattr(part, name, None)) is None:
+        raise NotOffered(f"{name} of its {'model' if hasattr(part, 'hypernet') else 'trainer'}")
+    return found

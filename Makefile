@@ -44,8 +44,11 @@ $(OLDEST)/installed: pyproject.toml oldest.txt
 golden: install # needs ../shared and fails without it; the last line counts the values compared
 	$(BIN)/pytest -n 0 -m golden
 
+# the modules whose slow tests judge configurations; those of all others are what a run survives
+FUZZED := $(addprefix tests/test_,fuzz.py published.py twin.py rules.py memory.py data_checks.py parallel_adapter.py)
+
 fuzz: install # 500 clean configurations, every planted fault in ten, all published models, twins of all head counts
-	$(BIN)/pytest -n 2 -m slow tests/test_fuzz.py tests/test_published.py tests/test_twin.py tests/test_rules.py tests/test_memory.py
+	$(BIN)/pytest -n 2 -m slow $(FUZZED)
 
 pairs: install # two planted faults at once: both are named, or one is blocked by the other
 	$(BIN)/python experiments/pairs.py
@@ -53,8 +56,7 @@ pairs: install # two planted faults at once: both are named, or one is blocked b
 # What a run survives: signals, lost processes and hosts, planted NaN, hostile inputs; then 300 runs killed and damaged at
 # random instants, each of which has to end equal to one left alone.
 kills: install
-	$(BIN)/pytest -m slow tests/test_signals.py tests/test_two_processes.py tests/test_two_hosts.py tests/test_autopsy.py \
-	  tests/test_kills.py tests/test_trial.py tests/test_characters.py tests/test_control_tokens.py
+	$(BIN)/pytest -m slow $(addprefix --ignore=,$(FUZZED))
 	$(BIN)/python experiments/kills.py
 
 docs: install

@@ -90,8 +90,11 @@ def red(subject: Subject) -> set[str]:
     return {outcome.code for outcome in data_report(subject).outcomes if outcome.outcome in ("fail", "crash")}
 
 
-@pytest.mark.parametrize("supervision", ["content", "sampled"])
-@pytest.mark.parametrize("limits", LIMITS)
+CONTENT = [(limits, "content") for limits in LIMITS]
+SAMPLED = [pytest.param(limits, "sampled", marks=() if limits == "chunked" else pytest.mark.slow) for limits in LIMITS]
+
+
+@pytest.mark.parametrize(("limits", "supervision"), [*CONTENT, *SAMPLED])
 @pytest.mark.parametrize("family", ["gpt_oss", *FAMILIES])
 def test_clean_data_of_every_family_is_green(family: str, limits: str, supervision: str) -> None:
     report = data_report(subject_of(family, supervision=supervision, **LIMITS[limits]))

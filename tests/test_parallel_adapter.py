@@ -173,7 +173,7 @@ def test_a_checkpoint_is_refused_as_an_adapter_and_answers_otherwise(run_folder:
     assert d2l("eval", run_folder, "--data", data, "--max-new-tokens", "3").exit_code == 0
 
 
-@pytest.mark.parametrize("names", [("mlp",), ("mlp", "q_proj")])
+@pytest.mark.parametrize("names", [("mlp",), pytest.param(("mlp", "q_proj"), marks=pytest.mark.slow)])
 def test_the_checks_are_green_and_say_what_cannot_be_exported(names: tuple[str, ...]) -> None:
     report = run_checks(make_subject(tiny_config(target_modules=names)), RULES)
     assert report.exit_code() == 0, plain_text(report)

@@ -31,7 +31,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu'
 
 oldest: $(OLDEST)/installed # the same tests on the lower bounds of pyproject.toml, torch apart
 	$(OLDEST)/bin/pytest -n 2 -m 'not slow and not gpu'

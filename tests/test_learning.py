@@ -20,14 +20,14 @@ from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss
 from d2l.train.processes import OneProcess
 
-STEPS, DOCUMENTS, ASKED = 150, 6000, 200
+STEPS, DOCUMENTS, ASKED = 120, 6000, 200
 PAIRS, DIGITS = 2, 1
 CURRICULUM = "[{pairs: 1, digits: 1}, {pairs: 2, digits: 1}]"
 
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    changes = {"curriculum": CURRICULUM, "needle_documents": DOCUMENTS, "decay_steps": 60, "seed": 0, "cache": False}
+    changes = {"curriculum": CURRICULUM, "needle_documents": DOCUMENTS, "decay_steps": 50, "seed": 0, "cache": False}
     return load_config(
         Path("configs/needle_tiny.yaml"), {key: str(value) for key, value in changes.items()}, max_steps=STEPS
     )

@@ -57,7 +57,7 @@ pairs: install # two planted faults at once: both are named, or one is blocked b
 # random instants, each of which has to end equal to one left alone.
 kills: install
 	$(BIN)/pytest -m slow $(addprefix --ignore=,$(FUZZED))
-	$(BIN)/python experiments/kills.py
+	$(BIN)/python experiments/kills.py --page benchmarks/faults.md
 
 docs: install
 	$(BIN)/python -m checks.docs > CHECKS.md

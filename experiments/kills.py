@@ -1,18 +1,21 @@
 """Runs that are killed and damaged: each is continued by its own commands and has to end equal to one left alone.
 
-    python experiments/kills.py               # 300 trials: what `make kills` does
+    python experiments/kills.py --page benchmarks/faults.md    # 300 trials: what `make kills` does
     python experiments/kills.py --trials 10 --seed 7
 
-A trial kills a tiny run with SIGKILL up to three times, also while it is resumed, at instants drawn over its whole
-duration. In some trials every operation on files is stretched, so that most instants fall into a save, a pruning or a
-rename; in some the newest checkpoint is then cut off or has a bit flipped. At the end the weights, the optimizer's moments
-and every line of metrics must be those of the run left alone, bit for bit, and no leftover may lie about.
+A trial sends a tiny run up to three signals, also while it is resumed, at instants drawn over its whole duration: SIGKILL, or
+one of SIGTERM, SIGUSR1 and SIGINT, which ask it to stop. In some trials every operation on files is stretched, so that most
+instants fall into a save, a pruning or a rename; in some the newest checkpoint is then cut off or has a bit flipped. In
+others no file may grow beyond a size drawn at random, as on a full disk: the run has to end with a message of ours. At the
+end the weights, the optimizer's moments and every line of metrics and evaluations must be those of the run left alone, bit
+for bit, and no leftover may lie about.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -32,16 +35,21 @@ from d2l.checkpoint import find_checkpoint, load_checkpoint
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
-from d2l.io.run_folder import METRICS, step_folders
+from d2l.io.run_folder import EVALUATIONS, EVENTS, METRICS, step_folders
+from d2l.train.metrics import MEASURED
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed
+from d2l.train.stopping import SIGNALS, Interrupted, StopRequest, stop_on_signals
 
-KINDS = ("kill", "stretched", "stretched, cut off", "stretched, flipped")
+KINDS = ("kill", "stretched", "stretched, cut off", "stretched, flipped", "stretched, asked to stop", "no room")
+BEGIN, END = "<!-- make kills -->\n", "<!-- end of make kills -->\n"
+STOPPED = 12  # the exit code of a run that was asked to stop
 STRETCH = 0.004  # seconds before each operation on files
 TINY = {
     "max_steps": 6,
     "save_steps": 1,
     "save_total_limit": 2,
+    "eval_steps": 2,
     "gradient_accumulation_steps": 1,
     "needle_documents": 3,
     "latent_size": 8,
@@ -58,8 +66,8 @@ class Trial:
 
     Attributes:
         kind: one of `KINDS`.
-        kills: how many hit it while it ran.
-        damage: what was done to its newest checkpoint, if anything.
+        kills: how many signals hit it while it ran.
+        damage: what was done to its newest checkpoint, or to its room; empty where nothing.
         problem: what is not as it should be; empty where the run ended equal.
     """
 
@@ -70,19 +78,26 @@ class Trial:
 
 
 def go_on(config: RunConfig, stretched: bool) -> None:
-    """Start the run, or resume it where the folder says that there is one, as a user would."""
+    """Start the run, or resume it where the folder says that there is one, as a user would; end with 12 where stopped."""
     torch.set_num_threads(1)
     if stretched:
         for place, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree")):
             setattr(place, name, _later(getattr(place, name)))
-    try:
-        with start_new(config, numbered=False) as start:
-            train(config, start, preflight=PREFLIGHT, on_step=lambda _: None)
-    except CheckpointError as refusal:
-        if "--resume" not in str(refusal):
-            raise
-        with start_resumed(config, Path(config.output_dir)) as start:
-            train(config, start, preflight=PREFLIGHT, on_step=lambda _: None)
+    stop = StopRequest()
+    with stop_on_signals(stop.receive):
+        try:
+            try:
+                with start_new(config, numbered=False) as start:
+                    cause = train(config, start, preflight=PREFLIGHT, on_step=lambda _: None, stop=stop)
+            except CheckpointError as refusal:
+                if "--resume" not in str(refusal):
+                    raise
+                with start_resumed(config, Path(config.output_dir)) as start:
+                    cause = train(config, start, preflight=PREFLIGHT, on_step=lambda _: None, stop=stop)
+        except Interrupted:
+            os._exit(STOPPED)
+    if cause is not None:
+        os._exit(STOPPED)
 
 
 def _later(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,8 +108,16 @@ def _later(operation: Callable[..., Any]) -> Callable[..., Any]:
     return stretched
 
 
-def in_child(action: Callable[[], None], log: Path, kill_after: float | None = None) -> int:
-    """Run an action in a forked process, and return what it ended with: 0, 1 or -9."""
+def without_room(action: Callable[[], None], limit: int) -> None:
+    """Do something while writing to a file beyond so many bytes is an OSError (Python ignores SIGXFSZ)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    action()
+
+
+def in_child(
+    action: Callable[[], None], log: Path, kill_after: float | None = None, number: signal.Signals = signal.SIGKILL
+) -> int:
+    """Run an action in a forked process that gets a signal after so many seconds; return its exit code, -9 where killed."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -107,7 +130,7 @@ def in_child(action: Callable[[], None], log: Path, kill_after: float | None = N
             os._exit(status)
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # a child that has ended waits to be asked for its status
+        os.kill(child, number)  # a child that has ended waits to be asked for its status
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -115,14 +138,21 @@ def try_run(config: RunConfig, kind: str, seconds: float, expected: dict[str, An
     """Kill a run, damage it, let it end, and compare it."""
     folder = Path(config.output_dir)
     log, kills, damage = folder.with_suffix(".log"), 0, ""
-    run = partial(go_on, config, kind != "kill")
+    run = partial(go_on, config, kind.startswith("stretched"))
+    if kind == "no room":
+        limit = draw.randrange(max(path.stat().st_size for path in folder.parent.glob("whole-*/checkpoints/*/*")))
+        if in_child(partial(without_room, run, limit), log) == 1:
+            damage = f"no file over {limit} bytes"
+            if "\nd2l.errors." not in log.read_text(encoding="utf-8"):
+                return Trial(kind, kills, damage, log.read_text(encoding="utf-8"))
     for _ in range(draw.randint(1, 3)):
-        status = in_child(run, log, draw.uniform(0, 1.1 * seconds))
-        kills += status == -signal.SIGKILL
+        number = draw.choice(SIGNALS) if kind.endswith("asked to stop") else signal.SIGKILL
+        status = in_child(run, log, draw.uniform(0, 1.1 * seconds), number)
+        kills += status in (STOPPED, -number)  # that of the signal itself: before the run could take it
         if status == 1:
             return Trial(kind, kills, damage, log.read_text(encoding="utf-8"))
     steps = step_folders(folder)
-    if "," in kind and len(steps) > 1:  # the first checkpoint has none before it
+    if kind in ("stretched, cut off", "stretched, flipped") and len(steps) > 1:  # the first has none before it
         damage = _damage(steps[-1], "cut" in kind, draw)
     if in_child(run, log) != 0:
         return Trial(kind, kills, damage, log.read_text(encoding="utf-8"))
@@ -148,13 +178,17 @@ def ending(folder: Path) -> dict[str, Any]:
     """Return all that two equal runs have in common at their end."""
     checkpoint = load_checkpoint(find_checkpoint(folder).folder)
     tensors = {**checkpoint.hypernet, **checkpoint.trainer}
-    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for name in (METRICS, EVALUATIONS)
+        for line in (folder / name).read_text(encoding="utf-8").splitlines()
+    ]
     return {
         "step": checkpoint.state["step"],
         "tensors": {name: value.numpy().tobytes() for name, value in tensors.items()},
-        "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
+        "metrics": [{key: value for key, value in line.items() if key not in MEASURED} for line in lines],
         "leftovers": [str(path.relative_to(folder)) for path in folder.rglob(".*")],
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.iterdir() if path.name != EVENTS),  # says that it was resumed
     }
 
 
@@ -177,7 +211,7 @@ def run_trials(count: int, seed: int, place: Path) -> list[Trial]:
     trials = []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        seconds, expected = whole[kind != "kill"]
+        seconds, expected = whole[kind.startswith("stretched")]
         trial = try_run(config(f"run-{number}"), kind, seconds, expected, random.Random(f"{seed} {number}"))
         if trial.problem:
             sys.stdout.write(f"trial {number} ({kind}, {trial.kills} kills, {trial.damage}): {trial.problem}\n")
@@ -190,7 +224,7 @@ def run_trials(count: int, seed: int, place: Path) -> list[Trial]:
 
 def table(trials: Sequence[Trial]) -> str:
     """Return the counts by kind, as Markdown."""
-    rows = ["| kind | runs | kills | damaged | ended equal |", "|---|---|---|---|---|"]
+    rows = ["| kind | runs | signals | damaged | ended equal |", "|---|---|---|---|---|"]
     for kind in KINDS:
         own = [trial for trial in trials if trial.kind == kind]
         ended = Counter(not trial.problem for trial in own)[True]
@@ -200,15 +234,25 @@ def table(trials: Sequence[Trial]) -> str:
     return "\n".join(rows)
 
 
+def write_page(page: Path, text: str) -> None:
+    """Put the table between its two marks in a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page", type=Path, help="a Markdown page whose table of kills is replaced")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="d2l-kills-") as place:
         trials = run_trials(options.trials, options.seed, Path(place))
-    sys.stdout.write(f"{table(trials)}\n\n{time.perf_counter() - started:.0f} s\n")
+    text = f"{table(trials)}\n\nSeed {options.seed}; {(time.perf_counter() - started) / len(trials):.1f} s a run."
+    sys.stdout.write(f"{text}\n")
+    if options.page:
+        write_page(options.page, text)
     raise SystemExit(any(trial.problem for trial in trials))
 
 

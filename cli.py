@@ -1,6 +1,7 @@
 """The console script: the application, its commands, and what their errors exit with."""
 
 import sys
+import warnings
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -91,8 +92,15 @@ for commands in (preflight, plan, train, runs, autopsy, adapter, evaluate, data,
     commands.add_commands(app)
 
 
+def _plain_warning(message: Warning | str, category: type[Warning], *place: object, **line: object) -> str:
+    """Format a warning for a user: what it says, and its kind where it is not ours, without a line of source."""
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    return f"Warning: {kind}{message}\n"
+
+
 def main() -> None:
     """Run the console script; a terminal that cannot show a sign gets its escape, not a crash."""
+    warnings.formatwarning = _plain_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

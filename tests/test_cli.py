@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -514,3 +515,12 @@ def test_one_process_of_several_speaks(world):
     world.records = RECORDS
     assert d2l("train", "x.yaml", RANK="1").stdout == ""
     assert "step 1/2" in d2l("train", "x.yaml", RANK="0").stdout
+
+
+def test_a_warning_is_said_without_a_line_of_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # given back
+    monkeypatch.setattr(sys, "argv", ["d2l", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = [warnings.formatwarning("too long", kind, "file.py", 7) for kind in (UserWarning, FutureWarning)]
+    assert said == ["Warning: too long\n", "Warning: FutureWarning: too long\n"]

@@ -1,10 +1,12 @@
 """The lock of a folder: one holder, who is named, and it ends with its process."""
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,17 @@ def test_one_holds_it_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
                 pytest.fail("locked twice")
             assert (tmp_path / LOCK).exists()
         assert not list(tmp_path.iterdir())
+
+
+def test_one_who_only_looks_at_it_is_waited_for(tmp_path: Path) -> None:
+    """As `d2l status` does."""
+    with (tmp_path / LOCK).open("w") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, fcntl.flock, (looked_at, fcntl.LOCK_UN))
+        timer.start()
+        with lock_folder(tmp_path):
+            pass
+        timer.join()
 
 
 @pytest.mark.parametrize("forks", [False, True])

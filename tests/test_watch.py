@@ -361,6 +361,17 @@ def test_a_spike_names_the_records_of_its_step(tmp_path: Path) -> None:
     assert [event.text for event in read_events(tmp_path)] == [str(caught[0].message)]
 
 
+def test_a_run_that_goes_on_is_compared_with_the_steps_before(tmp_path: Path) -> None:
+    trainer, _ = watched(tmp_path, nonzero=False)
+    metrics = trainer.step()
+    lines = [json.dumps(replace(metrics, step=step).to_json()) for step in range(1, LEAST + 1)]
+    (tmp_path / METRICS).write_text("\n".join([json.dumps({"step": 0, "ce_loss": 1.0}), *lines]) + "\n")
+    _, watch = watched(tmp_path, nonzero=False)
+    watch._trainer.inputs = trainer.inputs
+    with pytest.warns(UserWarning, match=f"step {LEAST + 1} is far from those before it"):
+        watch.observe(replace(metrics, step=LEAST + 1, task_loss=50.0))
+
+
 # The first loss
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from d2l.io.run_folder import LOCK
 class LockedError(CheckpointError):
     """Another process holds the lock."""
 
+
+PATIENCE = 0.2  # seconds: whoever only looks whether a run goes on holds its lock for an instant
 
 _held: set[int] = set()  # descriptors of the lock files that this process holds
 
@@ -43,6 +46,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def _open_locked(path: Path) -> int:
     """Open and lock a file, and return its descriptor."""
+    until = time.monotonic() + PATIENCE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -52,6 +56,9 @@ def _open_locked(path: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
+                if time.monotonic() < until:
+                    time.sleep(PATIENCE / 10)
+                    continue
                 raise LockedError(
                     f"{path.parent} is in use by {_read_holder(path)}: a folder has one writer at a time; wait until "
                     "that process ends, stop it, or choose another folder"

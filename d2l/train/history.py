@@ -23,7 +23,7 @@ from d2l.train.metrics import LOSS_SUFFIX, PEAK_SUFFIX
 Record = Mapping[str, Any]
 State = Literal["running", "running?", "done", "stopped", "died", "died?", "empty"]
 
-_TAIL = 2**18  # bytes at the end of metrics.jsonl that tell how a run goes: hundreds of steps
+TAIL = 2**18  # bytes at the end of metrics.jsonl that tell how a run goes: hundreds of steps
 _RECENT = 50  # steps whose median speed stands for those to come
 _PATIENCE = 60.0  # seconds without a write before a run without a lock counts as ended, or as many as ten steps take
 
@@ -141,7 +141,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
     Args:
         newest: read the end of metrics.jsonl only.
     """
-    records, damaged = read_metrics(folder / METRICS, _TAIL if newest else None)
+    records, damaged = read_metrics(folder / METRICS, TAIL if newest else None)
     checkpoints = _read_checkpoints(folder)
     times = [_modified(folder / name) for name in (METRICS, CONFIG)] + [entry.written for entry in checkpoints]
     return RunHistory(
@@ -150,7 +150,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
         preflight=_read_mapping(folder / PREFLIGHT),
         records=records,
         damaged=damaged,
-        evaluations=read_metrics(folder / EVALUATIONS, _TAIL if newest else None)[0],
+        evaluations=read_metrics(folder / EVALUATIONS, TAIL if newest else None)[0],
         checkpoints=checkpoints,
         events=read_events(folder),
         written=max((it for it in times if it is not None), default=None),

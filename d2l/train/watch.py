@@ -19,12 +19,13 @@ from accelerate.utils import reduce
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import Row
 from d2l.hypernet.model import DocToLora
-from d2l.io.run_folder import EVALUATIONS
+from d2l.io.run_folder import EVALUATIONS, METRICS
 from d2l.train.curriculum import Curriculum
 from d2l.train.events import note_event
 from d2l.train.heldout import Heldout
+from d2l.train.history import TAIL, read_metrics
 from d2l.train.losses import compute_loss
-from d2l.train.metrics import EVALUATED, StepMetrics
+from d2l.train.metrics import EVALUATED, LOSS_SUFFIX, StepMetrics
 from d2l.train.processes import OneProcess
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.reading import ReadingGuard
@@ -66,6 +67,12 @@ class Watch:
         assert not heldout or trainer.config.eval_steps is not None, "held-out rows without eval_steps"
         self._heldout = [Heldout(trainer.model, rows, trainer.config) for rows in heldout]
         self._spikes, self._reading = SpikeGuard(), ReadingGuard()
+        loss = f"{trainer.config.loss}{LOSS_SUFFIX}"
+        for record in read_metrics(folder / METRICS, TAIL)[
+            0
+        ]:  # of a run that goes on: what its next steps are compared with
+            if {loss, "grad_norm", "stage"} <= record.keys():
+                self._spikes.observe(record[loss], record["grad_norm"], int(record["stage"]))
         self.evaluation: dict[str, float] = {}  # of the last step, under `eval/`; empty where that was not evaluated
 
     def observe(self, metrics: StepMetrics) -> None:

@@ -120,7 +120,9 @@ class Report:
 
     Args:
         judged: what the verdict is about, for people: base model, tokenizer, data, versions, device.
-        required: codes that the user selected by name or stage; they must have run (exit code 4). Not part of the JSON,
+        unused_ignores: accepted findings that were not found, as the user named them; warnings.
+        expired_ignores: those that are accepted no more, with their last day; warnings.
+        required: codes that the user selected one by one or by stage; they must have run (exit code 4). Not part of the JSON,
             whose recorded `exit_code` already holds the verdict.
         twin_cannot_show: faults that no twin can show; empty where no check ran on one.
         seconds: wall time of all checks; the commands put in what the user waited, loading included. No part of `==`.
@@ -131,6 +133,7 @@ class Report:
     fingerprint: str
     outcomes: tuple[Outcome, ...]
     unused_ignores: tuple[str, ...] = ()
+    expired_ignores: tuple[str, ...] = ()
     judged: Mapping[str, str] = field(default_factory=dict)
     required: frozenset[str] = field(default=frozenset(), compare=False)
     twin_cannot_show: tuple[str, ...] = ()
@@ -167,6 +170,8 @@ class Report:
             return 3
         if any(outcome.is_finding(fail_level) for outcome in self.outcomes):
             return 1
+        if fail_level == "warn" and (self.unused_ignores or self.expired_ignores):
+            return 1
         not_run = {outcome.code for outcome in self.outcomes if outcome.outcome in ("skip", "blocked")}
         return 4 if not_run & self.required else 0
 
@@ -186,6 +191,7 @@ class Report:
                 "exit_code": self.exit_code(fail_level),
                 "seconds": round(self.seconds, 3),
                 "unused_ignores": list(self.unused_ignores),
+                "expired_ignores": list(self.expired_ignores),
             },
         }
 

@@ -42,8 +42,8 @@ IgnoreOption = Annotated[
     Texts,
     typer.Option(
         "--ignore",
-        metavar="CODE=REASON",
-        help="Accept the finding of a check, for a reason; it stays visible. Repeatable.",
+        metavar="CODE=REASON[@DATE]",
+        help="Accept the finding of a check, until a day (YYYY-MM-DD) if one is given; it stays visible. Repeatable.",
     ),
 ]
 GpuOption = Annotated[

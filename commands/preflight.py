@@ -1,15 +1,17 @@
 """The commands about checks: run them, list them, explain one. Heavy imports come late."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from checks.result import FailLevel, Report, UsageError
+from checks.time_limit import SECONDS
 from commands.console import (
     DataOption,
     Format,
@@ -30,6 +32,8 @@ from commands.console import (
 from d2l.io.atomic import require_new_file, write_new_file
 
 if TYPE_CHECKING:
+    from checks.differences import Difference
+    from checks.report import Detail
     from checks.runner import Observer
     from checks.selftest import Selftest
 
@@ -40,12 +44,22 @@ StageOption = Annotated[
     Texts,
     typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
 ]
-SelectOption = Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")]
+SelectOption = Annotated[
+    Texts,
+    typer.Option(
+        "--select", metavar="CODE,...", help="Run these checks only: ATT101, ATT for all of those; repeatable."
+    ),
+]
 FailLevelOption = Annotated[
     FailLevel, typer.Option("--fail-level", help="Exit with 1 on findings of this severity and above.")
 ]
 ReportOption = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
+]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print findings and the verdict alone.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print the evidence and time of every check too.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0, help="End a check after so long; 0: never.")
 ]
 SelftestOption = Annotated[
     bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
@@ -65,6 +79,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(preflight)
     app.command()(explain)
     app.command()(checks)
+    app.command()(diff)
 
 
 def preflight(
@@ -80,6 +95,9 @@ def preflight(
     fail_level: FailLevelOption = "error",
     output_format: FormatOption = "text",
     output: ReportOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    timeout: TimeoutOption = SECONDS,
     implementation: ImplementationOption = None,
     selftest: SelftestOption = False,
 ) -> None:
@@ -91,6 +109,8 @@ def preflight(
     reasons = pairs("--ignore", ignore or ())
     if selftest and reasons:
         raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
+    if quiet and verbose:
+        raise UsageError("-q prints less and -v more: leave one of them out")
     if output is not None:
         require_new_file(output)
     chosen = list(settings or ())
@@ -101,6 +121,7 @@ def preflight(
     resolved = read_config(config, chosen, model=model, tokenizer=tokenizer, data=data)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
+    from checks.choice import chosen_by
     from checks.foreign import load_implementation
     from checks.production import make_subject, one_thread
     from checks.rules import RULES
@@ -115,10 +136,18 @@ def preflight(
         if selftest:
             report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
         else:
+            selected, ignored = chosen_by(resolved, select or (), reasons)
             report = run_checks(
-                subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe
+                subject,
+                RULES,
+                stages=stages or (),
+                select=selected,
+                ignore=ignored,
+                observe=observe,
+                seconds=timeout,
             )
-    _deliver(replace(report, seconds=waited()), output_format, output, fail_level)
+    detail: Detail = "quiet" if quiet else "verbose" if verbose else "normal"
+    _deliver(replace(report, seconds=waited()), output_format, output, fail_level, detail)
     raise typer.Exit(report.exit_code(fail_level))
 
 
@@ -141,6 +170,31 @@ def checks(output_format: FormatOption = "text") -> None:
     typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
 
 
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="REPORT", help="JSON report, or a run's folder.")],
+    after: Annotated[Path, typer.Argument(metavar="REPORT", help="Another one, which is compared with it.")],
+    output_format: FormatOption = "text",
+) -> None:
+    """Say what changed between two reports.
+
+    Of equal outcomes it names measured numbers that differ by a factor of 10 and more. Exit codes: 0 all outcomes are the
+    same, 1 one differs, 2 bad usage.
+    """
+    from checks.differences import differences, read_report
+
+    found = differences(read_report(before), read_report(after))
+    if output_format == "json":
+        typer.echo(json.dumps([asdict(it) for it in found], indent=1, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(map(_in_a_line, found)) or "no difference")
+    raise typer.Exit(any(it.kind == "outcome" for it in found))
+
+
+def _in_a_line(it: "Difference") -> str:
+    message = f": {it.message}" if it.message else ""
+    return " ".join(f"{it.name}: {it.before} → {it.after}{message}".split())
+
+
 @contextmanager
 def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
     """Yield two functions that show, on a terminal, which check is running and how many records are tokenized."""
@@ -156,15 +210,17 @@ def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
             )
 
 
-def _deliver(report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel) -> None:
+def _deliver(
+    report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel, detail: "Detail"
+) -> None:
     """Print pure JSON on stdout where it is requested; with -o, write that format and print text."""
     from checks.report import json_text, plain_text, print_report
 
-    text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level)
+    text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level, detail)
     if output is not None:
         with write_new_file(output) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     if form == "json" and output is None:
         typer.echo(text, nl=False)
     else:
-        print_report(report, console(), fail_level)
+        print_report(report, console(), fail_level, detail)

@@ -130,6 +130,7 @@ def _check_and_train(
     Raises:
         typer.Exit: the preflight refuses the run.
     """
+    from checks.choice import chosen_by
     from checks.production import make_subject, one_thread
     from checks.report import print_report
     from checks.rules import RULES
@@ -146,7 +147,7 @@ def _check_and_train(
     with checks_progress() as (observe, on_tokenize), one_thread():
         subject = make_subject(config, name, on_tokenize)
         compared = with_inputs(start, subject.identity)
-        report = run_checks(subject, RULES, ignore=reasons, observe=observe)
+        report = run_checks(subject, RULES, ignore=chosen_by(config, (), reasons)[1], observe=observe)
     _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
     report = replace(report, seconds=waited())
     print_report(report, screen)

@@ -318,6 +318,7 @@ def test_json_has_exactly_the_agreed_keys():
         **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "inapplicable": 0, "blocked": 1, "crash": 0},
         "exit_code": 1,
         "unused_ignores": ["CFG101"],
+        "expired_ignores": [],
     }
     assert document["schema"] == 1
 

@@ -242,6 +242,16 @@ GROUPS: dict[str, dict[str, Description]] = {
             "has every step"
         ),
     },
+    "Preflight": {
+        "select_checks": Description(
+            "Checks that `d2l preflight` runs, by code, name or beginning of codes (`ATT`), where --select names none; "
+            "`d2l train` runs all; default: all"
+        ),
+        "ignore_checks": Description(
+            "Check, or beginning of codes → why its finding is acceptable, as --ignore has it; `REASON@2027-01-31` until that "
+            "day; it stays visible"
+        ),
+    },
 }
 
 STAGE: dict[str, Description] = {

@@ -160,6 +160,10 @@ class RunConfig(BaseModel):
     report_to: tuple[TrackerName, ...] = ()
     logging_steps: Count = 1
 
+    # Preflight
+    select_checks: tuple[str, ...] = ()
+    ignore_checks: dict[str, str] = Field(default_factory=dict)
+
     remarks: tuple[str, ...] = Field((), exclude=True)
 
     @field_validator("layer_idx")
@@ -174,7 +178,7 @@ class RunConfig(BaseModel):
     def _a_day_is_text(cls, value: Any) -> Any:
         return value.isoformat() if isinstance(value, date) else value  # YAML reads 2025-08-05 without quotes as a date
 
-    @field_validator("target_modules", "train_ds_names", "val_ds_names", mode="before")
+    @field_validator("target_modules", "train_ds_names", "val_ds_names", "select_checks", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -1,10 +1,10 @@
-"""The commands about checks: run them, list them, explain one. Heavy imports come late."""
+"""The command that runs checks. Heavy imports come late."""
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,10 +32,12 @@ from commands.console import (
 from d2l.io.atomic import require_new_file, write_new_file
 
 if TYPE_CHECKING:
-    from checks.differences import Difference
+    from checks.implementation import Implementation
     from checks.report import Detail
     from checks.runner import Observer
     from checks.selftest import Selftest
+    from checks.subject import Subject
+    from d2l.config.schema import RunConfig
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
@@ -61,6 +63,13 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print the 
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0, help="End a check after so long; 0: never.")
 ]
+FixOption = Annotated[
+    bool, typer.Option("--fix", help="Print the patch of the configuration that settles what a setting can settle.")
+]
+WriteOption = Annotated[
+    bool,
+    typer.Option("--write", help="With --fix: put the patched file in the place of the old one, which is renamed."),
+]
 SelftestOption = Annotated[
     bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
 ]
@@ -75,11 +84,8 @@ ImplementationOption = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the commands with the application."""
+    """Register the command with the application."""
     app.command()(preflight)
-    app.command()(explain)
-    app.command()(checks)
-    app.command()(diff)
 
 
 def preflight(
@@ -100,99 +106,109 @@ def preflight(
     timeout: TimeoutOption = SECONDS,
     implementation: ImplementationOption = None,
     selftest: SelftestOption = False,
+    fix: FixOption = False,
+    write: WriteOption = False,
 ) -> None:
     """Check a run before it costs money.
 
     Exit codes: 0 pass, 1 a finding at or above the fail level, 2 bad usage or config, 3 a check crashed, 4 a requested
     check did not run, 5 the selftest missed a planted fault.
     """
-    reasons = pairs("--ignore", ignore or ())
-    if selftest and reasons:
-        raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
-    if quiet and verbose:
-        raise UsageError("-q prints less and -v more: leave one of them out")
+    reasons, chosen = pairs("--ignore", ignore or ()), list(settings or ())
+    detail = _detail(quiet, verbose)
+    _refuse_beside(selftest and reasons, "--selftest plants faults that the checks must see: leave --ignore out")
+    _refuse_beside(write and not fix, "--write puts the patch of --fix into the file: give both")
+    alone = (fix or write) and (selftest or output or implementation or output_format != "text")
+    _refuse_beside(alone, "--fix prints a patch: leave --selftest, --implementation, --format and -o out")
+    _refuse_beside(fix and not (config and config.is_file()), "--fix changes a configuration: name the file")
     if output is not None:
         require_new_file(output)
-    chosen = list(settings or ())
     if gpu is not None:
         from d2l.plan.cards import find_card
 
         chosen.append(f"device_memory={find_card(gpu).memory}")
-    resolved = read_config(config, chosen, model=model, tokenizer=tokenizer, data=data)
+    options = {"model": model, "tokenizer": tokenizer, "data": data}
+    resolved = read_config(config, chosen, **options)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
-    from checks.choice import chosen_by
     from checks.foreign import load_implementation
-    from checks.production import make_subject, one_thread
-    from checks.rules import RULES
-    from checks.runner import run_checks
-    from checks.selftest import run_selftest
 
-    report: Report | Selftest
-    with checks_progress() as (observe, on_tokenize), one_thread():
-        foreign = None if implementation is None else load_implementation(implementation)
-        needs_data = not stages or "data" in stages
-        subject = make_subject(resolved, str(config or ""), on_tokenize, foreign, needs_data)
-        if selftest:
-            report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
-        else:
-            selected, ignored = chosen_by(resolved, select or (), reasons)
-            report = run_checks(
-                subject,
-                RULES,
-                stages=stages or (),
-                select=selected,
-                ignore=ignored,
-                observe=observe,
-                seconds=timeout,
-            )
-    detail: Detail = "quiet" if quiet else "verbose" if verbose else "normal"
-    _deliver(replace(report, seconds=waited()), output_format, output, fail_level, detail)
+    foreign = None if implementation is None else load_implementation(implementation)
+    requested = _Request(str(config or ""), stages or (), select or (), reasons, timeout, foreign)
+    report = _plant_faults(resolved, requested) if selftest else _judge(resolved, requested)
+    report = replace(report, seconds=waited())
+    if fix and config is not None and isinstance(report, Report):
+        from checks.report import print_report
+        from commands.fix import fix as fix_found
+        from d2l.config.load import load_config
+
+        read = partial(load_config, overrides=pairs("--set", chosen), model=model, tokenizer=tokenizer, data=data)
+        print_report(report, console(stderr=True), fail_level, detail)
+        proven = fix_found(config, report, read, lambda patched: _judge(patched, requested), write=write)
+        report = proven if proven is not None and write else report
+    else:
+        _deliver(report, output_format, output, fail_level, detail)
     raise typer.Exit(report.exit_code(fail_level))
 
 
-def explain(
-    check: Annotated[str, typer.Argument(metavar="CODE", help="Check to explain, by its code or name.")],
-) -> None:
-    """Explain what a check does and how to fix what it finds."""
-    from checks import docs
-    from checks.catalogue import read_catalogue
+@dataclass(frozen=True)
+class _Request:
+    """What a preflight was asked for, whatever the configuration."""
 
-    typer.echo(docs.explain(read_catalogue(), check), nl=False)
-
-
-def checks(output_format: FormatOption = "text") -> None:
-    """List every check."""
-    from checks.catalogue import read_catalogue
-    from checks.docs import as_json, as_list
-
-    catalogue = read_catalogue()
-    typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
+    name: str
+    stages: Sequence[str]
+    select: Sequence[str]
+    reasons: Mapping[str, str]
+    timeout: float
+    implementation: "Implementation | None"
 
 
-def diff(
-    before: Annotated[Path, typer.Argument(metavar="REPORT", help="JSON report, or a run's folder.")],
-    after: Annotated[Path, typer.Argument(metavar="REPORT", help="Another one, which is compared with it.")],
-    output_format: FormatOption = "text",
-) -> None:
-    """Say what changed between two reports.
+def _judge(config: "RunConfig", asked: _Request) -> Report:
+    """Run the checks on a configuration."""
+    from checks.choice import chosen_by
+    from checks.rules import RULES
+    from checks.runner import run_checks
 
-    Of equal outcomes it names measured numbers that differ by a factor of 10 and more. Exit codes: 0 all outcomes are the
-    same, 1 one differs, 2 bad usage.
-    """
-    from checks.differences import differences, read_report
+    selected, ignored = chosen_by(config, asked.select, asked.reasons)
+    with _subject(config, asked) as (subject, observe):
+        return run_checks(
+            subject,
+            RULES,
+            stages=asked.stages,
+            select=selected,
+            ignore=ignored,
+            observe=observe,
+            seconds=asked.timeout,
+        )
 
-    found = differences(read_report(before), read_report(after))
-    if output_format == "json":
-        typer.echo(json.dumps([asdict(it) for it in found], indent=1, ensure_ascii=False))
-    else:
-        typer.echo("\n".join(map(_in_a_line, found)) or "no difference")
-    raise typer.Exit(any(it.kind == "outcome" for it in found))
+
+def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":
+    from checks.rules import RULES
+    from checks.selftest import run_selftest
+
+    with _subject(config, asked) as (subject, observe):
+        return run_selftest(subject, RULES, stages=asked.stages, select=asked.select, observe=observe)
 
 
-def _in_a_line(it: "Difference") -> str:
-    message = f": {it.message}" if it.message else ""
-    return " ".join(f"{it.name}: {it.before} → {it.after}{message}".split())
+@contextmanager
+def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, Observer]]":
+    """Yield what is examined, with the progress of it shown meanwhile."""
+    from checks.production import make_subject, one_thread
+
+    needs_data = not asked.stages or "data" in asked.stages
+    with checks_progress() as (observe, on_tokenize), one_thread():
+        yield make_subject(config, asked.name, on_tokenize, asked.implementation, needs_data), observe
+
+
+def _detail(quiet: bool, verbose: bool) -> "Detail":
+    _refuse_beside(quiet and verbose, "-q prints less and -v more: leave one of them out")
+    return "quiet" if quiet else "verbose" if verbose else "normal"
+
+
+def _refuse_beside(given: object, message: str) -> None:
+    """Refuse options that do not go together."""
+    if given:
+        raise UsageError(message)
 
 
 @contextmanager

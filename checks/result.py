@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from checks.json_values import jsonable
+from checks.seal import code_fingerprint, digest
 from d2l.errors import D2LError
 
 Stage = Literal["static", "twin", "data", "device"]
@@ -178,9 +179,10 @@ class Report:
     def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
         """Return the report as JSON values."""
         summary = {kind: self.count(kind) for kind in get_args(Kind)}
-        return {
+        document = {
             "schema": SCHEMA,
             "version": self.version,
+            "code": code_fingerprint(),
             "config": self.config,
             "fingerprint": self.fingerprint,
             "judged": dict(self.judged),
@@ -194,6 +196,25 @@ class Report:
                 "expired_ignores": list(self.expired_ignores),
             },
         }
+        return document | {"digest": digest(document)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Report":
+        """Return the report of JSON values that `to_json` made; what it required is lost."""
+        names = {item.name for item in fields(Outcome)}
+        return cls(
+            version=document["version"],
+            config=document["config"],
+            fingerprint=document["fingerprint"],
+            outcomes=tuple(
+                Outcome(**{key: value for key, value in it.items() if key in names}) for it in document["outcomes"]
+            ),
+            unused_ignores=tuple(document["summary"]["unused_ignores"]),
+            expired_ignores=tuple(document["summary"]["expired_ignores"]),
+            judged=document["judged"],
+            twin_cannot_show=tuple(document["twin_cannot_show"]),
+            seconds=document["summary"]["seconds"],
+        )
 
 
 def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:

@@ -134,6 +134,9 @@ class Implementation(Protocol):
     def import_reference(self, file: Path, folder: Path) -> None:
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 
+    def requirements(self) -> Mapping[str, str]:
+        """Return what the implementation needs (`torch>=2.11`) → the version that is installed, empty where it is absent."""
+
     def gpu(self) -> str | None:
         """Return the GPU that the run would use, as torch names it; `None` without one."""
 

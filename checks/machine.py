@@ -1,11 +1,34 @@
-"""Free memory and disk of this machine, as a run would find them."""
+"""Libraries, free memory and disk of this machine, as a run would find them."""
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from d2l.config.schema import RunConfig
+
+DISTRIBUTION = "d2l-preflight"
+
+
+def requirements() -> dict[str, str]:
+    """Return what the installed distribution needs → the version that is installed, empty where it is absent.
+
+    Extras and requirements of other platforms are left out. Nothing is returned for a checkout that is not installed.
+    """
+    try:
+        needed = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        return {}
+    return {str(it): _installed(it.name) for it in needed if it.marker is None or it.marker.evaluate({"extra": ""})}
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def gpu() -> str | None:

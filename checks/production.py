@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from checks.implementation import Implementation, Offered
-from checks.machine import free_disk, free_memory, gpu
+from checks.machine import free_disk, free_memory, gpu, requirements
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -121,6 +121,10 @@ class Production:
 
     def free_memory(self) -> int | None:
         return free_memory()
+
+    def requirements(self) -> dict[str, str]:
+        """Return the requirements of the installed distribution."""
+        return requirements()
 
     def free_disk(self, config: RunConfig) -> int:
         return free_disk(config)

@@ -34,6 +34,7 @@ from checks.rules import (
     l1_term_wrong,
     labels_lost,
     learning_rate_too_high,
+    libraries_too_old,
     lora_without_effect,
     loss_differs_from_formula,
     memory_exceeded,
@@ -42,6 +43,7 @@ from checks.rules import (
     quantized_twice,
     questions_lost,
     questions_misencoded,
+    rank_not_servable,
     records_dropped,
     records_misread,
     resume_differs,
@@ -61,12 +63,14 @@ from checks.rules import (
 )
 
 RULES: tuple[Rule, ...] = (
+    libraries_too_old.RULE,
     experts_without_backward.RULE,
     quantized_twice.RULE,
     attention_without_backward.RULE,
     targets_unmatched.RULE,
     targets_carry_little.RULE,
     schedule_cut_short.RULE,
+    rank_not_servable.RULE,
     assistant_mask_wrong.RULE,
     aggregator_without_ranks.RULE,
     initialisation_differs.RULE,

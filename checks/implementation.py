@@ -119,6 +119,9 @@ class Implementation(Protocol):
     def train(self, run: Any, folder: Path) -> Sequence[Path]:
         """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
 
+    def evaluate(self, run: Any, rows: Sequence["Row"]) -> None:
+        """Score held-out rows in the middle of a run, as its own evaluations do."""
+
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def make_lora(base: PreTrainedModel) -> Lora:
             for name, size in sizes.items()
         }
 
-    return Lora(side(0), side(1), scale=1.5)
+    return Lora(side(0), side(1), scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     export_adapter(make_lora(base), base, folder / "adapter", str(folder / "base"))
 
     def scaled(factor: float) -> Logprobs:
-        model = PeftModel.from_pretrained(deepcopy(base), str(folder / "adapter"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what newer releases of transformers rename
+            model = PeftModel.from_pretrained(deepcopy(base), str(folder / "adapter"))
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.data *= factor
@@ -173,8 +176,6 @@ def test_an_adapter_that_is_not_loaded_is_named(place: Place) -> None:
     found = probe(place, fault(place, models={"base": place.served.models["base"]}))
     assert found["verdict"] == "adapter_not_loaded"
     assert "`adapter` does not exist" in found["findings"][0]["actual"]
-    found = probe(place, fault(place, flavour="llamacpp"), "--adapter-name", "another")
-    assert found["verdict"] == "adapter_not_loaded" or found["verdict"] == "served"
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -182,7 +183,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "503": ({"status": 503}, "status 503"),
     "redirect": ({"status": 302}, "status 302"),
     "html": ({"body": lambda text: b"<html>welcome</html>".ljust(len(text))}, "not JSON"),
-    "truncated": ({"body": lambda text: text[: len(text) // 2]}, "no whole answer within|breaks off"),
+    "truncated": ({"body": lambda text: text[: len(text) // 2]}, "the answer breaks off"),
     "NaN": ({"body": lambda text: b"NaN".ljust(len(text))}, "not JSON"),
     "nested": ({"body": lambda text: b"[" * len(text)}, "not JSON"),
     "list": ({"change": lambda answer: []}, "expected an object"),
@@ -216,7 +217,7 @@ def test_what_is_no_answer_is_named(place: Place, name: str) -> None:
     changes, words = FAULTS[name]
     found = probe(place, fault(place, **changes), "--timeout", 0.5)
     assert found["verdict"] == "server_failed"
-    assert any(word in found["findings"][0]["actual"] for word in words.split("|")), found["findings"]
+    assert words in found["findings"][0]["actual"]
 
 
 def test_a_slow_server_is_left(place: Place) -> None:

@@ -59,7 +59,7 @@ class JsonServer:
             connection.request(method, self._place.path + path, body, self._headers)
             with connection.getresponse() as response:
                 status, text = response.status, response.read(MAX_BYTES + 1)
-                kind = response.headers.get_content_type()
+                kind, left = response.headers.get_content_type(), response.length  # bytes promised and not sent
         except (OSError, http.client.HTTPException) as error:
             if late.is_set():
                 raise ServerError("slow", f"{where}: no whole answer within {self.timeout:g} s") from None
@@ -72,6 +72,8 @@ class JsonServer:
             raise ServerError("slow", f"{where}: no whole answer within {self.timeout:g} s")
         if len(text) > MAX_BYTES:
             raise ServerError("nonsense", f"{where}: the answer is longer than {MAX_BYTES:,} bytes")
+        if left:
+            raise ServerError("nonsense", f"{where}: the answer breaks off, {left:,} bytes before its end")
         if status != http.client.OK:
             raise ServerError("status", f"{where}: status {status}: {_reason(text)}", status)
         return _decode(text, where, kind)

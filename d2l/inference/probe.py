@@ -70,14 +70,13 @@ def probe(
         there = None if expected is None else tokenize_there(server, routes.base, expected.text)
     except ServerError as error:
         return Probe((failed(error, server.timeout),), routes)
-    if expected is None:
-        measured = _measure(alone, again, served)
-        return Probe((judge_alone(measured),), routes, measured)
-    local, adapted = expected.of_base(), expected.of_adapter()
-    keys = sorted(alone.keys() & served.keys() & local.keys())
+    local, adapted = ({}, {}) if expected is None else (expected.of_base(), expected.of_adapter())
+    keys = [key for key in sorted(alone.keys() & served.keys()) if expected is None or key in local]
     if not keys:
         return Probe((other_tokens(len(alone)),), routes)
-    measured = _measure(alone, again, served, keys)
+    measured = Measured(len(keys), _distance(served, alone, keys), _distance(again, alone, keys))
+    if expected is None:
+        return Probe((judge_alone(measured),), routes, measured)
     compared = _compare(alone, served, local, adapted, keys)
     findings = [*judge(measured, compared, bound), *judge_tokens(expected.ids, there)]
     return Probe(tuple(findings) or (passed(measured, compared, bound),), routes, measured, compared)
@@ -90,12 +89,6 @@ def _ask_adapter(way: Way, server: JsonServer, route: Route, prompt: Prompt) -> 
         if error.status in (400, 404, 422):  # the same request about the base was answered
             raise ServerError("adapter", str(error)) from None
         raise
-
-
-def _measure(alone: Values, again: Values, served: Values, keys: Collection[Key] | None = None) -> Measured:
-    """Measure a server against itself, by default over all tokens that it gave both times."""
-    keys = alone.keys() & served.keys() if keys is None else keys
-    return Measured(len(keys), _distance(served, alone, keys), _distance(again, alone, keys))
 
 
 def _compare(alone: Values, served: Values, local: Values, adapted: Values, keys: Collection[Key]) -> Compared:

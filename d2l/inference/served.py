@@ -184,9 +184,11 @@ def _by_echo(server: JsonServer, route: Route, prompt: Prompt) -> Values | None:
 def _by_next_token(server: JsonServer, route: Route, prompt: Prompt) -> Values | None:
     """Ask as llama.cpp is asked: for the likeliest tokens after several beginnings of the text."""
     values: Values = {}
+    fields = {"logprobs": NEXT_TOKENS, "cache_prompt": False, "ignore_eos": True}
     for length in beginnings(len(prompt)):
-        fields = {"logprobs": NEXT_TOKENS, "cache_prompt": False}
         found = _choice(server, _complete(server, route, prompt[:length], fields)).get("logprobs")
+        if found is None:
+            continue  # as llama.cpp answers where the likeliest token is part of a character
         rows = found.get("content") if isinstance(found, dict) else None
         tops = rows[0].get("top_logprobs") if isinstance(rows, list) and rows and isinstance(rows[0], dict) else None
         if not isinstance(tops, list) or not all(isinstance(top, dict) and type(top.get("id")) is int for top in tops):

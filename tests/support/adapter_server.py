@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
@@ -148,11 +149,12 @@ def serving(served: Served) -> Iterator[str]:
 
 
 def no_gradient(model: Any) -> Logprobs:
-    """The log-probabilities of a model of transformers or PEFT."""
+    """The log-probabilities of a model of transformers or PEFT, each computed once."""
 
+    @cache
     @torch.no_grad()
-    def logprobs(ids: list[int]) -> Tensor:
+    def logprobs(*ids: int) -> Tensor:
         logits: Tensor = model(torch.tensor([ids])).logits[0]
         return logits.float().log_softmax(-1)
 
-    return logprobs
+    return lambda ids: logprobs(*ids)

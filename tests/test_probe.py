@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import warnings
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from support.adapter_server import Logprobs, Served, no_gradient, serving
@@ -30,8 +31,8 @@ from d2l.hypernet.targets import find_targets, target_sizes
 from d2l.inference.adapter import export_adapter
 from d2l.inference.expected import TEXT
 from d2l.inference.json_http import JsonServer
-from d2l.inference.served import beginnings
-from d2l.inference.verdicts import Verdict
+from d2l.inference.served import Route, beginnings, choose_way, find_routes, tokenize_there
+from d2l.inference.verdicts import BOUND, Compared, Measured, Verdict, judge
 
 RANK = 2
 
@@ -345,6 +346,63 @@ def test_every_verdict_has_an_exit_code_of_its_own() -> None:
     assert len(set(EXIT_CODES.values())) == len(Verdict)
 
 
+CASES: dict[str, tuple[Measured, Compared, Verdict | None]] = {
+    "noise of a precision": (Measured(100, 0.2, 0.01), Compared(0.2, 0.03, 0.03, 0.97, 0.02), None),
+    "a small effect": (Measured(100, 0.01, 0), Compared(0.01, 0.001, 0.001, 1.01, 0.01), None),
+    "half of a small effect": (Measured(100, 0.005, 0), Compared(0.01, 0.001, 0.005, 0.5, 0.01), Verdict.DIFFERS),
+    "too much": (Measured(100, 0.015, 0), Compared(0.01, 0.001, 0.005, 1.5, 0.01), Verdict.DIFFERS),
+    "right on average": (Measured(100, 0.4, 0), Compared(0.4, 0.03, 0.2, 1.0, 0.05), Verdict.DIFFERS),
+    "another adapter": (Measured(100, 0.4, 0), Compared(0.4, 0.03, 0.5, 0.02, 0.1), Verdict.DIFFERS),
+    "the base": (Measured(100, 0.0, 0), Compared(0.4, 0.03, 0.4, 0, 0), Verdict.BASE),
+    "the base, never twice the same": (Measured(100, 0.02, 0.01), Compared(0.05, 0.03, 0.05, 0.03, 0.05), Verdict.BASE),
+    "noise above the effect": (Measured(100, 0.04, 0.04), Compared(0.01, 0.03, 0.04, 0.3, 0.4), Verdict.UNSURE),
+    "another base": (Measured(100, 0.4, 0), Compared(0.4, 1.5, 1.5, 0.5, 0.2), Verdict.OTHER_BASE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_figures_become_a_verdict(name: str) -> None:
+    served, compared, verdict = CASES[name]
+    assert [finding.verdict for finding in judge(served, compared, BOUND)] == ([] if verdict is None else [verdict])
+
+
+@dataclass
+class Answering:
+    """A server that gives one answer to everything."""
+
+    answer: Any
+    url: str = "http://here"
+
+    def get(self, path: str) -> Any:
+        return self.answer
+
+    def post(self, path: str, body: Any) -> Any:
+        return self.answer
+
+
+WORDS = ("choices", "data", "id", "parent", "owned_by", "usage", "prompt_tokens", "prompt_token_ids", "prompt_logprobs")
+MORE = ("logprobs", "token_logprobs", "content", "top_logprobs", "logprob", "5", "6", "llamacpp", "base")
+VALUES = st.sampled_from([None, True, 0, -1, 5, -0.5, 10**400, *WORDS, *MORE])
+KEYS = st.sampled_from(WORDS + MORE)
+ANSWERS = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(ANSWERS, ANSWERS)
+def test_no_answer_ends_in_a_traceback(whole: Any, choice: Any) -> None:
+    for answer in (whole, {"choices": [choice]}, {"data": [choice], "choices": [whole], "usage": choice}):
+        server: Any = Answering(answer)
+        with suppress(ServerError):
+            choose_way(server, Route("base"), (5, 6))
+        with suppress(ServerError):
+            choose_way(server, Route("base"), "text")
+        with suppress(ServerError):
+            tokenize_there(server, Route("base"), "text")
+        with suppress(ServerError):
+            find_routes(server, "adapter")
+
+
+@settings(derandomize=True, deadline=None)
 @given(st.integers(2, 600))
 def test_beginnings_end_with_the_whole_text(length: int) -> None:
     found = beginnings(length)

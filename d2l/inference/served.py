@@ -4,7 +4,6 @@ vLLM answers `prompt_logprobs`, SGLang and others `echo` with `logprobs`. llama.
 it is asked after several beginnings of the text.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ Way = Callable[[JsonServer, "Route", Prompt], Values | None]
 UNKNOWN = -1  # the id where a server names none
 NEXT_TOKENS = 32  # likeliest next tokens that a server is asked for
 BEGINNINGS = 8
+_LEAST = -1e5  # vLLM writes -9999 for minus infinity
 _COMPLETIONS = "/v1/completions"
 _NOT_OFFERED = (400, 405, 422, 501)  # how servers refuse a field that they do not know
 
@@ -51,16 +51,17 @@ def find_routes(server: JsonServer, adapter: str, base: str | None = None) -> Ro
         ServerError: kind `adapter` where the server lists its adapters and this is none of them.
     """
     models = _list_models(server)
-    roots = [str(model["id"]) for model in models if not model.get("parent") and model["id"] != adapter]
+    names = [model["id"] for model in models]
+    roots = [model["id"] for model in models if not model.get("parent") and model["id"] != adapter]
     if base is None:
         if not roots:
-            listed = ", ".join(str(model["id"]) for model in models) or "no model"
+            listed = ", ".join(names) or "no model"
             raise ServerError("nonsense", f"GET {server.url}/v1/models lists {listed}, and no base to compare with")
         base = roots[0]
-    makers = {model.get("owned_by") for model in models}
+    makers = {str(model.get("owned_by")) for model in models}
     if "llamacpp" in makers:
         return _llama_cpp_routes(server, base, adapter)
-    separate = "sglang" in makers and adapter not in (model["id"] for model in models) and ":" not in adapter
+    separate = "sglang" in makers and adapter not in names and ":" not in adapter
     return Routes(Route(base), Route(f"{base}:{adapter}" if separate else adapter))  # SGLang's BASE:ADAPTER
 
 
@@ -72,7 +73,9 @@ def _list_models(server: JsonServer) -> list[dict[str, Any]]:
             return []
         raise
     models = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
+    if not isinstance(models, list) or not all(
+        isinstance(model, dict) and isinstance(model.get("id"), str) for model in models
+    ):
         raise ServerError("nonsense", f"GET {server.url}/v1/models: expected a list of models. Got {answer!r:.200}")
     return models
 
@@ -203,7 +206,7 @@ def beginnings(length: int) -> list[int]:
 
 
 def _logprob(server: JsonServer, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST < value < 1e-3:
         raise _nonsense(server, "a log-probability, a number not above 0", value)
     return float(value)
 

@@ -151,18 +151,34 @@ GROUPS: dict[str, dict[str, Description]] = {
             "Most questions in one row of a document, whose further ones go to further rows; -1: no limit"
         ),
         "max_ctx_chunk_len": Description(
-            "Longest chunk, in tokens with the template's around it; longer documents are cut into equal chunks; "
+            "Longest chunk, in tokens with the template's around it; longer documents are cut as `chunking` says; "
             "-1: one chunk"
         ),
         "min_ctx_chunk_len": Description(
-            "Shortest chunk that a drawn number of chunks may give, in tokens; -1: no limit", "with `num_chunk_probs`"
+            "Shortest chunk that a drawn number of chunks may give, in tokens; a number that would give a shorter one is "
+            "not drawn for that document; -1: no limit",
+            "with `num_chunk_probs`",
         ),
         "max_ctx_chunk_num": Description(
             "Most chunks of a document; documents that need more are left out and reported; default: no limit"
         ),
         "num_chunk_probs": Description(
-            "Probability of each number of chunks, summing to 1, such as {1: 0.5, 2: 0.5}; default: as few as fit",
+            "Probability of each number of chunks in training, summing to 1, such as {1: 0.5, 2: 0.5}; of those that the "
+            "limits allow for a document, else the nearest that they do; default: as few as fit",
             "with `max_ctx_chunk_len`, which it needs",
+        ),
+        "chunking": _own(
+            "Where documents are cut into chunks: into equal ones, as the reference cuts (n chunks of ⌈length / n⌉ tokens, "
+            "the last of what is left; `equal`), or where sentences end, as equal as these allow (`sentences`). There, "
+            "whole sentences are worth more chunks, up to `max_ctx_chunk_num` and `max_packed_ctx_len`; one that is longer "
+            "than a chunk, and those of a document that was drawn more chunks than it has sentences, are cut between "
+            "words, else between tokens",
+            "where a document becomes several chunks",
+        ),
+        "chunk_overlap": _own(
+            "Tokens at the end of a chunk that the next one begins with again, within `max_ctx_chunk_len`; with "
+            "`chunking: sentences` at most as many: whole sentences where one fits, else whole words; 0: none",
+            "where a document becomes several chunks",
         ),
         "max_packed_inp_len": Description("Most tokens of questions with answers in a packed row (a micro-batch)"),
         "max_packed_ctx_len": Description("Most tokens of documents in a packed row (a micro-batch)"),

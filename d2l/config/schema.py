@@ -30,6 +30,7 @@ NEEDLE = "needle"
 REMARKS = "remarks"  # the one field that is no key
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Chunking = Literal["equal", "sentences"]
 LossName = Literal["ce", "kl"]
 LOSSES: dict[LossName, str] = {  # what each is; `d2l.train.losses` computes them
     "ce": "cross-entropy with the answer",
@@ -118,6 +119,8 @@ class RunConfig(BaseModel):
     min_ctx_chunk_len: Length = -1
     max_ctx_chunk_num: Count | None = None
     num_chunk_probs: dict[Whole, Probability] | None = None
+    chunking: Chunking = "equal"
+    chunk_overlap: NonNegative = 0
     max_packed_inp_len: Count = 16384
     max_packed_ctx_len: Count = 32768
     cache: bool = True
@@ -230,6 +233,14 @@ class RunConfig(BaseModel):
             raise ValueError(f"probabilities must sum to 1, these sum to {sum(value.values()):g}")
         if info.data.get("max_ctx_chunk_len", -1) == -1:
             raise ValueError("needs max_ctx_chunk_len, the longest chunk")
+        return value
+
+    @field_validator("chunk_overlap")
+    @classmethod
+    def _overlap_leaves_room(cls, value: int, info: ValidationInfo) -> int:
+        longest = info.data.get("max_ctx_chunk_len", -1)
+        if longest != -1 and 0 < longest <= value:
+            raise ValueError(f"must be below max_ctx_chunk_len ({longest})")
         return value
 
     @property

@@ -105,12 +105,12 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:save_checkpoint",
+        "d2l.checkpoint:write_snapshot",
         "checkpoint",
         (
             "saved-in-half-precision",
-            "save_file(_copy_contiguous(checkpoint.hypernet), partial",
-            "save_file({k: v.half().float() for k, v in _copy_contiguous(checkpoint.hypernet).items()}, partial",
+            "save_file(dict(snapshot.hypernet), partial",
+            "save_file({k: v.half().float() for k, v in snapshot.hypernet.items()}, partial",
             "small weights are lost at every resume",
         ),
     ),
@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:_require_saveable",
+        "d2l.checkpoint:_require_finite",
         "checkpoint",
         ("nan-weights-saved", "if not bool(value.isfinite().all()):", "if False:", "the newest checkpoint is useless"),
     ),

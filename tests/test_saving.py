@@ -159,9 +159,14 @@ def test_an_error_waits_for_the_writer_and_has_what_that_met_as_a_note(
 ) -> None:
     fill_the_disk(monkeypatch)
     (tmp_path / METRICS).touch()
-    with pytest.raises(ValueError, match="first") as raised, saver(tmp_path, keep=2) as writer:
-        writer.save(2, Checkpoint({"w": torch.ones(3)}, {}, {}))
-        raise ValueError("first")
+
+    def go() -> None:
+        with saver(tmp_path, keep=2) as writer:
+            writer.save(2, Checkpoint({"w": torch.ones(3)}, {}, {}))
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first") as raised:
+        go()
     (note,) = raised.value.__notes__
     assert "No space left on device" in note
 
@@ -191,8 +196,9 @@ def test_after_an_error_of_its_reader_a_run_writes_no_more(
             raise RuntimeError("of the tracker")
 
     with start_new(config, numbered=False) as start:
-        with pytest.raises(RuntimeError, match="of the tracker"):
+        with pytest.raises(RuntimeError, match="of the tracker") as raised:
             train(config, start, preflight={"fingerprint": "", "summary": {}}, on_step=fail)
+        assert raised.traceback, "it holds all frames, as it does where the command prints it"
         assert gate.written == [2]
 
 

@@ -116,6 +116,18 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
+        "d2l.train.saving:Saver._write",
+        "resume",
+        ("nothing-pruned", "prune_checkpoints(self._folder, self._keep)", "pass", "the disk fills up"),
+    ),
+    *bugs(
+        _RESUME,
+        "d2l.checkpoint:take_snapshot",
+        "resume",
+        ("moments-not-copied", "_copy(checkpoint.trainer)", "{}", "no checkpoint can be continued"),
+    ),
+    *bugs(
+        _RESUME,
         "d2l.checkpoint:_find_damage",
         "checkpoint",
         ("hashes-not-compared", "if _sha256(file) != digest:", "if False:", "damaged weights are loaded"),

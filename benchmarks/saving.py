@@ -68,7 +68,7 @@ def main(configs: Sequence[str], rounds: int = ROUNDS) -> None:
         with tempfile.TemporaryDirectory(dir=".", prefix=".saving-") as folder:
             it = measure(trainer, Path(folder), rounds)
         ratios = (it.copy / it.step, it.whole / it.step, it.beside / it.step)
-        table.add_row(Path(name).name, f"{it.size / 1e6:.1f} MB", *(f"{ratio:.2f}" for ratio in ratios))
+        table.add_row(Path(name).name, f"{it.size / 1e6:.1f} MB", *(f"{ratio:.3f}" for ratio in ratios))
     Console().print(table)
 
 

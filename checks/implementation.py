@@ -149,6 +149,13 @@ class Implementation(Protocol):
     def free_disk(self, config: RunConfig) -> int:
         """Return the free bytes where the run's folder would be."""
 
+    def save_seconds(self, config: RunConfig, size: int) -> float:
+        """Save so many bytes there as a checkpoint is saved, leave nothing behind, and return the seconds that it took.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+
 
 class Offered:
     """An implementation whose missing methods raise `NotOffered`."""

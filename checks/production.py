@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from checks.implementation import Implementation, Offered
-from checks.machine import free_disk, free_memory, gpu, requirements
+from checks.machine import free_disk, free_memory, gpu, requirements, save_seconds
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -136,6 +136,9 @@ class Production:
 
     def free_disk(self, config: RunConfig) -> int:
         return free_disk(config)
+
+    def save_seconds(self, config: RunConfig, size: int) -> float:
+        return save_seconds(config, size)
 
 
 class Run(Trainer):

@@ -6,6 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support.tiny_model import random_rows, run_config, tiny_model
+
+from d2l.io.run_folder import step_folder
+from d2l.train.loop import Trainer
 
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("needs a checkout: benchmarks/ is not in the sdist", allow_module_level=True)
@@ -62,3 +66,13 @@ def test_a_ratio_is_that_of_turns() -> None:
     found = timing.ratio(lambda: time.sleep(0.004), lambda: time.sleep(0.001), repeats=3)
     assert 1.5 < found.median < 8
     assert len(found.values) == 3
+
+
+def test_saving_gives_shares_of_a_step(tmp_path: Path) -> None:
+    saving = importlib.import_module("benchmarks.saving")
+    config = run_config()
+    trainer = Trainer(tiny_model(config), random_rows(), config)
+    found = saving.measure(trainer, tmp_path, rounds=1)
+    assert trainer.step_number == 6
+    assert all(value > 0 for value in (found.step, found.copy, found.whole, found.beside))
+    assert found.size == sum(path.stat().st_size for path in step_folder(tmp_path, 5).glob("*.safetensors"))

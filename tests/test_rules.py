@@ -94,7 +94,7 @@ def test_the_faults_of_the_device_stage_are_caught_where_there_is_a_device() -> 
     roomy = on_device({}, free_memory=lambda healthy: 10**12)
     selftest = run_selftest(roomy, RULES, stages=("device",))
     assert selftest.exit_code() == 0, plain_text(selftest)
-    assert {trial.code for trial in selftest.trials} == {"ATT401", "MEM401", "DSK401"}
+    assert {trial.code for trial in selftest.trials} == {"ATT401", "MEM401", "DSK401", "DSK402"}
 
 
 def on_device(overrides: dict[str, str], path: Path | None = None, **methods: Any) -> Subject:

@@ -53,6 +53,7 @@ from checks.rules import (
     rows_not_visited_once,
     rows_over_limits,
     run_not_kept,
+    save_outlasts_grace,
     schedule_cut_short,
     schedule_differs,
     stages_passed_wrongly,
@@ -127,4 +128,5 @@ RULES: tuple[Rule, ...] = (
     attention_differs_on_device.RULE,
     memory_exceeded.RULE,
     disk_exceeded.RULE,
+    save_outlasts_grace.RULE,
 )

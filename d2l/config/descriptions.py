@@ -249,6 +249,10 @@ GROUPS: dict[str, dict[str, Description]] = {
         "output_dir": Description("Folder of the run; a used one gets a number behind it"),
         "save_steps": Description("Optimizer steps between checkpoints; the last step is always saved"),
         "save_total_limit": Description("Newest checkpoints that are kept"),
+        "grace_seconds": _own(
+            "Seconds between the signal that asks a run to stop and the one that kills it; default: those of torchelastic",
+            "in a preflight: saving must not take longer",
+        ),
         "report_to": Description(
             "Trackers that get the metrics too, through accelerate; `none` is none; a tracker that fails is left out with "
             "a warning, and training goes on"

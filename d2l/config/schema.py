@@ -160,6 +160,7 @@ class RunConfig(BaseModel):
     output_dir: str = "runs"
     save_steps: Count = 500
     save_total_limit: Count = 2
+    grace_seconds: Positive = 30.0  # torchelastic's and Slurm's own
     report_to: tuple[TrackerName, ...] = ()
     logging_steps: Count = 1
 

@@ -47,7 +47,7 @@ def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
     require_new_folder(folder)
     try:
         make_folders(folder.parent)
-        with _partial_folder(folder) as partial:
+        with scratch_folder(folder) as partial:
             yield partial
             for path in partial.rglob("*"):
                 sync(path)
@@ -98,7 +98,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    with _partial_folder(path) as folder:
+    with scratch_folder(path) as folder:
         partial = folder / path.name
         yield partial
         sync(partial)
@@ -160,8 +160,12 @@ def remove_leftovers(folder: Path, *, only_writer: bool = False) -> None:
 
 
 @contextmanager
-def _partial_folder(place: Path) -> Iterator[Path]:
-    """Yield a new folder beside a place; it is removed at the end, where it is still there."""
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder beside a place, whose own name is free for what becomes of it; what is still there goes at the end.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     partial = _partial_place(place)
     _writing.add(partial)
     try:

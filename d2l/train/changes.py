@@ -16,6 +16,7 @@ from d2l.train.optimizer import learning_rates
 CHANGEABLE = {
     "save_steps",
     "save_total_limit",
+    "grace_seconds",
     "output_dir",
     "cache",
     "cache_dir",

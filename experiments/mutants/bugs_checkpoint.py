@@ -105,14 +105,26 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:save_checkpoint",
+        "d2l.checkpoint:write_snapshot",
         "checkpoint",
         (
             "saved-in-half-precision",
-            "save_file(_copy_contiguous(checkpoint.hypernet), partial",
-            "save_file({k: v.half().float() for k, v in _copy_contiguous(checkpoint.hypernet).items()}, partial",
+            "save_file(dict(snapshot.hypernet), partial",
+            "save_file({k: v.half().float() for k, v in snapshot.hypernet.items()}, partial",
             "small weights are lost at every resume",
         ),
+    ),
+    *bugs(
+        _RESUME,
+        "d2l.train.saving:Saver._write",
+        "resume",
+        ("nothing-pruned", "prune_checkpoints(self._folder, self._keep)", "pass", "the disk fills up"),
+    ),
+    *bugs(
+        _RESUME,
+        "d2l.checkpoint:take_snapshot",
+        "resume",
+        ("moments-not-copied", "_copy(checkpoint.trainer)", "{}", "no checkpoint can be continued"),
     ),
     *bugs(
         _RESUME,
@@ -173,7 +185,7 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:_require_saveable",
+        "d2l.checkpoint:_require_finite",
         "checkpoint",
         ("nan-weights-saved", "if not bool(value.isfinite().all()):", "if False:", "the newest checkpoint is useless"),
     ),

@@ -73,6 +73,11 @@ def test_any_other_unused_name_is_refused(tmp_path: Path, name: str) -> None:
     refused(result, tmp_path, "1 left over", f"'{name}': expected none, found [3, 2, 16]")
 
 
+def test_an_unused_bias_of_another_shape_is_refused(tmp_path: Path) -> None:
+    result = imported(tmp_path, {**SMALL.tensors(), "bias_A.q_proj": torch.ones(3, 2, 15)}, use_bias=False)
+    refused(result, tmp_path, "1 left over", "'bias_A.q_proj': expected none, found [3, 2, 15]")
+
+
 def test_arguments_that_an_older_file_lacks_are_those_of_the_reference(tmp_path: Path) -> None:
     older = Reference(**{**vars(SMALL), "pre_head": 4})
     lacking = ("use_bias", "num_pre_head_layers", "use_per_rank_bias", "dropout_rate", "ctx_encoder_last_layer")

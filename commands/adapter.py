@@ -90,9 +90,11 @@ def import_reference(
         from d2l.checkpoint import load_checkpoint
         from d2l.reference.load import import_reference as convert
 
-        convert(file, output)
+        notes = convert(file, output)
         state = load_checkpoint(output).state
     typer.echo(f"checkpoint  {output}\nbase        {state['config']['model_name_or_path']}")
+    for note in notes:
+        typer.echo(f"note        {note}")
 
 
 def _read(document: str) -> str:

@@ -38,6 +38,20 @@ def test_real_shapes_steps_on_a_checkpoint_that_it_deletes(
     assert not list(tmp_path.glob("d2l-*"))
 
 
+def test_deltas_in_float32_are_nearer_and_keep_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deltas = importlib.import_module("benchmarks.deltas")
+    for name, value in {"D_IN": 64, "D_OUT": 96, "RANK": 4, "SHARES": (3.0,), "TOKENS": ((4, 2),)}.items():
+        monkeypatch.setattr(deltas, name, value)
+    deltas.main()
+    lines = capsys.readouterr().out.splitlines()
+    _, float32, bfloat16 = map(float, lines[1].split())
+    assert float32 < 0.75 * bfloat16
+    assert lines[3].split()[:2] == ["4", "2"]
+    assert lines[4].startswith("kept for the backward at 1,024 tokens: float32 0.3 MiB, bfloat16 0.1 MiB")
+
+
 def test_real_shapes_keeps_a_named_folder_and_uses_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoint"
     run_real_shapes("--kernels", "0", "--folder", str(folder))

@@ -61,7 +61,8 @@ GROUPS: dict[str, dict[str, Description]] = {
             reference="`use_flash_attn`",
         ),
         "dtype": Description(
-            "Floating-point type of the base; `auto`: bfloat16 on CUDA devices that compute in it, else float32",
+            "Floating-point type of the base; `auto`: bfloat16 on CUDA devices that compute in it, else float32. Beside "
+            "bfloat16, answers multiply the LoRA in float32 and training in bfloat16",
             reference="`bf16`",
         ),
         "expert_weights": _own(

@@ -14,6 +14,8 @@ from d2l.errors import CheckpointError, ConfigError, ModelError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
 
+_OTHER_BASE = "pass the base of its training: --model MODEL"
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -55,8 +57,13 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
         raise ModelError(f"{folder} needs its base model: {reason}\npass where it lies now: --model MODEL") from error
     found = base_facts(base_config)
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
-    chat, trained = components.chat, components.model
-    load_hypernet(trained.hypernet, checkpoint.hypernet)
+    try:
+        chat, trained = components.chat, components.model
+        load_hypernet(trained.hypernet, checkpoint.hypernet)
+    except (ModelError, CheckpointError) as error:
+        raise type(error)(
+            f"{folder} cannot be used with {config.model_name_or_path}: {error}\n{_OTHER_BASE}"
+        ) from error
     return TrainedModel(trained.to(trained.base.device).eval(), chat, config, source)
 
 
@@ -79,4 +86,4 @@ def _require_same_base(folder: Path, name: str, expected: Mapping[str, Any], fou
     ]
     if differences:
         lines = [f"{folder} was trained around another base than {name}:", *differences]
-        raise CheckpointError("\n".join([*lines, "pass the base of its training: --model MODEL"]))
+        raise CheckpointError("\n".join([*lines, _OTHER_BASE]))

@@ -147,6 +147,11 @@ class Internalizer:
         try:
             if folder.exists() and card is None:
                 raise CheckpointError(f"{folder} exists, is no adapter with a card, and is never written over")
+            if card is not None and not self._is_alike(card):
+                raise CheckpointError(
+                    f"{folder} holds an adapter of another checkpoint or base ({card.checkpoint.get('folder')}, {card.base}) "
+                    "and is never written over with one of this: choose another folder"
+                )
             chunks = cut(self.trained, document.text)
         except D2LError as error:
             return Outcome(document, "failed", reason=str(error))

@@ -59,7 +59,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Write the card into an adapter's folder."""
-        (folder / CARD).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def read_card(folder: Path) -> Card | None:
@@ -173,7 +173,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return json.dumps(entry) + "\n"
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,7 @@ class _Names:
             return self._known[name], name
         safe = _UNSAFE.sub("-", wanted).strip("-.")[:_LONGEST_ID] or "document"
         if self._owners.get(safe.casefold(), name) != name:
-            safe = f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+            safe = f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
         self._owners[safe.casefold()] = name
         return safe, name
 
@@ -121,7 +121,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if (path.is_file() or (path.is_symlink() and not path.is_dir()))  # no pipe, which would be waited for
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 

@@ -81,7 +81,8 @@ def serve_command(
     """
     if server == "sglang":
         paths = [f"{name}={folder / name}" for name in ids[:_ADAPTERS_AT_ONCE]]
-        options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *sorted(modules)]
+        options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules"]
+        options += sorted({*modules, *missing_modules(modules)})
         return shlex.join(
             ["python", "-m", "sglang.launch_server", "--model-path", base, *options, "--lora-paths", *paths]
         )

@@ -106,7 +106,7 @@ def test_peft_gives_the_logits_of_the_bound_lora_after_refactoring(tmp_path: Pat
     def mixed(side: dict[str, Tensor]) -> dict[str, Tensor]:
         n_rows = RANK * (chunks + 1)
         return {
-            name: torch.randn(n_rows, wanted, generator=mix) @ x[:, :, :wanted] / n_rows**0.5
+            name: torch.randn(n_rows, wanted, generator=mix) @ x[:, :, :wanted] / n_rows**0.25
             for name, x in side.items()
         }
 
@@ -116,7 +116,7 @@ def test_peft_gives_the_logits_of_the_bound_lora_after_refactoring(tmp_path: Pat
     with bind(find_targets(base, list(lora.A)), lora, rows=[2]):
         expected = base(IDS).logits
     effect = error(base(IDS).logits, expected)
-    assert effect > 0.05
+    assert effect > 0.01
     assert error(load_adapter(base, tmp_path / "adapter")(IDS).logits, expected) <= EXACT["float32"] * (1 + effect)
 
 

@@ -15,7 +15,8 @@ from checks.result import UsageError  # noqa: E402 - see above
 from commands import adapter, autopsy, config, data, evaluate, internalize, plan, preflight, runs, train  # noqa: E402
 from d2l.errors import D2LError, NonFiniteError, ProcessError  # noqa: E402
 
-USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130  # exit codes
+# Exit codes; README has all of them. 10 and 12 are those of `d2l train`, 14 of `d2l internalize`: some documents failed.
+USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130
 
 
 class Commands(TyperGroup):

@@ -1,4 +1,4 @@
-"""Commands for trained checkpoints: internalize a document, ask about it, import a checkpoint. Heavy imports are late."""
+"""Commands for trained checkpoints: ask about a document, import a checkpoint. Heavy imports are late."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,37 +18,9 @@ DocumentArgument = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
-    commands: tuple[Callable[..., None], ...] = (internalize, ask, import_reference)
+    commands: tuple[Callable[..., None], ...] = (ask, import_reference)
     for command in commands:
         app.command()(command)
-
-
-def internalize(
-    checkpoint: CheckpointArgument,
-    document: DocumentArgument,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="ADAPTER_DIR", help="Write the adapter to this new folder.")
-    ],
-    model: BaseOption = None,
-) -> None:
-    """Turn a document into a PEFT adapter."""
-    from d2l.io.atomic import require_new_folder
-
-    require_new_folder(output)
-    text = _read(document)
-    with libraries_to_stderr():
-        from d2l.inference.adapter import export_adapter
-        from d2l.inference.generate import internalize as make_lora
-
-        trained = read_checkpoint(checkpoint, model)
-        lora = make_lora(trained, text)
-        rank = export_adapter(lora, trained.model.base, output, trained.config.model_name_or_path)
-    typer.echo(
-        f"adapter  {output}\n"
-        f"rank     {rank}, on {', '.join(lora.A)} of every layer\n"
-        f"base     {trained.config.model_name_or_path}\n"
-        f"use      PeftModel.from_pretrained(base, {str(output)!r})"
-    )
 
 
 def ask(

@@ -45,6 +45,28 @@ def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
         CheckpointError: the path exists, or writing failed; nothing is left behind.
     """
     require_new_folder(folder)
+    with _write_folder(folder, what, replaces=False) as partial:
+        yield partial
+
+
+@contextmanager
+def replace_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Yield a new folder beside `folder`; it takes the place of `folder`, where there is one, when the block ends.
+
+    Only for what belongs to d2l. For a moment nothing has the name: two folders cannot be exchanged in one step everywhere.
+
+    Args:
+        what: name of the contents in error messages, such as `adapter`.
+
+    Raises:
+        CheckpointError: writing failed; `folder` stays as it was.
+    """
+    with _write_folder(folder, what, replaces=True) as partial:
+        yield partial
+
+
+@contextmanager
+def _write_folder(folder: Path, what: str, *, replaces: bool) -> Iterator[Path]:
     try:
         make_folders(folder.parent)
         with scratch_folder(folder) as partial:
@@ -52,6 +74,8 @@ def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
             for path in partial.rglob("*"):
                 sync(path)
             sync(partial)
+            if replaces and folder.exists():
+                remove_folder(folder)
             partial.rename(folder)
             sync(folder.parent)
     except (OSError, TypeError, ValueError, SafetensorError) as error:

@@ -12,7 +12,7 @@ from commands.installation import require_one_installation
 require_one_installation()  # before the imports below: they would find the modules of another d2l
 
 from checks.result import UsageError  # noqa: E402 - see above
-from commands import adapter, autopsy, config, data, evaluate, plan, preflight, runs, train  # noqa: E402
+from commands import adapter, ask, autopsy, config, data, evaluate, plan, preflight, runs, train  # noqa: E402
 from d2l.errors import D2LError, NonFiniteError, ProcessError  # noqa: E402
 
 USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130  # exit codes
@@ -87,7 +87,7 @@ def d2l(
     """Find out before a Doc-to-LoRA training run whether it can work; then train."""
 
 
-for commands in (preflight, plan, train, runs, autopsy, adapter, evaluate, data, config):
+for commands in (preflight, plan, train, runs, autopsy, adapter, ask, evaluate, data, config):
     commands.add_commands(app)
 
 

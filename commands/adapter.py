@@ -1,4 +1,4 @@
-"""Commands for trained checkpoints: internalize a document, ask about it, import a checkpoint. Heavy imports are late."""
+"""Commands for trained checkpoints: internalize a document, import a checkpoint. Heavy imports are late."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ DocumentArgument = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
-    commands: tuple[Callable[..., None], ...] = (internalize, ask, import_reference)
+    commands: tuple[Callable[..., None], ...] = (internalize, import_reference)
     for command in commands:
         app.command()(command)
 
@@ -49,31 +49,6 @@ def internalize(
         f"base     {trained.config.model_name_or_path}\n"
         f"use      PeftModel.from_pretrained(base, {str(output)!r})"
     )
-
-
-def ask(
-    checkpoint: CheckpointArgument,
-    document: DocumentArgument,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Question about the document.")],
-    model: BaseOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Generate at most N tokens.")
-    ] = 256,
-) -> None:
-    """Answer a question about a document.
-
-    The document is turned into a LoRA; it is not in the prompt.
-    """
-    if not question.strip():
-        raise DataError("the question is empty")
-    text = _read(document)
-    with libraries_to_stderr():
-        from d2l.inference.generate import ask as generate_answer
-        from d2l.inference.generate import internalize as make_lora
-
-        trained = read_checkpoint(checkpoint, model)
-        answer = generate_answer(trained, make_lora(trained, text), question, max_new_tokens)
-    typer.echo(answer)
 
 
 def import_reference(

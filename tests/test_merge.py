@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import OUTPUTS, assert_close, load_case
+from support.golden import ACCOUNT, OUTPUTS, assert_close, load_case
 from test_lora import random_lora
 
 from d2l.hypernet.lora import Lora, merge_chunks
@@ -107,7 +107,9 @@ def test_the_reference_has_the_same_rows_for_a_document_of_all_chunks(shared: Pa
     merged = merge_documents([merge_chunks(chunks[place], [1], bias) for place in (0, 1)])
     for m in modules:
         for side, name in ((merged.A, "A"), (merged.B, "B")):
-            assert_close(side[m], case[f"out.{m}.{name}"][:1], OUTPUTS)
+            expected = case[f"out.{m}.{name}"][:1]
+            assert_close(side[m], expected, OUTPUTS)
+            ACCOUNT.compare(case.name, expected)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,9 +34,11 @@ PROMPT = "? "
 ORDER = "documents come first, the question last, in quotes"
 DEMO_TEXT = """\
 A tiny model that learnt one thing: a document of animals with two digits each becomes a LoRA; asked for an animal, the
-base answers with its digits, without the document in its prompt. It knows no other words than these animals:
-{animals}.
-Write such a document yourself, one or more of these a line, and ask: d2l ask demo FILE
+base answers with its digits, without the document in its prompt. These are all animals that it knows:
+
+{animals}
+
+Write some of them into a file, each with two digits, and ask: d2l ask demo FILE ANIMAL
 """
 
 
@@ -210,7 +213,7 @@ def _show_demo(session: _Session, text: str) -> None:
 
     as_text = session.output_format == "text"
     if as_text:
-        typer.echo(DEMO_TEXT.format(animals=", ".join(PAIR_KEYS)))
+        typer.echo(DEMO_TEXT.format(animals=fill(" ".join(PAIR_KEYS), width=100)))
         typer.echo(f"{session.documents[0]}:\n{text}")
     for question in demo_questions():
         if as_text:

@@ -20,7 +20,7 @@ from d2l.io.run_folder import step_folder
 
 FOLDER = Path("configs/demo")
 SEED = 1
-PAIRS, DIGITS = 5, 2  # of the shipped document, which is of the held-out split
+PAIRS, DIGITS = 4, 2  # of the shipped document, which is of the held-out split
 # Chunks of one pair each: whatever number of pairs a document has, no boundary cuts one, and a document of two documents
 # has the chunks of both. Filler of up to three chunks lets the number of chunks vary in training.
 CHANGES = {

@@ -15,6 +15,7 @@ import torch
 
 from d2l.data.needles import needle_records
 from d2l.data.records import Record
+from d2l.evaluation.run import generate_answers
 from d2l.evaluation.scores import exact_match
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import ask, internalize
@@ -23,7 +24,7 @@ from d2l.inference.merge import merge_documents
 
 PAGE = Path("experiments/two_documents.md")
 SIZES = (2, 4)  # pairs in a document
-DIGITS, DOCUMENTS, TOKENS = 2, 200, 6
+DIGITS, DRAWS, TOKENS = 2, 100, 6
 FIRST, SECOND = "first", "second"
 COLUMNS = {
     "alone": "each document alone",
@@ -53,7 +54,7 @@ def measure(trained: TrainedModel, pairs: int) -> tuple[dict[str, list[float]], 
         Exact match by condition, a mean for each draw of two documents; and whether all merged LoRAs were those of one
         document of both, up to rounding.
     """
-    wholes = needle_records(DOCUMENTS, 2 * pairs, DIGITS, 0, seed=0, split="heldout", style="pairs")
+    wholes = needle_records(DRAWS, 2 * pairs, DIGITS, 0, seed=0, split="heldout", style="pairs")
     results: dict[str, list[float]] = {name: [] for name in COLUMNS}
     previous = _merge(trained, split(wholes[-1]))
     equal = True
@@ -75,7 +76,7 @@ def measure(trained: TrainedModel, pairs: int) -> tuple[dict[str, list[float]], 
 def measure_conflicts(trained: TrainedModel) -> list[float]:
     """Ask for a key that both documents state, with different values: the shares of the first, the second, and neither."""
     counts = np.zeros(3)
-    records = needle_records(2 * DOCUMENTS, 2, DIGITS, 0, seed=1, split="heldout", style="pairs")
+    records = needle_records(2 * DRAWS, 2, DIGITS, 0, seed=1, split="heldout", style="pairs")
     for one, other in zip(records[::2], records[1::2], strict=True):
         value = other.responses[0].split()[1:]
         answers = (one.responses[0], " ".join((one.prompts[0], *value)))
@@ -89,7 +90,7 @@ def measure_conflicts(trained: TrainedModel) -> list[float]:
 
 def recall(trained: TrainedModel, lora: Lora, record: Record) -> float:
     """Return the share of a document's questions that are answered right."""
-    answers = [ask(trained, lora, question, TOKENS) for question in record.prompts]
+    answers = generate_answers(trained, lora, record.prompts, TOKENS)
     return float(np.mean([exact_match(*pair) for pair in zip(answers, record.responses, strict=True)]))
 
 
@@ -117,7 +118,7 @@ def write_page(name: str, results: Mapping[int, tuple[Results, bool]], conflicts
     lines = [
         "# Several documents at once",
         "",
-        f"Written by `experiments/two_documents.py` on `{name}`. {DOCUMENTS} times two held-out documents of needles with "
+        f"Written by `experiments/two_documents.py` on `{name}`. {DRAWS} draws of two held-out documents of needles with "
         f"{DIGITS} digits, which share no key; each is turned into a LoRA by itself, and both are merged: ranks side by "
         "side, the learned bias once. Exact match; brackets are 95% confidence intervals over draws of documents. Rows are "
         "pairs in each of the two documents.",
@@ -132,7 +133,7 @@ def write_page(name: str, results: Mapping[int, tuple[Results, bool]], conflicts
     lines += [
         "",
         f"Where both documents of two pairs state the same key with different values, the answer is the first's in "
-        f"{first:.0%}, the second's in {second:.0%} and another in {neither:.0%} of {DOCUMENTS} draws.",
+        f"{first:.0%}, the second's in {second:.0%} and another in {neither:.0%} of draws.",
     ]
     return "\n".join(lines) + "\n"
 

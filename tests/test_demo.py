@@ -126,7 +126,7 @@ def test_ask_shows_it_without_a_document_and_the_readme_shows_that() -> None:
     ]
     assert result.stdout.splitlines()[-len(answers) :] == answers
     document = result.stdout.splitlines()[-len(answers) - len(lines) - 2 : -len(answers)]
-    assert document == ["", f"{demo_document()}:", *lines]
+    assert document == [f"{demo_document()}:", *lines, ""]
     as_json = d2l("ask", "demo", "--format", "json").stdout.splitlines()
     assert [json.loads(line)["answer"] for line in as_json] == lines
 

@@ -14,12 +14,13 @@ require_one_installation()  # before the imports below: they would find the modu
 
 from checks.result import UsageError  # noqa: E402 - see above
 from commands import (  # noqa: E402
-    adapter,
+    ask,
     autopsy,
     catalogue,
     config,
     data,
     evaluate,
+    import_reference,
     internalize,
     plan,
     preflight,
@@ -102,7 +103,10 @@ def d2l(
     """Find out before a Doc-to-LoRA training run whether it can work; then train."""
 
 
-COMMANDS = (preflight, catalogue, plan, train, runs, autopsy, internalize, adapter, probe, evaluate, data, config)
+COMMANDS = (
+    *(preflight, catalogue, plan, train, runs, autopsy),
+    *(internalize, ask, probe, evaluate, data, import_reference, config),
+)
 for commands in COMMANDS:
     commands.add_commands(app)
 

@@ -54,7 +54,11 @@ GpuOption = Annotated[
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint: a step folder, or a run's folder (its newest one).")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint: a step folder, a run's folder (its newest one), or demo (a trained one that is shipped).",
+    ),
 ]
 BaseOption = Annotated[
     str | None,

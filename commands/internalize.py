@@ -11,16 +11,16 @@ import typer
 
 from checks.result import UsageError
 from commands.console import BaseOption, CheckpointArgument, console, libraries_to_stderr, read_checkpoint
+from commands.documents import STDIN, read_document
 from d2l.errors import DataError
 from d2l.inference.cards import Index, open_index, require_place_for_many, require_place_for_one
-from d2l.inference.documents import Document, count_documents, is_single, read_documents, read_text
+from d2l.inference.documents import Document, count_documents, is_single, read_documents
 from d2l.inference.servers import MAX_ERROR, AdapterDtype, AdapterForm, Server, request_command, serve_command
 
 if TYPE_CHECKING:
     from d2l.inference.batch import Internalizer, Outcome
     from d2l.inference.load import TrainedModel
 
-STDIN = "-"
 INCOMPLETE = 14  # exit code: some of several documents have no adapter
 SHOWN = 10  # failed documents in the summary; the index has all
 LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
@@ -90,7 +90,7 @@ def _internalize_one(
     checkpoint: Path, place: str, output: Path, model: str | None, form: AdapterForm, pack: int | None
 ) -> None:
     """Write the adapter of one document to a folder of its own, or bring it up to date."""
-    text, name = _read(place)
+    text, name = read_document(place), "stdin" if place == STDIN else Path(place).name
     require_place_for_one(output, name)
     document = Document(output.name, name, place, text)
     with libraries_to_stderr():
@@ -147,19 +147,6 @@ def _run(
         show_document(number, f"{outcome.document.id} {outcome.status}")
         outcomes.append(outcome.without_text())
     return outcomes
-
-
-def _read(place: str) -> tuple[str, str]:
-    """Return the text of one document, and what it is known by.
-
-    Raises:
-        DataError: it cannot be read, is too large, or is not text.
-    """
-    from d2l.data.document import decode_document
-
-    if place == STDIN:
-        return decode_document(typer.get_binary_stream("stdin").read(), "stdin"), "stdin"
-    return read_text(Path(place)), Path(place).name
 
 
 def _refuse_what_mixes(places: Sequence[str], output: Path) -> None:

@@ -18,7 +18,6 @@ from commands.console import LOADING
 from d2l.checkpoint import load_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.hypernet.hypernetwork import Hypernetwork
-from d2l.hypernet.lora import Lora
 from d2l.hypernet.shape import HypernetShape
 from d2l.io.run_folder import MANIFEST, step_folder
 
@@ -54,17 +53,6 @@ def test_internalize_writes_an_adapter_and_prints_its_use(run_folder: Path, docu
     assert files[0] == files[1]
 
 
-def test_ask_prints_the_answer_and_nothing_else(run_folder: Path, document: Path) -> None:
-    answers = [
-        d2l("ask", run_folder, source, "When does the ferry leave?", "--max-new-tokens", 6, stdin=DOCUMENT.encode())
-        for source in (document, "-")
-    ]
-    assert [answer.exit_code for answer in answers] == [0, 0]
-    assert answers[0].stdout == answers[1].stdout
-    assert "<|" not in answers[0].stdout
-    assert answers[0].stderr == f"{LOADING}\ncheckpoint {step_folder(run_folder, 1)}\n"
-
-
 def test_a_damaged_checkpoint_that_is_passed_over_is_said(run_folder: Path, document: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder, tmp_path / "run")
     damaged = step_folder(tmp_path / "run", 1) / "hypernet.safetensors"
@@ -73,23 +61,6 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_said(run_folder: Path, docu
     note, used = result.stderr.splitlines()[-2:]
     assert note.startswith(f"Note: passed over a newer checkpoint: {damaged}: expected ")
     assert used == f"checkpoint {step_folder(tmp_path / 'run', 0)}"
-
-
-def test_the_length_of_the_answer_and_stdout_of_libraries(
-    run_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[object, ...]] = []
-
-    def chatty(trained: object, lora: Lora, *rest: object) -> str:
-        print("a library has something to say")  # noqa: T201
-        calls.append((lora.n_contexts, *rest))
-        return "At nine."
-
-    monkeypatch.setattr("d2l.inference.generate.ask", chatty)
-    result = d2l("ask", run_folder, document, "When?", "--max-new-tokens", 7)
-    assert (result.stdout, result.stderr.splitlines()[-1]) == ("At nine.\n", "a library has something to say")
-    d2l("ask", run_folder, document, "When?")
-    assert calls == [(1, "When?", 7), (1, "When?", 256)]
 
 
 def test_import_reference_makes_a_checkpoint(tmp_path: Path) -> None:
@@ -196,7 +167,7 @@ def test_files_that_are_not_checkpoints_of_the_reference(document: Path, tmp_pat
     ("arguments", "words"),
     [
         (["internalize", "run", "document"], "-o"),
-        (["ask", "run", "document"], "QUESTION"),
+        (["ask"], "CHECKPOINT"),
         (["ask", "run", "document", "When?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["import-reference"], "FILE"),
     ],

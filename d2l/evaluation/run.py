@@ -149,7 +149,7 @@ def _answer_questions(
     max_new_tokens: int,
 ) -> list[GradedAnswer]:
     """Answer all questions of one record under one condition, and grade the answers."""
-    answers = _generate_answers(trained, lora, record.prompts, max_new_tokens)
+    answers = generate_answers(trained, lora, record.prompts, max_new_tokens)
     likelihoods = _compute_likelihoods(trained, lora, record)
     return [
         GradedAnswer(
@@ -171,7 +171,7 @@ def _answer_questions(
     ]
 
 
-def _generate_answers(
+def generate_answers(
     trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Generate greedy answers; questions of equal length share a batch."""

@@ -29,11 +29,13 @@ class Lora:
         A: module name → [n, L, R, d_in].
         B: module name → [n, L, R, d_out].
         scale: factor of every delta.
+        bias_rank: how many of the last ranks before the padding hold the learned bias, which every document shares.
     """
 
     A: dict[str, Tensor]
     B: dict[str, Tensor]
     scale: float
+    bias_rank: int = 0
 
     @property
     def n_contexts(self) -> int:
@@ -98,7 +100,7 @@ def merge_chunks(chunks: Lora, n_chunks: Sequence[int], bias: Lora | None = None
 
     A = {name: merged(a, bias.A[name] if bias else None) for name, a in chunks.A.items()}
     B = {name: merged(b, bias.B[name] if bias else None) for name, b in chunks.B.items()}
-    return Lora(A, B, chunks.scale)
+    return Lora(A, B, chunks.scale, bias.rank if bias else 0)
 
 
 def bind(

@@ -76,8 +76,11 @@ def read_documents(places: Sequence[str], known: Mapping[str, str] | None = None
             yield _read_file(path, path.name, names)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, advice: str = "pass a text file, or - for stdin") -> str:
     """Read the text of a file.
+
+    Args:
+        advice: what to change where there is no such file.
 
     Raises:
         DataError: it cannot be read, is too large, or is not text.
@@ -88,7 +91,7 @@ def read_text(path: Path) -> str:
             raise DataError(f"{path}: {_excess(size)}")
         return decode_document(path.read_bytes(), str(path))
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; pass a text file, or - for stdin") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; {advice}") from None
 
 
 class _Names:

@@ -13,6 +13,7 @@ from d2l.data.chat.format import ChatFormat
 from d2l.errors import CheckpointError, ConfigError, ModelError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
+from d2l.inference.demo import locate_checkpoint
 
 _OTHER_BASE = "pass the base of its training: --model MODEL"
 
@@ -38,14 +39,14 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     """Load a checkpoint's base and its hypernetwork.
 
     Args:
-        place: a checkpoint folder, or a run's folder, whose newest valid checkpoint is loaded.
+        place: a checkpoint folder, a run's folder, whose newest valid checkpoint is loaded, or `demo` for the shipped one.
         model: present path or hub id of the base, if it differs from that in training.
 
     Raises:
         CheckpointError: there is no valid checkpoint, or it was trained on another base.
         ModelError: the base, its tokenizer or its chat template cannot be used.
     """
-    source = find_checkpoint(Path(place))
+    source = find_checkpoint(locate_checkpoint(Path(place)))
     folder = source.folder
     checkpoint = load_checkpoint(folder)
     config = _read_config(checkpoint, folder, model)

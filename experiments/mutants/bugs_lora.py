@@ -72,8 +72,8 @@ MUTANTS = [
         ),
         (
             "scale-over-chunks",
-            "return Lora(A, B, chunks.scale)",
-            "return Lora(A, B, chunks.scale / longest)",
+            "chunks.scale, bias.rank",
+            "chunks.scale / longest, bias.rank",
             "a document's LoRA depends on its neighbours' length",
         ),
         (

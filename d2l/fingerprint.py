@@ -13,7 +13,7 @@ from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 
 # Where a run takes place, and who is told of it, does not shape it.
-_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory", "report_to", "logging_steps"}
+_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory", "base_sharding", "report_to", "logging_steps"}
 
 
 @dataclass(frozen=True)

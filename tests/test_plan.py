@@ -258,14 +258,9 @@ def test_flex_skips_what_windows_hide() -> None:
 
 def test_hours_cost_and_context_tokens_follow_from_the_steps() -> None:
     one = planned(price=3.0, max_steps=100)
-    more = make_plan(
-        ON_H100,
-        configured(max_steps=100, gradient_accumulation_steps=4),
-        AssumedRows(),
-        H100,
-        price_per_hour=3.0,
-        processes=2,
-    )
+    two = Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER, processes=2)
+    config = configured(max_steps=100, gradient_accumulation_steps=4)
+    more = make_plan(two, config, AssumedRows(), H100, price_per_hour=3.0)
     assert one.seconds_per_step is not None
     assert one.hours == pytest.approx(100 * one.seconds_per_step / 3600)
     assert one.cost == pytest.approx(3 * one.hours)

@@ -72,13 +72,19 @@ def load_sharded_base(
 
 
 def _shard(base: PreTrainedModel, device: str, processes: int) -> None:
-    """Make a unit that is gathered and freed of each layer, of the embeddings and of the head; the rest is the root's."""
+    """Shard the units; what is left is the root's, which holds it from its forward to the end of the backward."""
     mesh = init_device_mesh(torch.device(device).type, (processes,))
-    ends: list[nn.Module] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if ends[0].weight is ends[1].weight:  # one weight belongs to one unit: the root, which holds it throughout a step
-        ends = []
-    for unit in (*decoder_layers(base), *ends, base):
+    for unit in (*sharding_units(base), base):
         fully_shard(unit, mesh=mesh)
+
+
+def sharding_units(base: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that are each gathered and freed as a whole, the layers first.
+
+    Tied, embeddings and head have one weight, which cannot belong to two units: it is the root's.
+    """
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    return [*decoder_layers(base), *([] if embeddings.weight is head.weight else [embeddings, head])]
 
 
 def _make_room(base: PreTrainedModel, device: str) -> None:

@@ -9,6 +9,7 @@ from checks.rules import (
     attention_without_backward,
     base_forward_bypassed,
     base_not_frozen,
+    base_not_shardable,
     bound_lora_wrong,
     checkpointing_changes_gradients,
     checkpointing_not_delegated,
@@ -63,6 +64,7 @@ from checks.rules import (
 RULES: tuple[Rule, ...] = (
     experts_without_backward.RULE,
     quantized_twice.RULE,
+    base_not_shardable.RULE,
     attention_without_backward.RULE,
     targets_unmatched.RULE,
     targets_carry_little.RULE,

@@ -185,7 +185,7 @@ def test_other_quantizations_are_not_sharded() -> None:
 
 def test_a_base_that_cannot_be_sharded_is_refused_before_it_is_read() -> None:
     plan = plan_load(RunConfig(), base_config(), device="cpu")
-    with pytest.raises(ModelError, match="^base_sharding: full: the experts would be held as packed"):
+    with pytest.raises(ModelError, match=r"^base_sharding: full: the experts would be held as packed"):
         load_sharded_base("nowhere", base_config(), plan, 0, processes=2)
 
 

@@ -28,6 +28,7 @@ from checks.rule import Fault, Rule
 if TYPE_CHECKING:
     from checks.subject import Subject
 
+
 def check(subject: "Subject") -> Result:
     """Look at how the plan holds the weights that are to be sharded."""
     if subject.config.base_sharding == "none":

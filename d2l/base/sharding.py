@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -38,7 +38,9 @@ def sharding_obstacle(plan: LoadPlan, processes: int | None = None) -> str:
     if plan.quantization.value not in ("none", "mxfp4"):
         return f"weights in {plan.quantization.value} cannot be sharded: set base_sharding: none"
     if processes == 1:
-        return "this run has one process: start one for each GPU (torchrun --nproc-per-node N), or set base_sharding: none"
+        return (
+            "this run has one process: start one for each GPU (torchrun --nproc-per-node N), or set base_sharding: none"
+        )
     return ""
 
 
@@ -55,7 +57,7 @@ def load_sharded_base(
     """
     if obstacle := sharding_obstacle(plan, processes):
         raise ModelError(f"base_sharding: full: {obstacle}")
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     if distributed.get_rank() == 0:
         on_cpu = replace(plan, device=Choice("cpu", "the shares are made there"))
         weights = load_base(name_or_path, base_config, on_cpu, seed).state_dict()
@@ -106,8 +108,10 @@ def as_forward(base: PreTrainedModel, function: Forward) -> Forward:
     The base's own `forward` is one. Weights outside the layers are there meanwhile, and a layer's are gathered while the
     one before it runs.
     """
-    if is_sharded(base):
-        base.run_as_forward = function
-        register_fsdp_forward_method(base, "run_as_forward")
-        function = base.run_as_forward
-    return function
+    if not is_sharded(base):
+        return function
+    owner: Any = base
+    owner.run_as_forward = function
+    register_fsdp_forward_method(base, "run_as_forward")
+    registered: Forward = owner.run_as_forward
+    return registered

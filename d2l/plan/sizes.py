@@ -38,9 +38,7 @@ def count_weights(model: PreTrainedModel) -> WeightCount:
     others = [parameter.numel() for parameter in model.parameters() if id(parameter) not in projections]
     experts = sum(projections.values())
     units = (sum(it.numel() for it in unit.parameters()) for unit in sharding_units(model))
-    return WeightCount(
-        sum(others) + experts, experts, max(projections.values(), default=0), max(others), max(units)
-    )
+    return WeightCount(sum(others) + experts, experts, max(projections.values(), default=0), max(others), max(units))
 
 
 @dataclass(frozen=True)

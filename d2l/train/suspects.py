@@ -70,7 +70,9 @@ def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
         what = "every label is -100: nothing is supervised"
         return Examination([Suspect(DATA, "", "labels", None, records, what)])
     if is_sharded(run.model.base):
-        what = "the processes would have to replay equally often, as each holds a share of the base (base_sharding: full)"
+        what = (
+            "the processes would have to replay equally often, as each holds a share of the base (base_sharding: full)"
+        )
         return Examination(replay=f"not replayed: {what}")
     before = random_state()
     try:

@@ -108,8 +108,7 @@ def after_reading(model: DocToLora, batch: PackedBatch) -> list[int]:
 def refused(trainer: Trainer, folder: Path) -> str:
     """Spoil a weight of the base in the share of the last process, and return what a step says."""
     if processes().is_last_process:
-        layer: nn.Module = trainer.model.base.get_decoder().layers[-1]
-        next(layer.parameters()).to_local().view(-1)[0] = math.nan
+        trainer.model.targets["q_proj"][-1].weight.to_local().fill_(math.nan)
     loss = partial(batch_loss, trainer.model, config=trainer.config)
     try:
         with autopsy_on_refusal(trainer, folder, loss):

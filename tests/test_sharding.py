@@ -121,7 +121,7 @@ def test_bases_and_encoders_of_all_kinds_train_the_same_weights(tmp_path: Path) 
     for run in OTHERS:
         assert_equal_to_whole(tmp_path, run, processes=2)
         for note in notes:
-            assert note[run["name"]]["full"]["share"] == pytest.approx(0.5, abs=0.02)
+            assert 0.49 < note[run["name"]]["full"]["share"] < 0.55  # tied embeddings stay whole behind an evaluation
             assert note[run["name"]]["full"]["whole"] == [[], []]
 
 

@@ -37,7 +37,8 @@ def weight_bytes(sizes: Sizes) -> tuple[int, int]:
 
 def gathered_bytes(sizes: Sizes) -> int:
     """Return the bytes of the weights that a sharded base holds whole while it runs; 0 for one that is not sharded."""
-    return _GATHERED_UNITS * sizes.weights.largest_unit * sizes.element if sizes.shares > 1 else 0
+    whole = _GATHERED_UNITS * sizes.weights.largest_unit + sizes.weights.rest
+    return whole * sizes.element if sizes.shares > 1 else 0
 
 
 def scores_bytes(sizes: Sizes, tokens: int, longest: int) -> int:

@@ -30,6 +30,7 @@ class WeightCount:
     largest_expert_tensor: int
     largest_tensor: int  # of the others
     largest_unit: int  # of what a sharded base gathers at a time: a layer or the embeddings
+    rest: int  # outside these units; gathered once a pass: the last norm, and tied embeddings
 
 
 def count_weights(model: PreTrainedModel) -> WeightCount:
@@ -37,8 +38,16 @@ def count_weights(model: PreTrainedModel) -> WeightCount:
     projections = {id(projection): projection.numel() for projection in expert_projections(model)}
     others = [parameter.numel() for parameter in model.parameters() if id(parameter) not in projections]
     experts = sum(projections.values())
-    units = (sum(it.numel() for it in unit.parameters()) for unit in sharding_units(model))
-    return WeightCount(sum(others) + experts, experts, max(projections.values(), default=0), max(others), max(units))
+    total = sum(others) + experts
+    units = [sum(it.numel() for it in unit.parameters()) for unit in sharding_units(model)]
+    return WeightCount(
+        total=total,
+        experts=experts,
+        largest_expert_tensor=max(projections.values(), default=0),
+        largest_tensor=max(others),
+        largest_unit=max(units),
+        rest=total - sum(units),
+    )
 
 
 @dataclass(frozen=True)

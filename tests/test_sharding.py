@@ -142,10 +142,11 @@ def test_a_process_never_holds_the_whole_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_shards_its_base_and_resumes(tmp_path: Path) -> None:
-    sharded = {"base_sharding": "full", "expert_weights": "dequantize"}
-    assert [note["code"] for note in run_here(tmp_path, 2, config=sharded | {"max_steps": 4})] == [0, 0]
-    notes = run_here(tmp_path, 2, config=sharded, resume=True)
+def test_a_run_shards_its_base_and_resumes_with_a_whole_one(tmp_path: Path) -> None:
+    config = {"expert_weights": "dequantize"}
+    stopped = run_here(tmp_path, 2, config=config | {"base_sharding": "full"}, signal=[0, 3])
+    assert [note["code"] for note in stopped] == [12, 12], stopped
+    notes = run_here(tmp_path, 2, config=config, resume=True)
     assert [note["code"] for note in notes] == [0, 0], notes
     _, expected = train_alone(processes=2, expert_weights="dequantize")
     trained = load_checkpoint(step_folder(tmp_path / "run", 6)).hypernet

@@ -69,10 +69,8 @@ def plan(
         from d2l.plan.inputs import plan_inputs
         from d2l.plan.plan import make_plan
 
-        inputs = plan_inputs(resolved, gpu, document_tokens, on_tokenize)
-        made = make_plan(
-            inputs.model, resolved, inputs.rows, inputs.card, price_per_hour=price_per_hour, processes=processes
-        )
+        inputs = plan_inputs(resolved, gpu, document_tokens, on_tokenize, processes)
+        made = make_plan(inputs.model, resolved, inputs.rows, inputs.card, price_per_hour=price_per_hour)
     for remark in inputs.remarks:
         typer.echo(f"Note: {remark}", err=True)
     if output_format == "json":

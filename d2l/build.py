@@ -15,6 +15,7 @@ from d2l.base.files import is_config_only
 from d2l.base.load import load_base
 from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout
+from d2l.base.sharding import load_sharded_base
 from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.cache import cached_rows, default_folder
 from d2l.data.chat.format import ChatFormat, chat_format
@@ -39,6 +40,7 @@ class Components:
         config: the resolved configuration.
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.
         records: documents to take instead of those that the configuration names.
+        processes: those over which a base is sharded that the configuration wants so; by default it is whole.
 
     Raises:
         ModelError: by a component: the base model, its tokenizer or its chat template cannot be used.
@@ -50,8 +52,10 @@ class Components:
         config: RunConfig,
         on_tokenize: OnProgress = lambda done, total: None,
         records: Sequence[Record] | None = None,
+        processes: int | None = None,
     ) -> None:
         self.config = config
+        self._processes = processes
         self._on_tokenize = on_tokenize
         self._records = records
 
@@ -112,7 +116,7 @@ class Components:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The frozen base model, loaded by its plan."""
-        return build_base(self.config, self.base_config)
+        return build_base(self.config, self.base_config, self._processes)
 
     @cached_property
     def model(self) -> DocToLora:
@@ -253,13 +257,19 @@ def tokenize(
     return cached_rows(records, chat, limits, config.seed, folder, on_progress)
 
 
-def build_base(config: RunConfig, base_config: PreTrainedConfig) -> PreTrainedModel:
+def build_base(config: RunConfig, base_config: PreTrainedConfig, processes: int | None = None) -> PreTrainedModel:
     """Load the frozen base by its plan.
 
+    Args:
+        processes: see `Components`.
+
     Raises:
-        ModelError: the weights are absent or do not fit.
+        ModelError: the weights are absent or do not fit, or cannot be sharded.
     """
-    return load_base(config.model_name_or_path, base_config, plan_load(config, base_config), config.seed)
+    name, plan = config.model_name_or_path, plan_load(config, base_config)
+    if config.base_sharding == "none" or processes is None:
+        return load_base(name, base_config, plan, config.seed)
+    return load_sharded_base(name, base_config, plan, config.seed, processes=processes)
 
 
 def build_model(config: RunConfig, base: PreTrainedModel) -> DocToLora:

@@ -14,8 +14,8 @@ from d2l.data.records import Record
 
 # Where a run takes place, who is told of it, and what is accepted of it does not shape it.
 _PLACE_KEYS = {
-    *("output_dir", "cache", "cache_dir", "device_memory", "report_to", "logging_steps", "grace_seconds"),
-    *("select_checks", "ignore_checks"),
+    *("output_dir", "cache", "cache_dir", "device_memory", "base_sharding"),
+    *("report_to", "logging_steps", "grace_seconds", "select_checks", "ignore_checks"),
 }
 
 

@@ -393,6 +393,7 @@ SHAPE_NO_ROWS = {
     "dtype": "how the base computes",
     "expert_weights": "how the base computes",
     "expert_transient_gib": "how the base computes",
+    "base_sharding": "where the base lies",
     "device_memory": "where it computes",
     "train_ds_names": "which records there are: their contents are in the key",
     "max_train_samples_per_ds": "which records there are",

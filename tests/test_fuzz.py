@@ -69,7 +69,7 @@ NEVER_DRAWN = {
     *("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_ctx_chunk_len", "min_ctx_chunk_len"),
     *("max_ctx_chunk_num", "num_chunk_probs", "control_tokens"),
     *("report_to", "logging_steps", "eval_steps", "eval_documents", "val_ds_names"),
-    *("device_memory", "expert_transient_gib", "per_rank_gen", "quantize_ctx_encoder"),
+    *("device_memory", "expert_transient_gib", "base_sharding", "per_rank_gen", "quantize_ctx_encoder"),
     *("select_checks", "ignore_checks"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from d2l.config.load import load_config
 from d2l.io.resources import resource
 
 FOLDER = resource("configs/launch")
@@ -58,14 +59,21 @@ RESOURCES |= {"ports", "labels", "any_of", "ordered", "job_recovery", "autostop"
 
 
 def test_every_file_is_looked_at() -> None:
-    names = ["accelerate_one_gpu.yaml", "accelerate_several_gpus.yaml", "skypilot.yaml", "slurm.sh"]
-    assert sorted(path.name for path in FOLDER.iterdir()) == names
+    names = [f"accelerate_{name}.yaml" for name in ("one_gpu", "several_gpus", "sharded_base")]
+    assert sorted(path.name for path in FOLDER.iterdir()) == [*names, "skypilot.yaml", "slurm.sh"]
 
 
-@pytest.mark.parametrize("name", ["accelerate_one_gpu", "accelerate_several_gpus"])
+@pytest.mark.parametrize("name", ["accelerate_one_gpu", "accelerate_several_gpus", "accelerate_sharded_base"])
 def test_accelerate_reads_its_configurations(name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))  # refuses keys that it does not know
-    assert (config.distributed_type == "MULTI_GPU", config.num_processes > 1) == (("several" in name),) * 2
+    assert (config.distributed_type == "MULTI_GPU", config.num_processes > 1) == ("one_gpu" not in name,) * 2
+
+
+def test_the_command_of_the_sharded_base_has_settings_of_a_run() -> None:
+    command = (FOLDER / "accelerate_sharded_base.yaml").read_text().partition("\n#\n")[0]
+    settings = dict(re.findall(r"--set (\w+)=(\S+)", command))
+    config = load_config(None, settings)
+    assert (config.base_sharding, config.expert_weights) == ("full", "dequantize")
 
 
 def test_the_slurm_script_is_bash_with_options_of_sbatch() -> None:

@@ -258,14 +258,9 @@ def test_flex_skips_what_windows_hide() -> None:
 
 def test_hours_cost_and_context_tokens_follow_from_the_steps() -> None:
     one = planned(price=3.0, max_steps=100)
-    more = make_plan(
-        ON_H100,
-        configured(max_steps=100, gradient_accumulation_steps=4),
-        AssumedRows(),
-        H100,
-        price_per_hour=3.0,
-        processes=2,
-    )
+    two = Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER, processes=2)
+    config = configured(max_steps=100, gradient_accumulation_steps=4)
+    more = make_plan(two, config, AssumedRows(), H100, price_per_hour=3.0)
     assert one.seconds_per_step is not None
     assert one.hours == pytest.approx(100 * one.seconds_per_step / 3600)
     assert one.cost == pytest.approx(3 * one.hours)
@@ -273,6 +268,27 @@ def test_hours_cost_and_context_tokens_follow_from_the_steps() -> None:
     assert more.hours == pytest.approx(4 * one.hours)
     assert more.cost == pytest.approx(8 * one.cost)
     assert more.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
+
+
+def test_a_sharded_base_is_counted_in_shares_and_whole_layers() -> None:
+    """From the published shapes: 24 layers of 32 experts, two matrices of 201,088 x 2,880, two bytes a weight."""
+    config = configured(base_sharding="full", expert_weights="dequantize")
+    sizes = Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER, processes=8).sizes(config)
+    peak = {part.name: part.peak for part in memory_plan(sizes, [RowShape(512, 1, 1, 512, 512, 512, 64)]).components}
+    layer = 32 * (3 * 2880 * 2880 + 3 * 2880) + 2 * 2880 * 64 * (64 + 8) + 64 * (64 + 16) + 64 + 32 * 2881 + 3 * 2880
+    assert sizes.weights.largest_unit == layer
+    assert sizes.weights.rest == 2880
+    total = 24 * layer + 2 * 201_088 * 2880 + 2880
+    assert peak["base weights"] == pytest.approx(2 * total / 8)
+    assert peak["gathered layers"] == 2 * (3 * layer + 2880)
+    for shares, processes, changes in (
+        (1, 8, {"expert_weights": "packed"}),
+        (1, 8, {"base_sharding": "none"}),
+        (1, 1, {}),
+        (8, 8, {}),
+    ):
+        model = Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER, processes=processes)
+        assert model.sizes(config.model_copy(update=changes)).shares == shares
 
 
 @pytest.mark.parametrize("card", ["20GiB", "24GiB", "33GiB", "48GiB", "H100", "H200"])

@@ -16,7 +16,8 @@ How it is detected
 The largest of the sums while loading and at the peak of a step must be below the memory. The sums come within 10% of
 the tensors alive in steps on a CPU, and came within 10% of what was measured on one H100 before a step took less (grouped
 experts, the Perceiver in pieces, flex_attention), which was not measured since. Without a GPU and without a named one the
-figures are given and the check is skipped.
+figures are given and the check is skipped. A sharded base is counted for the processes that were started; without a
+launcher that is one, and `d2l plan --processes N` counts for more.
 
 How to fix
 ----------
@@ -24,6 +25,7 @@ How to fix
 `max_packed_ctx_len`, set `gradient_checkpointing: true`, or take a larger GPU.
 """
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +58,14 @@ def check(subject: "Subject") -> Result:
         load = plan_load(subject.config, subject.base_config, "cuda", HOPPER)
         free = None if named is None else sized_card(named).usable
     trained, kept = trained_values(subject)
-    sizes = replace(Model(subject.base_config).sizes_of(subject.config, load), trained=trained, optimizer=kept)
+    model = Model(subject.base_config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    sizes = replace(model.sizes_of(subject.config, load), trained=trained, optimizer=kept)
     rows = _rows(subject)
     memory = memory_plan(sizes, rows.shapes(subject.config))
     figures = {"loading": memory.loading, "peak": memory.peak, "steady": memory.steady}
     sums = ", ".join(f"{name} {_size(amount)}" for name, amount in figures.items())
+    if subject.config.base_sharding == "full":
+        sums += f" in each of {sizes.processes} processes"
     if free is None:
         return Skip(
             f"no GPU here and none named by --gpu or device_memory; reckoned for {load.dtype.value} on one: {sums}"

@@ -78,6 +78,16 @@ def load_base(name_or_path: str, base_config: PreTrainedConfig, plan: LoadPlan, 
     return base
 
 
+def empty_base(base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
+    """Build the model with dense experts and all parameters on the meta device, without values.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    with init_empty_weights(include_buffers=False):  # rotary buffers are in no file, so they must be computed
+        return build_model(base_config, plan.torch_dtype, plan.attention.value)
+
+
 def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
     config = frozen_config(base_config)
     options: dict[str, Any] = {}
@@ -106,8 +116,7 @@ def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: L
 
 def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
     """Put every tensor straight into its place: the peak is the size of the packed model and one tensor."""
-    with init_empty_weights(include_buffers=False):  # rotary buffers are in no file, so they must be computed
-        model = build_model(base_config, plan.torch_dtype, plan.attention.value)
+    model = empty_base(base_config, plan)
     empty_packed_experts(model)
     _group_experts(model, plan)
     unexpected, places = [], model.state_dict()

@@ -75,6 +75,11 @@ GROUPS: dict[str, dict[str, Description]] = {
             "are computed at once; less means more and smaller products",
             "with packed experts in bfloat16 on CUDA SM 90 and 100",
         ),
+        "base_sharding": _own(
+            "Whether each process holds the whole base (`none`), or a share of every weight (`full`: FSDP2), gathered layer "
+            "by layer in every pass; not for packed experts",
+            "in `d2l train` with several processes",
+        ),
         "device_memory": _own(
             "Memory of the GPU that the run is planned for, in bytes or such as '80GiB'; default: that of the GPU here",
             "in `d2l plan` and MEM401; the run itself takes what it needs",

@@ -79,6 +79,7 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["auto", "packed", "dequantize", "native"] = "auto"
     expert_transient_gib: Positive = 0.5
+    base_sharding: Literal["none", "full"] = "none"
 
     device_memory: Bytes | None = None
 

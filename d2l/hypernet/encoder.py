@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from d2l.base.masks import Masks
+from d2l.base.sharding import as_forward
 from d2l.errors import ModelError
 
 EncoderType = Literal["embed_only", "per_layer_activations", "early_exit", "concat_layers"]
@@ -53,6 +54,7 @@ class ContextEncoder:
         self.feature_size: int = base.config.hidden_size * (len(layers) if encoder_type == "concat_layers" else 1)
         last = {"early_exit": exit_at, "embed_only": 0}
         self.last = last.get(encoder_type, len(layers) - 1)
+        self._read = as_forward(base, self._read_documents)
 
     @property
     def per_layer(self) -> bool:
@@ -68,6 +70,10 @@ class ContextEncoder:
             position_ids: int64 `[1, T]`, restarting at 0 where a document (or chunk of one) starts.
             attention_mask: what keeps the documents apart (`d2l.base.masks.packed_masks`).
         """
+        return self._read(ids, position_ids, attention_mask)
+
+    def _read_documents(self, ids: Tensor, position_ids: Tensor, attention_mask: Masks) -> Tensor:
+        """Run the decoder up to the last layer wanted."""
         features: Tensor | None = None
 
         def watch(index: int, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -76,8 +82,8 @@ class ContextEncoder:
             if index == self.last:
                 raise _Seen
 
-        hooks = [
-            self.layers[index].register_forward_pre_hook(partial(watch, index), with_kwargs=True)
+        hooks = [  # before all others: nothing begins in the layer that is not run, such as gathering its weights
+            self.layers[index].register_forward_pre_hook(partial(watch, index), with_kwargs=True, prepend=True)
             for index in range(0 if self._reads_all else self.last, self.last + 1)
         ]
         try:

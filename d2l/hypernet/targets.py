@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from d2l.base.layers import decoder_layers
 from d2l.errors import ModelError
 
 Targets = Mapping[str, Sequence[nn.Module]]  # module name → its module in every decoder layer, in order
@@ -60,21 +61,6 @@ def _adaptable(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     block = getattr(layer, MLP_BLOCK, None)
     return [*found, (MLP_BLOCK, block)] if isinstance(block, nn.Module) else found
-
-
-def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder's layers: the outermost ModuleList with an entry for each of the config's `num_hidden_layers`.
-
-    Raises:
-        ModelError: there is none.
-    """
-    n_layers = base.config.get_text_config(decoder=True).num_hidden_layers
-    for module in base.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ModelError(
-        f"{type(base).__name__} has no list of {n_layers} decoder layers (num_hidden_layers of its config)"
-    )
 
 
 def _parameter_note(layers: nn.ModuleList, name: str) -> str:

@@ -11,12 +11,21 @@ _FLOAT32 = 4
 _LOADING_DEQUANTIZED = 10
 # Copies of a layer's scores that are alive at once: with sinks, shifted and softmax; in backward softmax and gradients.
 _SCORES_AT_WORK = 3
+# Units (layers, embeddings) of a sharded base that are whole at once: the one that runs, the one that is gathered ahead,
+# and the message that carried it. Measured on a CPU, two processes, 12 layers of 16 MiB: 3.2.
+_GATHERED_UNITS = 3
 _SLICES_AT_WORK = 3  # of logits: themselves, their softmax and its gradient
 
 
 def weight_bytes(sizes: Sizes) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and those that loading the largest tensor takes for a moment."""
+    """Return the bytes of the frozen weights, and those that loading the largest tensor takes for a moment.
+
+    Of a sharded base they are a process's share; tensors come from the first process's CPU, one by one.
+    """
     weights, size = sizes.weights, sizes.element
+    if sizes.shares > 1:
+        largest = max(weights.largest_tensor, weights.largest_expert_tensor)
+        return -(-weights.total * size // sizes.shares), largest * size
     if _packed(sizes) or sizes.load.experts.value == "native":
         packed = int(weights.experts * BITS_PER_WEIGHT / 8)
         held = packed + (weights.total - weights.experts) * size
@@ -24,6 +33,12 @@ def weight_bytes(sizes: Sizes) -> tuple[int, int]:
     dequantized = sizes.load.experts.value == "dequantize"
     transient = _LOADING_DEQUANTIZED * weights.largest_expert_tensor if dequantized else 0
     return weights.total * size, max(transient, weights.largest_tensor * size)
+
+
+def gathered_bytes(sizes: Sizes) -> int:
+    """Return the bytes of the weights that a sharded base holds whole while it runs; 0 for one that is not sharded."""
+    whole = _GATHERED_UNITS * sizes.weights.largest_unit + sizes.weights.rest
+    return whole * sizes.element if sizes.shares > 1 else 0
 
 
 def scores_bytes(sizes: Sizes, tokens: int, longest: int) -> int:

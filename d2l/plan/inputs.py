@@ -31,12 +31,14 @@ def plan_inputs(
     gpu: str | None = None,
     document_tokens: int | None = None,
     on_tokenize: OnProgress = lambda done, total: None,
+    processes: int = 1,
 ) -> PlanInputs:
     """Find everything that a plan needs; no weights are read.
 
     Args:
         gpu: name or size of a card; default: the configuration's `device_memory`, the GPU here, or an H100.
         document_tokens: of every document, in place of the run's data.
+        processes: cards that share each optimizer step.
 
     Raises:
         ConfigError: there is no such card.
@@ -60,7 +62,7 @@ def plan_inputs(
             base_config = components.base_config
     if base_config is None:
         base_config = read_base_config(config.model_name_or_path)
-    model = Model(base_config, "cuda", card.capability)
+    model = Model(base_config, "cuda", card.capability, processes)
     return PlanInputs(model, rows or AssumedRows(document_tokens), card, tuple(remarks))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from d2l.hypernet.memory import ActivationBytes, perceiver_parameters
 from d2l.plan.base_memory import (
+    gathered_bytes,
     layer_backward_bytes,
     layer_forward_bytes,
     layer_kept_bytes,
@@ -91,17 +92,18 @@ def step_phases(sizes: Sizes, row: RowShape) -> dict[str, Parts]:
     """Compute the components of every phase of a training step over one packed row."""
     hypernet, loras = hypernet_memory(sizes, row), lora_bytes(sizes, row)
     held = _held(sizes)
+    running = {"gathered layers": gathered_bytes(sizes)}
     read = held | {"context features": hypernet.features}
     made = read | {"hypernetwork activations": hypernet.kept, "generated LoRAs": loras}
     return {
-        "context encoder": read | {"base activations": _encoder_bytes(sizes, row)},
+        "context encoder": read | running | {"base activations": _encoder_bytes(sizes, row)},
         "forward of the Perceiver": read | {"hypernetwork activations": hypernet.passing + hypernet.forward},
         "forward of the hypernetwork": made
         | {
             "hypernetwork activations": hypernet.kept + hypernet.passing,
             "generated LoRAs": 2 * loras,  # before and after the chunks of each document are merged
         },
-        **_answering(sizes, row, made),
+        **_answering(sizes, row, made | running),
         "backward of merging": made | {"generated LoRAs": 3 * loras},  # values, gradients, those of the chunks
         **_hypernet_backward(sizes, read, hypernet),
         "optimizer step": _between_steps(sizes) | {"optimizer at work": sizes.optimizer_work},

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.flex import PACKED_FLEX
+from d2l.base.sharding import sharding_obstacle
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 from d2l.plan.cards import Card
@@ -107,20 +108,18 @@ def make_plan(
     card: Card,
     *,
     price_per_hour: float | None = None,
-    processes: int = 1,
 ) -> Plan:
     """Reckon a run.
 
     Args:
         price_per_hour: of one card.
-        processes: cards that share each optimizer step, each with packed rows of its own.
 
     Raises:
         ModelError: no model can be made for the configuration.
     """
     sizes, shapes = model.sizes(config), rows.shapes(config)
     memory = memory_plan(sizes, shapes)
-    micro_batches = config.gradient_accumulation_steps
+    micro_batches, processes = config.gradient_accumulation_steps, sizes.processes
     tokens, seconds = _pace(sizes, shapes, card)
     step_seconds = None if seconds is None else micro_batches * seconds
     hours = None if step_seconds is None else config.max_steps * step_seconds / 3600
@@ -136,7 +135,7 @@ def make_plan(
         context_tokens_per_step=round(mean_context * micro_batches * processes),
         hours=hours,
         cost=None if hours is None or price_per_hour is None else hours * price_per_hour * processes,
-        largest_packing=_largest_packing(model, config, rows, card, processes),
+        largest_packing=_largest_packing(model, config, rows, card),
         savings=tuple(_savings(model, config, rows, memory.peak)),
         assumptions=_assumptions(sizes, rows, card),
     )
@@ -155,7 +154,7 @@ def _mean_operations(sizes: Sizes, rows: Sequence[RowShape]) -> dict[str, int]:
     return {part: round(fmean(row[part] for row in counted)) for part in counted[0]}
 
 
-def _largest_packing(model: Model, config: RunConfig, rows: Rows, card: Card, processes: int) -> Packing | None:
+def _largest_packing(model: Model, config: RunConfig, rows: Rows, card: Card) -> Packing | None:
     """Search the largest document budget that fits by halving, the questions' in proportion."""
     proportion = config.max_packed_inp_len / config.max_packed_ctx_len
 
@@ -179,7 +178,7 @@ def _largest_packing(model: Model, config: RunConfig, rows: Rows, card: Card, pr
     if not shapes:
         return None
     tokens, seconds = _pace(sizes, shapes, card)
-    speed = None if seconds is None else processes * tokens / seconds
+    speed = None if seconds is None else sizes.processes * tokens / seconds
     return Packing(**budgets, peak_bytes=memory_plan(sizes, shapes).peak, tokens_per_second=speed)
 
 
@@ -203,6 +202,8 @@ def _changes(sizes: Sizes, rows: Sequence[RowShape]) -> Iterator[dict[str, Any]]
     config = sizes.config
     if sizes.load.experts.value == "dequantize":
         yield {"expert_weights": "packed"}
+    if config.base_sharding == "none" and not sharding_obstacle(sizes.load, sizes.processes):
+        yield {"base_sharding": "full"}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if sizes.load.dtype.value == "float32":
@@ -228,6 +229,9 @@ def _assumptions(sizes: Sizes, rows: Rows, card: Card) -> tuple[str, ...]:
     load = sizes.load
     base = [f"rows: {rows.source}", f"the base in {load.dtype.value}: {load.dtype.reason}"]
     base.append(f"attention: {load.attention.value}; {load.attention.reason}")
+    if sizes.config.base_sharding == "full":
+        obstacle = sharding_obstacle(load, sizes.processes)
+        base.append(f"base_sharding: {obstacle or f'each of {sizes.shares} processes holds a share of every weight'}")
     if load.experts.value == "packed":
         base.append(f"experts: {load.expert_products.value}; {load.expert_products.reason}")
     if card.flops is None:

@@ -10,6 +10,7 @@ from d2l.base.config import skeleton
 from d2l.base.experts import expert_projections
 from d2l.base.load_plan import LoadPlan, plan_load
 from d2l.base.masks import attention_layout
+from d2l.base.sharding import sharding_obstacle, sharding_units
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 from d2l.hypernet.hypernetwork import Hypernetwork
@@ -28,6 +29,8 @@ class WeightCount:
     experts: int  # those that MXFP4 holds: the projections, not their biases
     largest_expert_tensor: int
     largest_tensor: int  # of the others
+    largest_unit: int  # of what a sharded base gathers at a time: a layer or the embeddings
+    rest: int  # outside these units; gathered once a pass: the last norm, and tied embeddings
 
 
 def count_weights(model: PreTrainedModel) -> WeightCount:
@@ -35,7 +38,16 @@ def count_weights(model: PreTrainedModel) -> WeightCount:
     projections = {id(projection): projection.numel() for projection in expert_projections(model)}
     others = [parameter.numel() for parameter in model.parameters() if id(parameter) not in projections]
     experts = sum(projections.values())
-    return WeightCount(sum(others) + experts, experts, max(projections.values(), default=0), max(others))
+    total = sum(others) + experts
+    units = [sum(it.numel() for it in unit.parameters()) for unit in sharding_units(model)]
+    return WeightCount(
+        total=total,
+        experts=experts,
+        largest_expert_tensor=max(projections.values(), default=0),
+        largest_tensor=max(others),
+        largest_unit=max(units),
+        rest=total - sum(units),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,7 @@ class Sizes:
         trained: numbers of the hypernetwork that are trained, in float32.
         optimizer: numbers that the optimizer keeps between steps, in float32.
         optimizer_work: bytes that the optimizer's step works with.
+        processes: those that share each optimizer step.
     """
 
     config: RunConfig
@@ -106,6 +119,13 @@ class Sizes:
     trained: int
     optimizer: int
     optimizer_work: int
+    processes: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Processes that the base is sharded over; 1 where each holds it whole."""
+        sharded = self.config.base_sharding == "full" and not sharding_obstacle(self.load, self.processes)
+        return self.processes if sharded else 1
 
     @property
     def element(self) -> int:
@@ -144,15 +164,21 @@ class Model:
     Args:
         device: as torch names it, on which the run would be; it need not be here.
         capability: the compute capability of that device, where it is CUDA and not here.
+        processes: those that share each optimizer step, each with such a device.
 
     Raises:
         ModelError: transformers does not have the model, or it has no such target modules.
     """
 
     def __init__(
-        self, base_config: PreTrainedConfig, device: str | None = None, capability: tuple[int, int] | None = None
+        self,
+        base_config: PreTrainedConfig,
+        device: str | None = None,
+        capability: tuple[int, int] | None = None,
+        processes: int = 1,
     ) -> None:
         self.base_config, self._device, self._capability = base_config, device, capability
+        self._processes = processes
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
@@ -187,6 +213,7 @@ class Model:
             trained=sum(parameter.numel() for parameter in hypernet.parameters()),
             optimizer=optimizer_values(hypernet, config),
             optimizer_work=step_bytes(hypernet, config, load.device.value),
+            processes=self._processes,
         )
 
     def _hypernetwork(self, config: RunConfig) -> Hypernetwork:

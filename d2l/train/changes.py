@@ -22,6 +22,7 @@ CHANGEABLE = {
     "cache_dir",
     "device_memory",
     "expert_transient_gib",
+    "base_sharding",
     "logging_steps",
     "report_to",
     "select_checks",

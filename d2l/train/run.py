@@ -45,7 +45,7 @@ def train(
         D2LError: see `d2l.build` and `d2l.train.loop.train_steps`.
     """
     this = processes()  # before the base is loaded: gives each process a GPU of its own
-    components = Components(config, on_tokenize)
+    components = Components(config, on_tokenize, processes=this.num_processes)
     rows = components.rows  # before the base is loaded: errors in the data should come first
     heldout = components.heldout
     trainer = Trainer(components.model, rows, config, stop=stop)

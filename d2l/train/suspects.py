@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from d2l.base.sharding import is_sharded
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
 from d2l.train.autopsy import Alone, Seen, Suspect
@@ -68,6 +69,11 @@ def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
         records = tuple(sorted(record for batch in batches for record in batch.record_ids))
         what = "every label is -100: nothing is supervised"
         return Examination([Suspect(DATA, "", "labels", None, records, what)])
+    if is_sharded(run.model.base):
+        what = (
+            "the processes would have to replay equally often, as each holds a share of the base (base_sharding: full)"
+        )
+        return Examination(replay=f"not replayed: {what}")
     before = random_state()
     try:
         return _replay_step(run.model, batches, run.inputs, loss)

@@ -207,7 +207,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.hypernet.encoder:ContextEncoder.__call__",
+        "d2l.hypernet.encoder:ContextEncoder._read_documents",
         "lora",
         (
             "encoder-positions-continue",

@@ -53,7 +53,11 @@ def tiny_model(config: RunConfig, family: str = "gpt_oss", *, nonzero: bool = Tr
         nonzero: with `scaler_B` and the bias's B off their zeros, so that LoRAs are not zero and every gradient counts.
         changes: of the base's config.
     """
-    base = tiny_base(config, family, **changes)
+    return around_base(tiny_base(config, family, **changes), config, nonzero=nonzero)
+
+
+def around_base(base: PreTrainedModel, config: RunConfig, *, nonzero: bool = True) -> DocToLora:
+    """The whole model around a base, as `tiny_model` makes it."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(config.seed)
         model = DocToLora(base, config)

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from checks.printable import printable as _clean
 from checks.result import FailLevel, Kind, Outcome, Report
 from checks.selftest import Selftest
 
@@ -99,7 +100,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
         _Block(
             f"{outcome.code} {outcome.name}: {_clean(outcome.message)}",
             STYLES[outcome.outcome],
-            _details(outcome, report),
+            details(outcome, report),
         )
         for outcome in findings
     ]
@@ -121,7 +122,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
             for each in report.outcomes
         ],
         blocks=blocks,
-        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})",
+        summary=summary_line(report, fail_level),
         good=code == 0,
     )
 
@@ -163,8 +164,8 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
     )
 
 
-def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
-    """Return the labelled rows below a finding's heading."""
+def details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
+    """Return the labelled rows below a finding's heading; a row's text may have several lines."""
     evidence = dict(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
     if outcome.judged_with:
@@ -195,10 +196,10 @@ def _shown(value: Any) -> str:
     return "\n  ".join(lines)
 
 
-def _clean(text: str) -> str:
-    """Escape control characters: evidence can quote a data set, which must not reach the terminal as it is."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
+def summary_line(report: Report, fail_level: FailLevel = "error") -> str:
+    """Return how many checks ended in each way, the time, and the exit code in words."""
+    code = report.exit_code(fail_level)
+    return f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})"
 
 
 def _counts(report: Report) -> str:

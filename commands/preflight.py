@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from checks.formats import ReportFormat, require_format, write_report
 from checks.result import FailLevel, Report, UsageError
 from commands.console import (
     DataOption,
-    Format,
     FormatOption,
     GpuOption,
     IgnoreOption,
@@ -28,10 +28,18 @@ from commands.console import (
     waited,
 )
 from d2l.io.atomic import require_new_file, write_new_file
+from d2l.io.resources import resource
 
 if TYPE_CHECKING:
     from checks.runner import Observer
     from checks.selftest import Selftest
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        typer.echo(resource("docs/report.schema.json").read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
+
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
@@ -46,6 +54,22 @@ FailLevelOption = Annotated[
 ]
 ReportOption = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
+]
+ReportFormatOption = Annotated[
+    ReportFormat,
+    typer.Option(
+        "--format",
+        help="Form of the report: text for people, html as a page; json, junit, sarif for programs; github: annotations.",
+    ),
+]
+SchemaOption = Annotated[
+    bool,
+    typer.Option(
+        "--schema",
+        callback=_print_schema,
+        is_eager=True,
+        help="Print a JSON Schema of the JSON report and exit.",
+    ),
 ]
 SelftestOption = Annotated[
     bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
@@ -78,10 +102,11 @@ def preflight(
     select: SelectOption = None,
     ignore: IgnoreOption = None,
     fail_level: FailLevelOption = "error",
-    output_format: FormatOption = "text",
+    output_format: ReportFormatOption = "text",
     output: ReportOption = None,
     implementation: ImplementationOption = None,
     selftest: SelftestOption = False,
+    schema: SchemaOption = False,
 ) -> None:
     """Check a run before it costs money.
 
@@ -91,6 +116,7 @@ def preflight(
     reasons = pairs("--ignore", ignore or ())
     if selftest and reasons:
         raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
+    require_format(output_format, selftest=selftest)
     if output is not None:
         require_new_file(output)
     chosen = list(settings or ())
@@ -156,15 +182,15 @@ def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
             )
 
 
-def _deliver(report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel) -> None:
-    """Print pure JSON on stdout where it is requested; with -o, write that format and print text."""
-    from checks.report import json_text, plain_text, print_report
+def _deliver(report: "Report | Selftest", form: ReportFormat, output: Path | None, fail_level: FailLevel) -> None:
+    """Print a format for programs, and nothing else, on stdout; with -o, write it to the file and print text."""
+    from checks.report import print_report
 
-    text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level)
+    text = write_report(report, form, fail_level)
     if output is not None:
         with write_new_file(output) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    if form == "json" and output is None:
+    if form != "text" and output is None:
         typer.echo(text, nl=False)
     else:
         print_report(report, console(), fail_level)

@@ -24,7 +24,7 @@ _WRITERS: dict[ReportFormat, str] = {  # format -> module and function: each is 
 def write_report(report: "Report | Selftest", form: ReportFormat, fail_level: FailLevel = "error") -> str:
     """Return the report in this format; a selftest has some of them only, see `require_format`."""
     module, _, name = _WRITERS[form].partition(":")
-    writer: "Callable[[Report | Selftest, FailLevel], str]" = getattr(import_module(module), name)
+    writer: Callable[[Report | Selftest, FailLevel], str] = getattr(import_module(module), name)
     return writer(report, fail_level)
 
 

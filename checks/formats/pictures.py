@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 MOST = 24  # bars of one picture
 WIDTH, HEIGHT = 320.0, 80.0  # of a curve, in units of its drawing
+LEAST = 0.1  # the largest of values between 0 and 1, such as shares and cosines, from which bars are parts of 1
 DECADES = 3.0  # from which positive values that far apart are drawn by their logarithms
 SHARES = {  # key of a part, key of its whole -> what the share is
     ("label_tokens", "tokens"): "supervised tokens",
@@ -93,7 +94,8 @@ def _lengths(values: list[float]) -> tuple[list[float], str]:
     low, high = math.log10(min(positive)), math.log10(max(positive))
     if high - low >= DECADES and len(positive) > 1:
         return [(math.log10(size) - low + 1) / (high - low + 1) if size else 0.0 for size in sizes], " (log scale)"
-    return [size / max(positive) for size in sizes], ""
+    full = 1.0 if min(values) >= 0 and LEAST <= max(values) <= 1 else max(positive)
+    return [size / full for size in sizes], ""
 
 
 def _curve(title: str, numbers: Mapping[int, float]) -> Picture:

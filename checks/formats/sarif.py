@@ -140,4 +140,4 @@ def _message(text: str) -> dict[str, str]:
 
 def _address(file: str) -> str:
     """Return a path as a URI: a relative one stays relative, to the top of what is scanned."""
-    return Path(file).as_uri() if Path(file).is_absolute() else quote(file)
+    return Path(file).as_uri() if Path(file).is_absolute() else quote(file, errors="surrogateescape")

@@ -6,11 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
@@ -104,7 +108,8 @@ def test_the_action_annotates_the_line_of_the_key(workspace: Path) -> None:
     assert summary.endswith("findings at or above fail level error (exit code 1)")
 
 
-def test_the_action_writes_sarif_and_shows_the_report_where_nothing_is_a_command(workspace: Path) -> None:
+@pytest.mark.slow
+def test_the_action_writes_sarif(workspace: Path) -> None:
     done, outputs = act(workspace, config="bad.yaml", options=QUICK, format="sarif", report="a b.sarif")
     assert (done.returncode, outputs) == (1, {"exit-code": "1", "report": "a b.sarif"})
     (result,) = json.loads((workspace / "a b.sarif").read_text(encoding="utf-8"))["runs"][0]["results"]
@@ -112,31 +117,47 @@ def test_the_action_writes_sarif_and_shows_the_report_where_nothing_is_a_command
         "artifactLocation": {"uri": "bad.yaml"},
         "region": {"startLine": 3},
     }
-    start, *report, end = done.stdout.splitlines()
-    assert end == f"::{start.removeprefix('::stop-commands::')}::"
-    assert any(line.startswith("ATT101 attention-without-backward  FAIL") for line in report)
+    assert any(line.startswith("ATT101 attention-without-backward  FAIL") for line in done.stdout.splitlines())
 
 
-def test_inputs_are_values_and_mistakes_are_said(workspace: Path) -> None:
-    done, outputs = act(workspace, config="$(touch pwned).yaml", options="--select *;touch pwned")
-    assert (done.returncode, outputs["exit-code"]) == (2, "2")
-    assert "$(touch pwned).yaml does not exist" in done.stdout
+@pytest.mark.parametrize("form", ["github", "sarif"])
+def test_the_runner_takes_no_text_for_people_for_a_command(workspace: Path, form: str) -> None:
+    """In place of d2l stands what prints its arguments as commands, on both streams, and fails with a code."""
+    (workspace.parent / "bin" / "d2l").write_text(
+        '#!/bin/bash\nprintf "::error::%s\\n" "$@" | tee /dev/stderr\ntouch made.sarif\nexit 4\n', encoding="utf-8"
+    )
+    done, outputs = act(
+        workspace, config="$(touch pwned) a.yaml", options="--select *;touch pwned", format=form, report="made.sarif"
+    )
+    assert (done.returncode, outputs["exit-code"]) == (4, "4")
+    asked = ["preflight", "$(touch pwned) a.yaml", "--select", "*;touch", "pwned", "--format", form]
+    asked += ["--output", "made.sarif"] if form == "sarif" else []
+    words = [f"::error::{word}" for word in asked]
+    start, *lines = done.stdout.splitlines()
+    end = f"::{start.removeprefix('::stop-commands::')}::"
+    assert len(end) == 36
+    assert lines == ([*words, *words, end] if form == "sarif" else [*words, end, *words])
+    assert outputs["report"] == ("made.sarif" if form == "sarif" else "")
     assert not (workspace / "pwned").exists()
-    done, outputs = act(workspace, config="good.yaml", format="html")
+
+
+def test_another_format_is_refused(workspace: Path) -> None:
+    done, outputs = act(workspace, config="bad.yaml", format="html")
     assert (done.returncode, outputs["exit-code"]) == (2, "")
-    assert "expected github or sarif" in done.stdout
+    assert done.stdout.startswith("::error title=d2l preflight::format: expected github or sarif")
 
 
-def test_the_hook_runs_as_pre_commit_runs_it(workspace: Path) -> None:
-    assert HOOK["language"] == "python"  # installs this repository, whose console script the entry names
+def test_the_hook_runs_as_pre_commit_runs_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry and the user's `args`, without names of files, in the user's repository."""
+    assert HOOK["language"] == "python"  # installs this repository, and with it the console script of the entry
     assert HOOK["pass_filenames"] is False
+    script, *entry = shlex.split(HOOK["entry"])
+    assert script in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    monkeypatch.chdir(workspace)
     codes = {}
     for config in ("good.yaml", "bad.yaml"):
         assert re.search(HOOK["files"], config)
-        command = [*shlex.split(HOOK["entry"]), config, *QUICK.split()]
-        done = subprocess.run(
-            command, cwd=workspace, env=environment(workspace), capture_output=True, text=True, check=False
-        )
-        codes[config] = done.returncode
-        assert "attention-without-backward" in done.stdout, done.stderr
+        done = CliRunner().invoke(cli.app, [*entry, config, *QUICK.split()], prog_name=script)
+        codes[config] = done.exit_code
+        assert "attention-without-backward" in done.stdout, done.output
     assert codes == {"good.yaml": 0, "bad.yaml": 1}

@@ -6,7 +6,7 @@ What is drawn is decided by the shape of the evidence and not by the check, so t
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 MOST = 24  # bars of one picture
 WIDTH, HEIGHT = 320.0, 80.0  # of a curve, in units of its drawing
@@ -111,5 +111,5 @@ def _curve(title: str, numbers: Mapping[int, float]) -> Picture:
     return Picture(title, "curve", ends, " ".join(points))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

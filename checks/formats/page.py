@@ -36,7 +36,7 @@ class _Check:
     message: str
     seconds: str
     must_hold: str
-    why: str
+    why: list[str]
     rows: list[tuple[str, str]]
     pictures: list[Picture]
 
@@ -79,7 +79,7 @@ def _check(outcome: Outcome, report: Report, facts: CheckFacts | None) -> _Check
         message=printable(outcome.message),
         seconds=f"{outcome.seconds:.2f} s",
         must_hold=summary(facts) if facts else "",
-        why=sections(facts).get("Why it matters", "") if facts and found else "",
+        why=sections(facts).get("Why it matters", "").split("\n\n") if facts and found else [],
         rows=[row for row in details(outcome, report) if found or row[0] in MEASURED],
         pictures=pictures(outcome.evidence),
     )

@@ -13,10 +13,25 @@ from commands.installation import require_one_installation
 require_one_installation()  # before the imports below: they would find the modules of another d2l
 
 from checks.result import UsageError  # noqa: E402 - see above
-from commands import adapter, autopsy, config, data, evaluate, plan, preflight, runs, train  # noqa: E402
+from commands import (  # noqa: E402
+    ask,
+    autopsy,
+    catalogue,
+    config,
+    data,
+    evaluate,
+    import_reference,
+    internalize,
+    plan,
+    preflight,
+    probe,
+    runs,
+    train,
+)
 from d2l.errors import D2LError, NonFiniteError, ProcessError  # noqa: E402
 
-USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130  # exit codes
+# Exit codes; README has all of them. 10 and 12 are those of `d2l train`, 14 of `d2l internalize`: some documents failed.
+USAGE, NON_FINITE, PROCESSES, INTERRUPTED = 2, 11, 13, 130
 
 
 class Commands(TyperGroup):
@@ -88,7 +103,11 @@ def d2l(
     """Find out before a Doc-to-LoRA training run whether it can work; then train."""
 
 
-for commands in (preflight, plan, train, runs, autopsy, adapter, evaluate, data, config):
+COMMANDS = (
+    *(preflight, catalogue, plan, train, runs, autopsy),
+    *(internalize, ask, probe, evaluate, data, import_reference, config),
+)
+for commands in COMMANDS:
     commands.add_commands(app)
 
 

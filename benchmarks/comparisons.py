@@ -104,7 +104,7 @@ def _loss() -> Comparison:
     )
 
 
-def small_base(layers: int = 2, experts: str = "packed") -> PreTrainedModel:
+def small_base(layers: int = 2, experts: str = "packed", **settings: object) -> PreTrainedModel:
     """Make a random GPT-OSS that a CPU steps in half a second: hidden 256, 8 experts in MXFP4."""
     base_config = GptOssConfig(
         num_hidden_layers=layers,
@@ -119,7 +119,7 @@ def small_base(layers: int = 2, experts: str = "packed") -> PreTrainedModel:
         pad_token_id=None,
     )
     base_config.quantization_config = {"quant_method": "mxfp4"}
-    return random_base(base_config, plan_load(_config(expert_weights=experts), base_config), 0)
+    return random_base(base_config, plan_load(_config(expert_weights=experts, **settings), base_config), 0)
 
 
 def _config(**values: object) -> RunConfig:

@@ -25,8 +25,10 @@ def preflight(
     Args:
         config: a configuration, or the YAML file of one; None for the embedded tiny GPT-OSS.
         stages: run the checks of these stages only; empty means all.
-        select: run these checks only, by code or name; empty means all.
-        ignore: code or name of a check → why its finding is acceptable; it becomes a warning.
+        select: run these checks only, by code, name or beginning of codes (`ATT`); empty means those of the configuration's
+            `select_checks`, else all.
+        ignore: code, name or beginning of codes → why its finding is acceptable, `REASON` or `REASON@YYYY-MM-DD`, beside
+            those of the configuration's `ignore_checks`; it becomes a warning.
         implementation: what to examine in the place of d2l; see `checks.foreign`.
 
     Returns:
@@ -35,6 +37,7 @@ def preflight(
     Raises:
         D2LError: the configuration, the base model or the data cannot be used, or a check or stage does not exist.
     """
+    from checks.choice import chosen_by
     from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
     from checks.result import UsageError
     from checks.rules import RULES
@@ -48,4 +51,5 @@ def preflight(
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
     with one_thread():
         subject = make_subject(resolved, name, implementation=implementation, with_data=not stages or "data" in stages)
-        return run_checks(subject, RULES, stages=stages, select=select, ignore=ignore)
+        selected, ignored = chosen_by(resolved, select, ignore or {})
+        return run_checks(subject, RULES, stages=stages, select=selected, ignore=ignored)

@@ -119,6 +119,9 @@ class Implementation(Protocol):
     def train(self, run: Any, folder: Path) -> Sequence[Path]:
         """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
 
+    def evaluate(self, run: Any, rows: Sequence["Row"]) -> None:
+        """Score held-out rows in the middle of a run, as its own evaluations do."""
+
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""
 
@@ -134,6 +137,9 @@ class Implementation(Protocol):
     def import_reference(self, file: Path, folder: Path) -> None:
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 
+    def requirements(self) -> Mapping[str, str]:
+        """Return what the implementation needs (`torch>=2.11`) → the version that is installed, empty where it is absent."""
+
     def gpu(self) -> str | None:
         """Return the GPU that the run would use, as torch names it; `None` without one."""
 
@@ -142,6 +148,13 @@ class Implementation(Protocol):
 
     def free_disk(self, config: RunConfig) -> int:
         """Return the free bytes where the run's folder would be."""
+
+    def save_seconds(self, config: RunConfig, size: int) -> float:
+        """Save so many bytes there as a checkpoint is saved, leave nothing behind, and return the seconds that it took.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
 
 
 class Offered:

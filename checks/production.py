@@ -1,9 +1,11 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from checks.implementation import Implementation, Offered
-from checks.machine import free_disk, free_memory, gpu
+from checks.machine import free_disk, free_memory, gpu, requirements, save_seconds
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -38,6 +40,7 @@ from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
 from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
+from d2l.train.watch import Watch
 
 
 class Production:
@@ -100,6 +103,11 @@ class Production:
             pass
         return sorted((folder / "checkpoints").iterdir())
 
+    def evaluate(self, run: "Run", rows: Sequence[Row]) -> None:
+        with TemporaryDirectory(prefix="d2l-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is said of a twin's documents helps nobody
+            Watch(run, Path(folder), [rows]).evaluate(run.step_number)
+
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder
 
@@ -122,8 +130,15 @@ class Production:
     def free_memory(self) -> int | None:
         return free_memory()
 
+    def requirements(self) -> dict[str, str]:
+        """Return the requirements of the installed distribution."""
+        return requirements()
+
     def free_disk(self, config: RunConfig) -> int:
         return free_disk(config)
+
+    def save_seconds(self, config: RunConfig, size: int) -> float:
+        return save_seconds(config, size)
 
 
 class Run(Trainer):

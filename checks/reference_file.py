@@ -55,7 +55,7 @@ def reference_state(
     """Return what the reference would save of a hypernetwork with this configuration.
 
     Args:
-        tensors: the hypernetwork's parameters.
+        tensors: the hypernetwork's parameters; the reference saves biases whether they are used or not.
         sizes: (d_in, d_out) of each target module.
     """
     layers = base_config.num_hidden_layers
@@ -81,10 +81,20 @@ def reference_state(
         "ctx_encoder_last_layer": None,
     }
     return {
+        **_biases(config, layers, sizes),
         **tensors,
         "base_model_name_or_path": config.model_name_or_path,
         "hypernet_config": Instance("ctx_to_lora.modeling.hypernet.HypernetConfig", hypernet),
         "ctx_encoder_args": Instance("ctx_to_lora.configs.CtxEncoderArguments", encoder),
+    }
+
+
+def _biases(config: RunConfig, layers: int, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Return biases [L, r, d] for every target module, as they lie in the file of a model that does not use them."""
+    return {
+        f"bias_{'AB'[side]}.{name}": torch.ones(layers, config.lora_r, sizes[name][side])
+        for name in config.target_modules
+        for side in (0, 1)
     }
 
 

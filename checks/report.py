@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -14,6 +14,8 @@ from rich.text import Text
 from checks.printable import printable as _clean
 from checks.result import FailLevel, Kind, Outcome, Report
 from checks.selftest import Selftest
+
+Detail = Literal["quiet", "normal", "verbose"]  # findings alone; every check in a line; and what each one measured
 
 STYLES = {
     "pass": "green",
@@ -32,6 +34,7 @@ SHORT = {"inapplicable": "n/a"}
 WIDE = 100  # columns from which the table has room for the seconds
 MOST_LINES = 6  # of one piece of evidence; JSON has all of it
 LONGEST = 400  # characters of one line of evidence
+_LISTING = "bold"  # the style of a block that is no finding
 TRACEBACK_LINES = 4  # the innermost frame and the error
 
 
@@ -71,18 +74,20 @@ class _Page:
     good: bool
 
 
-def print_report(report: Report | Selftest, console: Console, fail_level: FailLevel = "error") -> None:
+def print_report(
+    report: Report | Selftest, console: Console, fail_level: FailLevel = "error", detail: Detail = "normal"
+) -> None:
     """Print the report on the console: coloured on a terminal, else as `plain_text`."""
-    page = _page(report, fail_level)
+    page = _page(report, fail_level, detail)
     if console.is_terminal and not console.is_dumb_terminal:
         console.print(_coloured(page, console.width))
     else:
         console.out(_plain(page), end="", highlight=False)
 
 
-def plain_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
+def plain_text(report: Report | Selftest, fail_level: FailLevel = "error", detail: Detail = "normal") -> str:
     """Return the report without colour, boxes or line breaks inside a check's line, for files and logs."""
-    return _plain(_page(report, fail_level))
+    return _plain(_page(report, fail_level, detail))
 
 
 def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
@@ -90,8 +95,25 @@ def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str
     return json.dumps(report.to_json(fail_level), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _page(report: Report | Selftest, fail_level: FailLevel) -> _Page:
-    return _page_of_selftest(report) if isinstance(report, Selftest) else _page_of_report(report, fail_level)
+def _page(report: Report | Selftest, fail_level: FailLevel, detail: Detail) -> _Page:
+    page = _page_of_selftest(report) if isinstance(report, Selftest) else _page_of_report(report, fail_level)
+    if detail == "quiet":
+        loud = [block for block in page.blocks if block.style != _LISTING]
+        return replace(page, judged=(), lines=(), blocks=loud)
+    if detail == "verbose" and isinstance(report, Report):
+        return replace(page, blocks=[*_measured(report), *page.blocks])
+    return page
+
+
+def _measured(report: Report) -> list[_Block]:
+    """Return what was measured by every check that found nothing."""
+    return [
+        _Block(
+            f"{it.code} {it.name}: {it.seconds:.2f} s", _LISTING, [("", _clean(_listed(it.evidence)) or "no evidence")]
+        )
+        for it in report.outcomes
+        if it.outcome == "pass"
+    ]
 
 
 def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
@@ -107,12 +129,11 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
     blocks += _by_reason(report, "Not judged", ("skip", "blocked")) + _by_reason(
         report, "Not applicable", ("inapplicable",)
     )
-    if report.unused_ignores:
-        rows = [("", f"--ignore {code} is not needed: the check passes") for code in report.unused_ignores]
-        blocks.append(_Block("Unused ignores", "yellow", rows))
+    if rows := [("", text) for text in idle_ignores(report)]:
+        blocks.append(_Block("Ignored without effect", "yellow", rows))
     if report.twin_cannot_show:
         short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
-        blocks.append(_Block("A twin cannot show", "bold", [("", short)]))
+        blocks.append(_Block("A twin cannot show", _LISTING, [("", short)]))
     code = report.exit_code(fail_level)
     return _Page(
         title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
@@ -134,7 +155,7 @@ def _by_reason(report: Report, heading: str, kinds: Sequence[Kind]) -> list[_Blo
         if outcome.outcome in kinds:
             codes.setdefault(_clean(outcome.message), []).append(outcome.code)
     rows = [("", f"{reason}: {', '.join(who)}") for reason, who in codes.items()]
-    return [_Block(heading, "bold", rows)] if rows else []
+    return [_Block(heading, _LISTING, rows)] if rows else []
 
 
 def _page_of_selftest(selftest: Selftest) -> _Page:
@@ -149,7 +170,7 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
     ]
     if selftest.left_out:
         rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not requested (--stage)")]
-        blocks.append(_Block("Not tested", "bold", rows))
+        blocks.append(_Block("Not tested", _LISTING, rows))
     count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
     return _Page(
         title=f"d2l {selftest.version} selftest on {selftest.config}, fingerprint {selftest.fingerprint[:12]}",
@@ -196,6 +217,12 @@ def _shown(value: Any) -> str:
     return "\n  ".join(lines)
 
 
+def idle_ignores(report: Report) -> list[str]:
+    """Return what is ignored without effect, or no longer, each in a sentence."""
+    unused = [f"{code} need not be ignored: the check passes" for code in report.unused_ignores]
+    return unused + [f"{code} is over: its findings count again" for code in report.expired_ignores]
+
+
 def summary_line(report: Report, fail_level: FailLevel = "error") -> str:
     """Return how many checks ended in each way, the time, and the exit code in words."""
     code = report.exit_code(fail_level)
@@ -231,7 +258,9 @@ def _plain(page: _Page) -> str:
     width = max((len(line.name) for line in page.lines), default=0)
     words = max((len(line.word) for line in page.lines), default=0)
     margin = max((len(what) for what, _ in page.judged), default=0)
-    text = [page.title, *(f"  {what:<{margin}}  {value}" for what, value in page.judged), ""]
+    text = [page.title, *(f"  {what:<{margin}}  {value}" for what, value in page.judged)]
+    if page.lines:
+        text.append("")
     for line in page.lines:
         text.append(f"{line.code} {line.name:<{width}}  {line.word:<{words}}  {' '.join(line.message.split())}")
     for block in page.blocks:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from checks.json_values import jsonable
+from checks.seal import code_fingerprint, digest
 from d2l.errors import D2LError
 
 Stage = Literal["static", "twin", "data", "device"]
@@ -120,7 +121,9 @@ class Report:
 
     Args:
         judged: what the verdict is about, for people: base model, tokenizer, data, versions, device.
-        required: codes that the user selected by name or stage; they must have run (exit code 4). Not part of the JSON,
+        unused_ignores: accepted findings that were not found, as the user named them; warnings.
+        expired_ignores: those that are accepted no more, with their last day; warnings.
+        required: codes that the user selected one by one or by stage; they must have run (exit code 4). Not part of the JSON,
             whose recorded `exit_code` already holds the verdict.
         twin_cannot_show: faults that no twin can show; empty where no check ran on one.
         seconds: wall time of all checks; the commands put in what the user waited, loading included. No part of `==`.
@@ -131,6 +134,7 @@ class Report:
     fingerprint: str
     outcomes: tuple[Outcome, ...]
     unused_ignores: tuple[str, ...] = ()
+    expired_ignores: tuple[str, ...] = ()
     judged: Mapping[str, str] = field(default_factory=dict)
     required: frozenset[str] = field(default=frozenset(), compare=False)
     twin_cannot_show: tuple[str, ...] = ()
@@ -167,15 +171,18 @@ class Report:
             return 3
         if any(outcome.is_finding(fail_level) for outcome in self.outcomes):
             return 1
+        if fail_level == "warn" and (self.unused_ignores or self.expired_ignores):
+            return 1
         not_run = {outcome.code for outcome in self.outcomes if outcome.outcome in ("skip", "blocked")}
         return 4 if not_run & self.required else 0
 
     def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
         """Return the report as JSON values."""
         summary = {kind: self.count(kind) for kind in get_args(Kind)}
-        return {
+        document = {
             "schema": SCHEMA,
             "version": self.version,
+            "code": code_fingerprint(),
             "config": self.config,
             "fingerprint": self.fingerprint,
             "judged": dict(self.judged),
@@ -186,8 +193,28 @@ class Report:
                 "exit_code": self.exit_code(fail_level),
                 "seconds": round(self.seconds, 3),
                 "unused_ignores": list(self.unused_ignores),
+                "expired_ignores": list(self.expired_ignores),
             },
         }
+        return document | {"digest": digest(document)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Report":
+        """Return the report of JSON values that `to_json` made; what it required is lost."""
+        names = {item.name for item in fields(Outcome)}
+        return cls(
+            version=document["version"],
+            config=document["config"],
+            fingerprint=document["fingerprint"],
+            outcomes=tuple(
+                Outcome(**{key: value for key, value in it.items() if key in names}) for it in document["outcomes"]
+            ),
+            unused_ignores=tuple(document["summary"]["unused_ignores"]),
+            expired_ignores=tuple(document["summary"]["expired_ignores"]),
+            judged=document["judged"],
+            twin_cannot_show=tuple(document["twin_cannot_show"]),
+            seconds=document["summary"]["seconds"],
+        )
 
 
 def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:

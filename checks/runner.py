@@ -5,14 +5,17 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checks.choice import Ignore, choose, read_ignores
 from checks.json_values import jsonable
 from checks.processes import available_cores, in_processes
-from checks.result import STAGES, Fail, Inapplicable, Kind, NotOffered, Outcome, Pass, Report, Skip, UsageError, Warn
-from checks.rule import Rule, find_rule
+from checks.result import Fail, Inapplicable, Kind, NotOffered, Outcome, Pass, Report, Skip, Warn
+from checks.rule import Rule
+from checks.time_limit import SECONDS, TimedOut, time_limit
 from d2l.errors import D2LError
 
 if TYPE_CHECKING:
@@ -30,77 +33,49 @@ def run_checks(
     select: Collection[str] = (),
     ignore: Mapping[str, str] | None = None,
     observe: Observer = lambda rule: None,
+    today: date | None = None,
+    seconds: float = SECONDS,
 ) -> Report:
     """Run the rules and report every one of them.
 
     Args:
         rules: in the order of running; a rule stands after those that it requires.
         stages: only these; empty means all.
-        select: codes or names of the rules to run; empty means all. It pulls nothing else in: a requirement that was
-            not selected is taken to be fine.
-        ignore: code or name -> the user's reason. A finding or crash of such a rule becomes a warning that fails
-            nothing; what requires it still runs, since the user wants to go on in spite of it and has to see the rest.
+        select: the rules to run, see `checks.choice.choose`; empty means all. It pulls nothing else in: a requirement
+            that was not selected is taken to be fine.
+        ignore: what the user accepts, see `checks.choice.read_ignores`. A finding or crash of such a rule becomes a
+            warning that fails nothing; what requires it still runs, since the user wants to go on in spite of it and has to
+            see the rest.
+        seconds: wall time after which a check is ended and counts as crashed; 0: never.
+        today: decides which ignores have expired; None: the day it is.
 
     Raises:
         UsageError: an unknown stage, code or name, an empty reason, or a selection that leaves nothing.
     """
     start = time.perf_counter()
-    reasons = resolve_ignores(rules, ignore or {})
+    today = today or date.today()
+    ignores = read_ignores(rules, ignore or {})
     chosen = choose(rules, stages, select)
-    outcomes = examine(subject, chosen, reasons, observe, workers=available_cores())
-    passed = {outcome.code for outcome in outcomes if outcome.outcome == "pass"}
+    reasons = {code: it.reason for it in ignores if it.holds(today) for code in it.codes}
+    outcomes = examine(subject, chosen.rules, reasons, observe, workers=available_cores(), seconds=seconds)
     return Report(
         version=installed_version(),
         config=subject.name,
         fingerprint=subject.fingerprint,
         outcomes=outcomes,
-        unused_ignores=tuple(code for code in reasons if code in passed),
+        unused_ignores=tuple(it.named for it in ignores if it.holds(today) and _is_unused(it, outcomes)),
+        expired_ignores=tuple(f"{it.named}@{it.last_day}" for it in ignores if not it.holds(today)),
         judged=dict(subject.judged),
-        required=frozenset(rule.code for rule in chosen) if stages or select else frozenset(),
+        required=chosen.required,
         twin_cannot_show=_twin_cannot_show(outcomes),
         seconds=time.perf_counter() - start,
     )
 
 
-def choose(rules: Sequence[Rule], stages: Collection[str], select: Collection[str]) -> tuple[Rule, ...]:
-    """Return the rules of these stages and of this selection, in the order of `rules`.
-
-    Raises:
-        UsageError: see `run_checks`.
-    """
-    for stage in stages:
-        if stage not in STAGES:
-            raise UsageError(f"there is no stage {stage!r}: expected one of {', '.join(STAGES)}")
-    selected = [find_rule(rules, token) for token in select]
-    for rule in selected:
-        if stages and rule.stage not in stages:
-            raise UsageError(
-                f"{rule.code} {rule.name} belongs to stage {rule.stage}, which is not among the chosen stages "
-                f"{', '.join(stages)}: add --stage {rule.stage} or leave --stage out"
-            )
-    chosen = tuple(
-        rule for rule in rules if (not stages or rule.stage in stages) and (not selected or rule in selected)
-    )
-    if not chosen:
-        raise UsageError(f"nothing would be checked: there is no check in stage {' or '.join(stages or STAGES)}")
-    return chosen
-
-
-def resolve_ignores(rules: Sequence[Rule], ignore: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's reasons by code instead of by code or name.
-
-    Raises:
-        UsageError: an unknown check, one that is named twice, or an empty reason.
-    """
-    reasons: dict[str, str] = {}
-    for token, reason in ignore.items():
-        code = find_rule(rules, token).code
-        if code in reasons:
-            raise UsageError(f"{code} is ignored twice: give one reason")
-        if not reason.strip():
-            raise UsageError(f"{code} is ignored without a reason: write --ignore {code}=REASON")
-        reasons[code] = reason.strip()
-    return reasons
+def _is_unused(ignore: Ignore, outcomes: Sequence[Outcome]) -> bool:
+    """Tell whether there was nothing to ignore, as far as its checks ran."""
+    own = [outcome for outcome in outcomes if outcome.code in ignore.codes]
+    return any(outcome.outcome == "pass" for outcome in own) and not any(outcome.ignored for outcome in own)
 
 
 def examine(
@@ -110,6 +85,7 @@ def examine(
     observe: Observer,
     workers: int = 1,
     known: Known = lambda subject, rule: None,
+    seconds: float = SECONDS,
 ) -> tuple[Outcome, ...]:
     """Run the rules and return one outcome for each, in order.
 
@@ -120,6 +96,7 @@ def examine(
     Args:
         workers: processes that share the rules of stage twin, each of which measures something of its own.
         known: gives an outcome that was measured before on an equal subject, or None.
+        seconds: for each rule, see `run_checks`.
     """
     outcomes: list[Outcome] = []
     cause: dict[str, str | None] = {}  # code of every rule so far -> what stands in the way of those that require it
@@ -133,16 +110,16 @@ def examine(
             outcome = _outcome(rule, "blocked", message=f"blocked by {root}", blocked_by=root)
         else:
             if rule.stage == "twin" and workers > 1 and not needed and not ahead and _is_ready(subject, index, rules):
-                ahead = _measure_ahead(subject, rules[index:], observe, workers)
+                ahead = _measure_ahead(subject, rules[index:], observe, workers, seconds)
             if needed or rule.code not in ahead:
                 observe(rule)
                 judged = _with_settings(subject, needed)
-                outcome = known(judged, rule) or _measure(rule, judged)
+                outcome = known(judged, rule) or _measure(rule, judged, seconds)
             else:
                 outcome = ahead[rule.code]
             outcome = _ignored(replace(outcome, judged_with=needed), reasons.get(rule.code))
             if outcome.outcome in ("fail", "crash"):
-                own = _remedy(rule, subject, needed, outcome)
+                own = _remedy(rule, subject, needed, outcome, seconds)
                 root = None if own else rule.code
         outcomes.append(outcome)
         cause[rule.code], settings[rule.code] = root, needed | own
@@ -158,11 +135,14 @@ def _with_settings(subject: "Subject", settings: Mapping[str, Any]) -> "Subject"
     return replace(subject, config=changed(subject.config, **settings))
 
 
-def _remedy(rule: Rule, subject: "Subject", needed: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+def _remedy(
+    rule: Rule, subject: "Subject", needed: Mapping[str, Any], outcome: Outcome, seconds: float
+) -> dict[str, Any]:
     """Return the settings that a finding proposes, if its rule passes with them; else nothing."""
     settings = dict(outcome.settings)
-    remedied = bool(settings) and _measure(rule, _with_settings(subject, {**needed, **settings})).outcome == "pass"
-    return settings if remedied else {}
+    if settings and _measure(rule, _with_settings(subject, {**needed, **settings}), seconds).outcome == "pass":
+        return settings
+    return {}
 
 
 def _is_ready(subject: "Subject", index: int, rules: Sequence[Rule]) -> bool:
@@ -173,10 +153,12 @@ def _is_ready(subject: "Subject", index: int, rules: Sequence[Rule]) -> bool:
     return index > 0 and rules[index - 1].stage == "twin" and hasattr(subject, "twin")
 
 
-def _measure_ahead(subject: "Subject", rules: Sequence[Rule], observe: Observer, workers: int) -> dict[str, Outcome]:
+def _measure_ahead(
+    subject: "Subject", rules: Sequence[Rule], observe: Observer, workers: int, seconds: float
+) -> dict[str, Outcome]:
     """Measure every rule of stage twin among `rules` in forked processes, each rule by itself."""
     chosen = [rule for rule in rules if rule.stage == "twin"]
-    outcomes = in_processes(lambda index: _measure(chosen[index], subject), len(chosen), workers)
+    outcomes = in_processes(lambda index: _measure(chosen[index], subject, seconds), len(chosen), workers)
     ahead = {}
     for rule, outcome in zip(chosen, outcomes, strict=True):
         observe(rule)
@@ -203,11 +185,16 @@ def _twin_cannot_show(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     return TWIN_CANNOT_SHOW
 
 
-def _measure(rule: Rule, subject: "Subject") -> Outcome:
+def _measure(rule: Rule, subject: "Subject", seconds: float) -> Outcome:
     """Run one rule. What d2l refuses is a finding; anything else that is raised is a crash of the rule and no finding."""
     start = time.perf_counter()
     try:
-        outcome = _judge(rule, rule.check(subject))
+        with time_limit(seconds):
+            result = rule.check(subject)
+        outcome = _judge(rule, result)
+    except TimedOut as late:
+        advice = f"give checks more time with --timeout, or go on without this one: --ignore {rule.code}=REASON"
+        outcome = _outcome(rule, "crash", message=str(late), remedy=advice)
     except NotOffered as absent:
         outcome = _judge(rule, Skip(str(absent)))
     except D2LError as refusal:

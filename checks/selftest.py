@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from checks.choice import choose
 from checks.processes import available_cores, in_processes
 from checks.result import SCHEMA, FailLevel, NotApplicable, NotOffered, Outcome
 from checks.rule import Fault, Rule
-from checks.runner import Observer, choose, examine, installed_version
+from checks.runner import Observer, examine, installed_version
 
 if TYPE_CHECKING:
     from checks.faults import Used
@@ -104,8 +105,8 @@ def run_selftest(
     """
     start = time.perf_counter()
     stages = stages or STAGES_WITHOUT_DEVICE
-    chosen = choose(rules, stages, select)
-    present = choose(rules, stages, ())
+    chosen = choose(rules, stages, select).rules
+    present = choose(rules, stages, ()).rules
     clean = {outcome.code: outcome for outcome in examine(subject, present, {}, observe)}
     used = _uses(subject, present) if hasattr(subject, "twin") else {}
     trials = tuple(_trials(subject, chosen, present, clean, used, observe))

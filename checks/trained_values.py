@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 
+BYTES_PER_VALUE = 4  # everything is in float32
+
+
+def checkpoint_bytes(subject: "Subject") -> int:
+    """Return the bytes of a checkpoint's tensors.
+
+    Raises:
+        ModelError: the sizes are beyond what torch can count.
+    """
+    return sum(trained_values(subject)) * BYTES_PER_VALUE
+
+
 def trained_values(subject: "Subject") -> tuple[int, int]:
     """Count the parameters that the run would train, on the real model's skeleton, and the values that the optimizer keeps.
 

@@ -42,8 +42,8 @@ IgnoreOption = Annotated[
     Texts,
     typer.Option(
         "--ignore",
-        metavar="CODE=REASON",
-        help="Accept the finding of a check, for a reason; it stays visible. Repeatable.",
+        metavar="CODE=REASON[@DATE]",
+        help="Accept the finding of a check, until a day (YYYY-MM-DD) if one is given; it stays visible. Repeatable.",
     ),
 ]
 GpuOption = Annotated[
@@ -54,7 +54,11 @@ GpuOption = Annotated[
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="Print text for people or JSON for programs.")]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint: a step folder, or a run's folder (its newest one).")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint: a step folder, a run's folder (its newest one), or demo (a trained one that is shipped).",
+    ),
 ]
 BaseOption = Annotated[
     str | None,

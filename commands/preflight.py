@@ -1,9 +1,10 @@
-"""The commands about checks: run them, list them, explain one. Heavy imports come late."""
+"""The command that runs checks. Heavy imports come late."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,9 @@ import typer
 
 from checks.formats import ReportFormat, require_format, write_report
 from checks.result import FailLevel, Report, UsageError
+from checks.time_limit import SECONDS
 from commands.console import (
     DataOption,
-    FormatOption,
     GpuOption,
     IgnoreOption,
     ModelOption,
@@ -31,8 +32,12 @@ from d2l.io.atomic import require_new_file, write_new_file
 from d2l.io.resources import resource
 
 if TYPE_CHECKING:
+    from checks.implementation import Implementation
+    from checks.report import Detail
     from checks.runner import Observer
     from checks.selftest import Selftest
+    from checks.subject import Subject
+    from d2l.config.schema import RunConfig
 
 
 def _print_schema(wanted: bool) -> None:
@@ -48,7 +53,12 @@ StageOption = Annotated[
     Texts,
     typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
 ]
-SelectOption = Annotated[Texts, typer.Option("--select", metavar="CODE", help="Run this check only; repeatable.")]
+SelectOption = Annotated[
+    Texts,
+    typer.Option(
+        "--select", metavar="CODE,...", help="Run these checks only: ATT101, ATT for all of those; repeatable."
+    ),
+]
 FailLevelOption = Annotated[
     FailLevel, typer.Option("--fail-level", help="Exit with 1 on findings of this severity and above.")
 ]
@@ -71,6 +81,18 @@ SchemaOption = Annotated[
         help="Print a JSON Schema of the JSON report and exit.",
     ),
 ]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print findings and the verdict alone.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print the evidence and time of every check too.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0, help="End a check after so long; 0: never.")
+]
+FixOption = Annotated[
+    bool, typer.Option("--fix", help="Print the patch of the configuration that settles what a setting can settle.")
+]
+WriteOption = Annotated[
+    bool,
+    typer.Option("--write", help="With --fix: put the patched file in the place of the old one, which is renamed."),
+]
 SelftestOption = Annotated[
     bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")
 ]
@@ -85,10 +107,8 @@ ImplementationOption = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the commands with the application."""
+    """Register the command with the application."""
     app.command()(preflight)
-    app.command()(explain)
-    app.command()(checks)
 
 
 def preflight(
@@ -104,67 +124,116 @@ def preflight(
     fail_level: FailLevelOption = "error",
     output_format: ReportFormatOption = "text",
     output: ReportOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    timeout: TimeoutOption = SECONDS,
     implementation: ImplementationOption = None,
     selftest: SelftestOption = False,
     schema: SchemaOption = False,
+    fix: FixOption = False,
+    write: WriteOption = False,
 ) -> None:
     """Check a run before it costs money.
 
     Exit codes: 0 pass, 1 a finding at or above the fail level, 2 bad usage or config, 3 a check crashed, 4 a requested
     check did not run, 5 the selftest missed a planted fault.
     """
-    reasons = pairs("--ignore", ignore or ())
-    if selftest and reasons:
-        raise UsageError("--selftest plants faults that the checks must see: leave --ignore out")
+    reasons, chosen = pairs("--ignore", ignore or ()), list(settings or ())
+    detail = _detail(quiet, verbose)
+    _refuse_beside(selftest and reasons, "--selftest plants faults that the checks must see: leave --ignore out")
+    _refuse_beside(write and not fix, "--write puts the patch of --fix into the file: give both")
+    alone = (fix or write) and (selftest or output or implementation or output_format != "text")
+    _refuse_beside(alone, "--fix prints a patch: leave --selftest, --implementation, --format and -o out")
+    _refuse_beside(fix and not (config and config.is_file()), "--fix changes a configuration: name the file")
     require_format(output_format, selftest=selftest)
     if output is not None:
         require_new_file(output)
-    chosen = list(settings or ())
     if gpu is not None:
         from d2l.plan.cards import find_card
 
         chosen.append(f"device_memory={find_card(gpu).memory}")
-    resolved = read_config(config, chosen, model=model, tokenizer=tokenizer, data=data)
+    options = {"model": model, "tokenizer": tokenizer, "data": data}
+    resolved = read_config(config, chosen, **options)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
     from checks.foreign import load_implementation
-    from checks.production import make_subject, one_thread
-    from checks.rules import RULES
-    from checks.runner import run_checks
-    from checks.selftest import run_selftest
 
-    report: Report | Selftest
-    with checks_progress() as (observe, on_tokenize), one_thread():
-        foreign = None if implementation is None else load_implementation(implementation)
-        needs_data = not stages or "data" in stages
-        subject = make_subject(resolved, str(config or ""), on_tokenize, foreign, needs_data)
-        if selftest:
-            report = run_selftest(subject, RULES, stages=stages or (), select=select or (), observe=observe)
-        else:
-            report = run_checks(
-                subject, RULES, stages=stages or (), select=select or (), ignore=reasons, observe=observe
-            )
-    _deliver(replace(report, seconds=waited()), output_format, output, fail_level)
+    foreign = None if implementation is None else load_implementation(implementation)
+    requested = _Request(str(config or ""), stages or (), select or (), reasons, timeout, foreign)
+    report = _plant_faults(resolved, requested) if selftest else _judge(resolved, requested)
+    report = replace(report, seconds=waited())
+    if fix and config is not None and isinstance(report, Report):
+        from checks.report import print_report
+        from commands.fix import fix as fix_found
+        from d2l.config.load import load_config
+
+        read = partial(load_config, overrides=pairs("--set", chosen), model=model, tokenizer=tokenizer, data=data)
+        print_report(report, console(stderr=True), fail_level, detail)
+        proven = fix_found(config, report, read, lambda patched: _judge(patched, requested), write=write)
+        report = proven if proven is not None and write else report
+    else:
+        _deliver(report, output_format, output, fail_level, detail)
     raise typer.Exit(report.exit_code(fail_level))
 
 
-def explain(
-    check: Annotated[str, typer.Argument(metavar="CODE", help="Check to explain, by its code or name.")],
-) -> None:
-    """Explain what a check does and how to fix what it finds."""
-    from checks import docs
-    from checks.catalogue import read_catalogue
+@dataclass(frozen=True)
+class _Request:
+    """What a preflight was asked for, whatever the configuration."""
 
-    typer.echo(docs.explain(read_catalogue(), check), nl=False)
+    name: str
+    stages: Sequence[str]
+    select: Sequence[str]
+    reasons: Mapping[str, str]
+    timeout: float
+    implementation: "Implementation | None"
 
 
-def checks(output_format: FormatOption = "text") -> None:
-    """List every check."""
-    from checks.catalogue import read_catalogue
-    from checks.docs import as_json, as_list
+def _judge(config: "RunConfig", asked: _Request) -> Report:
+    """Run the checks on a configuration."""
+    from checks.choice import chosen_by
+    from checks.rules import RULES
+    from checks.runner import run_checks
 
-    catalogue = read_catalogue()
-    typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
+    selected, ignored = chosen_by(config, asked.select, asked.reasons)
+    with _subject(config, asked) as (subject, observe):
+        return run_checks(
+            subject,
+            RULES,
+            stages=asked.stages,
+            select=selected,
+            ignore=ignored,
+            observe=observe,
+            seconds=asked.timeout,
+        )
+
+
+def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":
+    from checks.rules import RULES
+    from checks.selftest import run_selftest
+
+    with _subject(config, asked) as (subject, observe):
+        return run_selftest(subject, RULES, stages=asked.stages, select=asked.select, observe=observe)
+
+
+@contextmanager
+def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, Observer]]":
+    """Yield what is examined, with the progress of it shown meanwhile."""
+    from checks.production import make_subject, one_thread
+
+    needs_data = not asked.stages or "data" in asked.stages
+    with checks_progress() as (observe, on_tokenize), one_thread():
+        yield make_subject(config, asked.name, on_tokenize, asked.implementation, needs_data), observe
+
+
+def _detail(quiet: bool, verbose: bool) -> "Detail":
+    _refuse_beside(quiet and verbose, "-q prints less and -v more: leave one of them out")
+    return "quiet" if quiet else "verbose" if verbose else "normal"
+
+
+def _refuse_beside(given: object, message: str) -> None:
+    """Refuse options that do not go together."""
+    if given:
+        raise UsageError(message)
 
 
 @contextmanager
@@ -182,15 +251,17 @@ def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
             )
 
 
-def _deliver(report: "Report | Selftest", form: ReportFormat, output: Path | None, fail_level: FailLevel) -> None:
+def _deliver(
+    report: "Report | Selftest", form: ReportFormat, output: Path | None, fail_level: FailLevel, detail: "Detail"
+) -> None:
     """Print a format for programs, and nothing else, on stdout; with -o, write it to the file and print text."""
-    from checks.report import print_report
+    from checks.report import plain_text, print_report
 
-    text = write_report(report, form, fail_level)
+    text = plain_text(report, fail_level, detail) if form == "text" else write_report(report, form, fail_level)
     if output is not None:
         with write_new_file(output) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     if form != "text" and output is None:
         typer.echo(text, nl=False)
     else:
-        print_report(report, console(), fail_level)
+        print_report(report, console(), fail_level, detail)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from checks.differences import read_report
 from checks.result import UsageError
 from commands.console import (
     DataOption,
@@ -28,7 +29,7 @@ from commands.console import (
 from commands.preflight import checks_progress
 from commands.progress import METRICS, steps_progress
 from d2l.errors import DataError
-from d2l.io.run_folder import CONFIG
+from d2l.io.run_folder import CONFIG, PREFLIGHT
 from d2l.train.stopping import Interrupted, StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -69,6 +70,16 @@ AllowChangeOption = Annotated[
 ]
 
 
+PreflightOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--preflight",
+        metavar="REPORT",
+        help="Take the checks of this passing JSON report, if it judged the same run; a resumed run's own is tried by itself.",
+    ),
+]
+
+
 def add_commands(app: typer.Typer) -> None:
     """Register the command with the application."""
     app.command()(train)
@@ -86,6 +97,7 @@ def train(
     resume: ResumeOption = None,
     allow_change: AllowChangeOption = None,
     ignore: IgnoreOption = None,
+    preflight: PreflightOption = None,
 ) -> None:
     """Train, if the preflight finds nothing against it.
 
@@ -103,6 +115,8 @@ def train(
         resolved = read_config(config, settings or (), **options)
         if not resolved.train_ds_names:
             raise DataError("no training data: pass --data FILE, or set train_ds_names")
+        if preflight is not None:
+            read_report(preflight)
         load_libraries(quiet=not first)
     with stop_on_signals(stop.receive):
         from d2l.train.processes import process_group
@@ -115,7 +129,9 @@ def train(
             start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=numbered) as start,
             _told(start.folder, ignore or ()),
         ):
-            stopped_by = _check_and_train(resolved, str(config), start, reasons, stop, quiet=not first)
+            own = start.folder / PREFLIGHT if resume else None
+            earlier = preflight or (own if own is not None and own.exists() else None)
+            stopped_by = _check_and_train(resolved, str(config), start, reasons, earlier, stop, quiet=not first)
         if stopped_by is not None:
             if first:
                 typer.echo(f"Stopped by {stopped_by}, saved; {_to_go_on(start.folder, ignore or ())}", err=True)
@@ -123,13 +139,25 @@ def train(
 
 
 def _check_and_train(
-    config: "RunConfig", name: str, start: "Start", reasons: Mapping[str, str], stop: StopRequest, *, quiet: bool
+    config: "RunConfig",
+    name: str,
+    start: "Start",
+    reasons: Mapping[str, str],
+    earlier: Path | None,
+    stop: StopRequest,
+    *,
+    quiet: bool,
 ) -> str | None:
     """Run the preflight, and train where it finds nothing; return what the run was stopped by.
+
+    Args:
+        earlier: a report, or the folder of a run that has one, which may speak for this run.
 
     Raises:
         typer.Exit: the preflight refuses the run.
     """
+    from checks.choice import chosen_by
+    from checks.gate import reuse
     from checks.production import make_subject, one_thread
     from checks.report import print_report
     from checks.rules import RULES
@@ -146,8 +174,11 @@ def _check_and_train(
     with checks_progress() as (observe, on_tokenize), one_thread():
         subject = make_subject(config, name, on_tokenize)
         compared = with_inputs(start, subject.identity)
-        report = run_checks(subject, RULES, ignore=reasons, observe=observe)
-    _print_notes(compared.notes[len(start.notes) :], quiet=quiet)
+        accepted = chosen_by(config, (), reasons)[1]
+        report, said = reuse(earlier, subject, RULES, accepted, observe) if earlier else (None, "")
+        if report is None:
+            report = run_checks(subject, RULES, ignore=accepted, observe=observe)
+    _print_notes([*compared.notes[len(start.notes) :], *filter(None, [said])], quiet=quiet)
     report = replace(report, seconds=waited())
     print_report(report, screen)
     if report.exit_code() != 0:

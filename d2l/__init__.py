@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from d2l.inference.adapter import export_adapter
     from d2l.inference.generate import ask, internalize
     from d2l.inference.load import TrainedModel, load_model
+    from d2l.inference.merge import merge_documents
 
 _HOMES = {
     "d2l.build": ("Components",),
@@ -45,6 +46,7 @@ _HOMES = {
     "d2l.inference.adapter": ("export_adapter",),
     "d2l.inference.generate": ("ask", "internalize"),
     "d2l.inference.load": ("TrainedModel", "load_model"),
+    "d2l.inference.merge": ("merge_documents",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -67,6 +69,7 @@ __all__ = [
     "internalize",
     "load_config",
     "load_model",
+    "merge_documents",
     "read_records",
 ]
 

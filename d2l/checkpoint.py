@@ -13,10 +13,12 @@ unpickled.
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -64,11 +66,30 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             finite.
     """
     require_new_folder(folder)
-    _require_saveable(checkpoint, folder)
+    write_snapshot(folder, take_snapshot(checkpoint))
+
+
+def take_snapshot(checkpoint: Checkpoint) -> Checkpoint:
+    """Copy a checkpoint to the host's memory: what trains may change from then on, and so may its state.
+
+    Raises:
+        CheckpointError: a value is not a tensor.
+    """
+    return Checkpoint(_copy(checkpoint.hypernet), _copy(checkpoint.trainer), deepcopy(dict(checkpoint.state)))
+
+
+def write_snapshot(folder: Path, snapshot: Checkpoint) -> None:
+    """Write what `take_snapshot` returned, in any thread.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written, the state is not JSON, or a tensor is not finite.
+    """
+    require_new_folder(folder)
+    _require_finite(snapshot.hypernet, folder)
     with write_new_folder(folder, "checkpoint") as partial:
-        save_file(_copy_contiguous(checkpoint.hypernet), partial / _HYPERNET)
-        save_file(_copy_contiguous(checkpoint.trainer), partial / _TRAINER)
-        (partial / _STATE).write_text(json.dumps(dict(checkpoint.state), indent=1, allow_nan=False), encoding="utf-8")
+        save_file(dict(snapshot.hypernet), partial / _HYPERNET)
+        save_file(dict(snapshot.trainer), partial / _TRAINER)
+        (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1, allow_nan=False), encoding="utf-8")
         names = (_HYPERNET, _TRAINER, _STATE)
         manifest = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in names
@@ -207,22 +228,24 @@ def require_matching_parameters(hypernet: nn.Module, tensors: Mapping[str, Tenso
         )
 
 
-def _require_saveable(checkpoint: Checkpoint, folder: Path) -> None:
-    """Refuse values that are not tensors, and trained parameters that are not finite."""
-    for part in (checkpoint.hypernet, checkpoint.trainer):
-        for name, value in part.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"cannot write {folder}: {name} is a {type(value).__name__}, expected a tensor (put it in state.json)"
-                )
-    for name, value in checkpoint.hypernet.items():
+def _require_finite(hypernet: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse trained parameters that are not finite."""
+    for name, value in hypernet.items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"cannot write {folder}: {name} holds values that are not finite")
 
 
-def _copy_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to the CPU, contiguous: safetensors refuses shared storage and strides."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"cannot save {name}: it is a {type(value).__name__}, expected a tensor (put it in state.json)"
+            )
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
 
 
 def _sha256(path: Path) -> str:

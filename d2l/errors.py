@@ -6,6 +6,7 @@ D2LError
 ├── ModelError       the base model, its tokenizer or its chat template
 ├── CheckpointError  a checkpoint or an output folder
 ├── ProcessError     one of several processes of a run is gone, or differs from the others
+├── ServerError      a server of adapters is down, slow, or answers what it should not
 └── NonFiniteError   training stopped before a step, or before a save, on a value that is not finite
 """
 
@@ -45,6 +46,20 @@ class CheckpointError(D2LError):
 
 class ProcessError(D2LError):
     """One of several processes of a run is gone, or differs from the others."""
+
+
+class ServerError(D2LError):
+    """A server is down, slow, refuses a request, or answers nonsense.
+
+    Args:
+        kind: `down`, `slow`, `status`, `nonsense`, or `adapter` where it has none of that name.
+        message: the whole message.
+        status: the HTTP status of kind `status`.
+    """
+
+    def __init__(self, kind: str, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.kind, self.status = kind, status
 
 
 class NonFiniteError(D2LError):

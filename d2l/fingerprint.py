@@ -12,8 +12,11 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record
 
-# Where a run takes place, and who is told of it, does not shape it.
-_PLACE_KEYS = {"output_dir", "cache", "cache_dir", "device_memory", "report_to", "logging_steps"}
+# Where a run takes place, who is told of it, and what is accepted of it does not shape it.
+_PLACE_KEYS = {
+    *("output_dir", "cache", "cache_dir", "device_memory", "report_to", "logging_steps", "grace_seconds"),
+    *("select_checks", "ignore_checks"),
+}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ Two hypernetworks, each trained by the recipe of `configs/needle_tiny.yaml` on o
 Each has a page and a figure; there are no bounds.
 
     python experiments/reach.py
+    python experiments/reach.py --boundaries RUN    # a trained run on documents cut by either `chunking`, in minutes
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -23,12 +25,17 @@ from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.data.chunks import chunk_document
 from d2l.data.limits import Limits
-from d2l.evaluation.scores import LABELS
+from d2l.data.needles import needle_records
+from d2l.data.records import Record
+from d2l.evaluation.scores import LABELS, exact_match
+from d2l.inference.generate import ask, internalize, tokenize_document
+from d2l.inference.load import load_model
 
 PAGES = Path("experiments")
 CHUNKS = (1, 2, 4, 8, 16, 24, 32, 40)
 CHUNK_WORDS = 6  # two pairs, or two sentences of filler, of three words each
 WIDER = ((2, 4, 0), (4, 4, 0), (8, 4, 0), (8, 4, 64), (8, 4, 128), (8, 4, 256), (8, 4, 512), (16, 4, 0), (16, 4, 256))
+ODD = ((3, 4, 0), (5, 4, 0), (7, 4, 0))  # chunks of two pairs, of equal length, split some of an odd number
 BASE_STEPS = 400
 FIRST_STAGES = (
     {"pairs": 1, "digits": 1, "passing": 0.9},
@@ -174,6 +181,46 @@ def read_answers(kind: str, records: Sequence[Mapping[str, Any]], result: Mappin
     return KindResult(kind, result["scores"], by_whole[True], by_whole[False])
 
 
+def compare_chunkings(run: Path, needles: Sequence[tuple[int, int, int]], documents: int) -> str:
+    """Answer questions about the same documents in equal chunks and in chunks of whole sentences; return a table.
+
+    A pair or a sentence of filler stands in a line of its own, which ends a sentence; the tokens are the same. The
+    hypernetwork is the same too, whatever `chunking` it was trained with.
+
+    Args:
+        needles: pairs, digits and words of filler of each kind of documents.
+    """
+    trained = load_model(run)
+    lines = [
+        "| exact match | chunking | chunks | all pairs | whole in a chunk | cut in two |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pairs, digits, filler in needles:
+        records = needle_records(documents, pairs, digits, filler, seed=0, split="heldout", style="pairs")
+        for chunking in ("equal", "sentences"):
+            cutting = replace(trained, config=trained.config.model_copy(update={"chunking": chunking}))
+            n_chunks, by_whole = 0, {True: [], False: []}  # type: int, dict[bool, list[float]]
+            for record in map(_by_lines, records):
+                chunks = [trained.chat.decode(chunk) for chunk in tokenize_document(cutting, record.context)]
+                n_chunks += len(chunks)
+                lora = internalize(cutting, record.context)
+                for prompt, pair in zip(record.prompts, record.responses, strict=True):
+                    exact = exact_match(ask(trained, lora, prompt, max_new_tokens=2 * (digits + 1)), pair)
+                    by_whole[any(pair in chunk for chunk in chunks)].append(exact)
+            found = [[*by_whole[True], *by_whole[False]], by_whole[True], by_whole[False]]
+            cells = [f"{fmean(exact):.3f} of {len(exact)}" if exact else "none" for exact in found]
+            kind = f"{pairs} × {digits}, {filler} words of filler"
+            lines.append(f"| {kind} | {chunking} | {n_chunks / documents:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _by_lines(record: Record) -> Record:
+    """Write every pair and every sentence of filler, which have as many words, into a line of its own."""
+    words, length = record.context.split(), len(record.responses[0].split())
+    parts = (" ".join(words[at : at + length]) for at in range(0, len(words), length))
+    return replace(record, context="\n".join(parts))
+
+
 def page(experiment: Experiment, run: Path, rows: Sequence[KindResult], figure: Path, documents: int) -> str:
     """Make the page in Markdown: the table, the curriculum stages that training reached, and the figure."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -213,8 +260,20 @@ def main() -> None:
         help="run this experiment alone; default: both",
     )
     parser.add_argument("--run", type=Path, help="with --only: evaluate the run in this folder; default: train it")
+    parser.add_argument("--boundaries", type=Path, metavar="RUN", help="only compare both kinds of chunks on this run")
+    parser.add_argument(
+        "--needles",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("PAIRS", "DIGITS", "FILLER"),
+        help="with --boundaries: documents to ask about, of this kind; may be repeated; default: 3, 5 and 7 pairs",
+    )
     parser.add_argument("--documents", type=int, default=32, help="number of held-out documents of each kind")
     options = parser.parse_args()
+    if options.boundaries:
+        sys.stdout.write(f"{compare_chunkings(options.boundaries, options.needles or ODD, options.documents)}\n")
+        return
     if options.run and not options.only:
         parser.error("--run belongs to one experiment: give --only as well")
     work = options.work or next(path for n in count(1) if not (path := Path(f"runs/reach-{n}")).exists())

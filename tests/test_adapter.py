@@ -22,6 +22,7 @@ from d2l.errors import CheckpointError, ModelError
 from d2l.hypernet.lora import Lora, bind, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 from d2l.inference.adapter import export_adapter
+from d2l.inference.servers import AdapterForm
 
 # Every token goes through every expert: in bfloat16 a choice among them would flip with the last bit of a hidden state.
 ALL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 3}
@@ -88,8 +89,51 @@ def test_peft_gives_the_logits_of_the_bound_lora(
     assert error(adapter.merge_and_unload()(IDS).logits, expected) <= tolerance
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert rank == RANK * (chunks + bias)
-    assert (config["r"], config["lora_alpha"]) == (rank, pytest.approx(2 * RANK**1.5 * rank))
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
     assert config["base_model_name_or_path"] == "some/base"
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 40])
+@pytest.mark.parametrize("family", ["gpt_oss", "llama", "gemma2", "qwen3", "mistral"])
+@torch.no_grad()
+def test_peft_gives_the_logits_of_the_bound_lora_after_refactoring(tmp_path: Path, family: str, chunks: int) -> None:
+    """The deltas have no more than the smaller rank, so that nothing is lost: chunks that are mixtures of a few rows."""
+    base = make_base(family)
+    wanted = 1 if chunks < 40 else 8
+    mix = torch.Generator().manual_seed(chunks)
+    few = make_lora(base, BASES[family].linears, (wanted,), bias=False)
+
+    def mixed(side: dict[str, Tensor]) -> dict[str, Tensor]:
+        n_rows = RANK * (chunks + 1)
+        return {
+            name: torch.randn(n_rows, wanted, generator=mix) @ x[:, :, :wanted] / n_rows**0.25
+            for name, x in side.items()
+        }
+
+    lora = replace(few, A=mixed(few.A), B=mixed(few.B))
+    assert lora.rank == RANK * (chunks + 1) > wanted
+    assert export_adapter(lora, base, tmp_path / "adapter", "", AdapterForm("vllm", wanted)) == wanted
+    with bind(find_targets(base, list(lora.A)), lora, rows=[2]):
+        expected = base(IDS).logits
+    effect = error(base(IDS).logits, expected)
+    assert effect > 0.01
+    assert error(load_adapter(base, tmp_path / "adapter")(IDS).logits, expected) <= EXACT["float32"] * (1 + effect)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 40])
+@torch.no_grad()
+def test_a_server_gets_what_it_stacks_and_ranks_of_its_list(tmp_path: Path, chunks: int) -> None:
+    base = make_base("gpt_oss")
+    lora = make_lora(base, ("o_proj", "v_proj"), (chunks,))
+    with bind(find_targets(base, list(lora.A)), lora, rows=[2]):
+        expected = base(IDS).logits
+    for server, rank in (("vllm", {1: 8, 3: 8, 40: 128}[chunks]), ("sglang", RANK * (chunks + 1))):
+        assert export_adapter(lora, base, tmp_path / server, "", AdapterForm(server)) == rank
+        assert error(load_adapter(base, tmp_path / server)(IDS).logits, expected) <= 1e-4
+        config = json.loads((tmp_path / server / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], type(config["lora_alpha"])) == (rank, rank, int)
+        filled = ["k_proj", "q_proj"] if server == "sglang" else []
+        assert config["target_modules"] == sorted([*filled, "o_proj", "v_proj"])
 
 
 def test_padding_is_left_out_and_what_is_zero_on_one_side_only_is_kept(tmp_path: Path) -> None:

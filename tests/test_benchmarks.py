@@ -6,6 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support.tiny_model import random_rows, run_config, tiny_model
+
+from d2l.io.run_folder import step_folder
+from d2l.train.loop import Trainer
 
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("needs a checkout: benchmarks/ is not in the sdist", allow_module_level=True)
@@ -32,6 +36,20 @@ def test_real_shapes_steps_on_a_checkpoint_that_it_deletes(
     assert "a profiled step" in out
     assert len(out.split("a profiled step")[1].splitlines()) == 4
     assert not list(tmp_path.glob("d2l-*"))
+
+
+def test_deltas_in_float32_are_nearer_and_keep_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deltas = importlib.import_module("benchmarks.deltas")
+    for name, value in {"D_IN": 64, "D_OUT": 96, "RANK": 4, "SHARES": (3.0,), "TOKENS": ((4, 2),)}.items():
+        monkeypatch.setattr(deltas, name, value)
+    deltas.main()
+    lines = capsys.readouterr().out.splitlines()
+    _, float32, bfloat16 = map(float, lines[1].split())
+    assert float32 < 0.75 * bfloat16
+    assert lines[3].split()[:2] == ["4", "2"]
+    assert lines[4].startswith("kept for the backward at 1,024 tokens: float32 0.3 MiB, bfloat16 0.1 MiB")
 
 
 def test_real_shapes_keeps_a_named_folder_and_uses_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,3 +80,13 @@ def test_a_ratio_is_that_of_turns() -> None:
     found = timing.ratio(lambda: time.sleep(0.004), lambda: time.sleep(0.001), repeats=3)
     assert 1.5 < found.median < 8
     assert len(found.values) == 3
+
+
+def test_saving_gives_shares_of_a_step(tmp_path: Path) -> None:
+    saving = importlib.import_module("benchmarks.saving")
+    config = run_config()
+    trainer = Trainer(tiny_model(config), random_rows(), config)
+    found = saving.measure(trainer, tmp_path, rounds=1)
+    assert trainer.step_number == 6
+    assert all(value > 0 for value in (found.step, found.copy, found.whole, found.beside))
+    assert found.size == sum(path.stat().st_size for path in step_folder(tmp_path, 5).glob("*.safetensors"))

@@ -56,6 +56,7 @@ class World:
             raise self.load_error
         self.loaded.append((path, overrides, options))
         settings = {"max_steps": 2, "logging_steps": self.logging_steps, "report_to": self.report_to}
+        settings |= {"select_checks": (), "ignore_checks": {}}
         return SimpleNamespace(remarks=self.remarks, train_ds_names=self.train_ds_names, **settings)
 
     def start_new(self, config, *, numbered):

@@ -22,6 +22,7 @@ from checks.oracles.record_files import read_file
 from checks.production import make_subject
 from checks.report import plain_text
 from checks.result import Report
+from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import run_checks
 from checks.subject import Subject, changed
@@ -99,6 +100,31 @@ SAMPLED = [pytest.param(limits, "sampled", marks=() if limits == "chunked" else 
 def test_clean_data_of_every_family_is_green(family: str, limits: str, supervision: str) -> None:
     report = data_report(subject_of(family, supervision=supervision, **LIMITS[limits]))
     assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
+
+
+SENTENCES = LIMITS["chunked"] | {"chunking": "sentences"}
+CHUNK_RULES = ("DAT304", "DAT305", "DAT306")
+
+
+@pytest.mark.parametrize(("family", "overlap"), [("gpt_oss", 0), ("gpt_oss", 7), ("mistral", 7)])
+def test_chunks_of_whole_sentences_and_overlaps_are_green(family: str, overlap: int) -> None:
+    subject = subject_of(family, **SENTENCES, chunk_overlap=overlap)
+    report = data_report(subject)
+    assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [
+        pytest.param(rule, fault, id=f"{rule.code}-{fault.name}")
+        for rule in RULES
+        if rule.code in CHUNK_RULES
+        for fault in rule.faults
+    ],
+)
+def test_planted_faults_are_found_in_chunks_of_sentences_with_overlaps(rule: Rule, fault: Fault) -> None:
+    subject = subject_of("gpt_oss", **SENTENCES, chunk_overlap=7)
+    assert red(fault.plant(subject)) == {rule.code}
 
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["chatml", "plain"])

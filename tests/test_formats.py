@@ -38,7 +38,7 @@ def _catalogue_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def only(kind: Kind, **rest: Any) -> Report:
     """A report of one check."""
     outcome = Outcome("LBL301", "labels-lost", "data", "error", kind, "a message", **rest)
-    return replace(FULL, outcomes=(outcome,), unused_ignores=())
+    return replace(FULL, outcomes=(outcome,), unused_ignores=(), expired_ignores=())
 
 
 # What stands in a file, and in which line
@@ -61,7 +61,9 @@ def test_a_finding_stands_at_the_key_that_it_is_about(tmp_path: Path, outcome: d
     path = tmp_path / "run.yaml"
     path.write_text("# a run\nuse_kl_loss: true\n\nlora_r: 8\nmax_qas_len: 5\ndtype: bfloat16\n", encoding="utf-8")
     found = replace(FULL.outcomes[2], **{"settings": {}, "message": "", "actual": "", "expected": "", "remedy": ""})
-    report = replace(FULL, config=str(path), outcomes=(replace(found, **outcome),), unused_ignores=())
+    report = replace(
+        FULL, config=str(path), outcomes=(replace(found, **outcome),), unused_ignores=(), expired_ignores=()
+    )
     assert read_lines(str(path)).line(report.outcomes[0]) == line
     (result,) = log(report)["results"]
     assert result["locations"][0]["physicalLocation"]["region"] == {"startLine": line}
@@ -197,7 +199,9 @@ def test_sarif_of_every_outcome() -> None:
     told = [(it["associatedRule"]["id"], it["level"]) for it in invocation["toolExecutionNotifications"]]
     assert told == [("HYP202", "error"), ("GRD204", "note"), ("MEM401", "note")]
     assert "KeyError" in invocation["toolExecutionNotifications"][0]["exception"]["message"]
-    assert "TGT101" in invocation["toolConfigurationNotifications"][0]["message"]["text"]
+    assert [it["message"]["text"].split()[0] for it in invocation["toolConfigurationNotifications"]] == [
+        *("TGT101", "OPT101@2026-01-31")
+    ]
     passed = {outcome.code for outcome in FULL if outcome.outcome in ("pass", "inapplicable")}
     assert {outcome.code for outcome in FULL} == passed | set(results) | {code for code, _ in told}
 
@@ -269,7 +273,7 @@ def test_annotations_of_every_outcome() -> None:
         ("notice", "QNT102 quantized-twice"),
         ("warning", "OPT101 odd-schedule"),
         ("notice", "2 checks not judged"),
-        ("warning", "d2l: ignored without need"),
+        ("warning", "d2l: ignored without effect"),
     ]
     assert all(place["file"] == "run.yaml" for _, place, _ in found[:5])
     assert found[0][2].startswith("gradients are missing\nin 4 layers\nwhere: run.yaml, stage twin\nexpected: a cosine")

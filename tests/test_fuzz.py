@@ -65,10 +65,12 @@ NEVER_DRAWN = {
     *("model_name_or_path", "tokenizer_name_or_path", "chat_template", "current_date", "output_dir", "remarks"),
     *("train_ds_names", "max_train_samples_per_ds", "needle_documents", "needle_pairs", "needle_digits"),
     *("needle_style", "needle_filler_words", "curriculum", "cache", "cache_dir", "save_steps", "save_total_limit"),
+    "grace_seconds",
     *("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_ctx_chunk_len", "min_ctx_chunk_len"),
     *("max_ctx_chunk_num", "num_chunk_probs", "control_tokens"),
     *("report_to", "logging_steps", "eval_steps", "eval_documents", "val_ds_names"),
     *("device_memory", "expert_transient_gib", "per_rank_gen", "quantize_ctx_encoder"),
+    *("select_checks", "ignore_checks"),
 }
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def without_time(metrics: Sequence[StepMetrics]) -> list[dict[str, float]]:
 
 def steps_in(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every step wait for its save, so that the folder between steps is always the same."""
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            submitted = super().submit(*arguments, **named)
+            wait([submitted])
+            return submitted
+
+    monkeypatch.setattr("d2l.train.saving.ThreadPoolExecutor", AtOnce)
 
 
 # What a run writes
@@ -118,6 +132,7 @@ def test_a_run_that_cannot_save_fails_before_the_first_step(tmp_path: Path) -> N
     assert (tmp_path / METRICS).read_text() == ""
 
 
+@pytest.mark.usefixtures("saved_at_once")
 def test_checkpoints_are_saved_at_their_steps_and_the_last_and_pruned(tmp_path: Path) -> None:
     seen = [steps_in(tmp_path) for _ in train_steps(trainer(run_config(max_steps=5, save_steps=2)), tmp_path)]
     zero, two, four, five = (f"step-{step:06d}" for step in (0, 2, 4, 5))
@@ -269,6 +284,7 @@ def test_gradients_are_clipped_after_their_norm_is_measured() -> None:
 # The step that is refused
 
 
+@pytest.mark.usefixtures("saved_at_once")
 @pytest.mark.parametrize("place", ["head.weight", "scaler_B.q_proj"])
 def test_a_value_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path, place: str) -> None:
     new = trainer(run_config(max_steps=4, save_steps=1))
@@ -302,6 +318,7 @@ def spoil_a_moment(new: Trainer) -> None:
     new.optimizer.state[new.model.hypernet.get_parameter("head.weight")]["exp_avg_sq"].view(-1)[3] = math.inf
 
 
+@pytest.mark.usefixtures("saved_at_once")
 @pytest.mark.parametrize("save_steps", [1, 3])
 @pytest.mark.parametrize(
     ("spoil", "tensor"),
@@ -329,6 +346,7 @@ def test_what_an_update_has_spoilt_is_not_saved(
     assert f"sound, by its hashes and by its values: {tmp_path / 'checkpoints' / before[-1]};" in text
 
 
+@pytest.mark.usefixtures("saved_at_once")
 def test_a_checkpoint_that_an_older_version_saved_unsound_is_not_advised(tmp_path: Path) -> None:
     new = trainer(run_config(max_steps=4, save_steps=1))
     steps = train_steps(new, tmp_path)

@@ -1,6 +1,7 @@
 """The LoRA value, merging, targets and binding: against loops and the reference, under recompute and generation."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from support.families import BASES
 from support.golden import ACCOUNT, BFLOAT16, GRADIENTS, OUTPUTS, assert_close, case_names, load_case, probe_loss
 from torch import Tensor, nn
@@ -278,6 +280,47 @@ class TestDelta:
             lora = random_lora({"q_proj": (16, 12)}, 2, layers=1)
             with bind({"q_proj": [linear]}, lora.zeroed(), Segments(tuple(counts))):
                 assert torch.equal(linear(x), linear.forward(x))
+
+    @pytest.mark.golden
+    def test_a_lora_that_does_not_train_gives_the_reference_bit_for_bit_beside_a_bfloat16_base(
+        self, shared: Path
+    ) -> None:
+        case = load_case(shared, "lora_04_packed_bf16_base")
+        linear = nn.Linear(16, 12, dtype=torch.bfloat16)
+        linear.load_state_dict({"weight": case["in.weight"], "bias": case["in.bias"]})
+        lora = Lora({"q": case["in.A"][:, None]}, {"q": case["in.B"][:, None]}, case.config["scaling"])
+        with torch.no_grad(), bind({"q": [linear]}, lora, Segments((7, 5))):
+            y = linear(case["in.x"])
+        assert torch.equal(y, case["out.y"])
+        ACCOUNT.compare(case.name, case["out.y"])
+
+    @pytest.mark.parametrize("counts", [(32, 32), (40, 24)])
+    def test_answers_are_those_of_peft_bit_for_bit_beside_a_bfloat16_base(self, counts: tuple[int, int]) -> None:
+        """PEFT keeps adapters in float32 by default; the sum of both is rounded once."""
+        torch.manual_seed(0)
+        base = nn.Sequential(OrderedDict(q=nn.Linear(64, 80, dtype=torch.bfloat16)))
+        lora, x = random_lora({"q": (64, 80)}, 2, layers=1), torch.randn(1, 64, 64, dtype=torch.bfloat16)
+        with torch.no_grad():
+            frozen = lora._map(Tensor.detach)
+            with bind({"q": [base.q]}, frozen, Segments(counts)):
+                y = base(x)[0].split(counts)
+            adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q"]))
+            layer = adapted.base_model.model.q
+            for context, rows in enumerate(x[0].split(counts)):
+                layer.lora_A["default"].weight.copy_(frozen.A["q"][context, 0])
+                layer.lora_B["default"].weight.copy_(frozen.B["q"][context, 0].T)
+                assert torch.equal(y[context], adapted(rows))
+
+    def test_training_beside_a_bfloat16_base_keeps_no_float32_copy_of_the_input(self) -> None:
+        linear = nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False)
+        x = torch.randn(1, 256, 24, dtype=torch.bfloat16, requires_grad=True)
+        kept: list[Tensor] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda it: it),
+            bind({"q_proj": [linear]}, random_lora({"q_proj": (24, 40)}, 2, layers=1), Segments((128, 128))),
+        ):
+            assert linear(x).dtype == torch.bfloat16
+        assert not any(tensor.dtype == torch.float32 and tensor.numel() >= x.numel() for tensor in kept)
 
     def test_a_linear_that_overrides_forward_is_honoured(self) -> None:
         class Doubled(nn.Linear):

@@ -120,8 +120,8 @@ Not judged
 Not applicable
   no adapter format: EXP201
 
-Unused ignores
-  --ignore CFG101 is not needed: the check passes
+Ignored without effect
+  CFG101 need not be ignored: the check passes
 
 A twin cannot show
   running out of memory; CUDA kernels

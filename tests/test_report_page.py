@@ -46,7 +46,7 @@ def test_a_page_holds_every_check_causes_first() -> None:
     text, found = read(FULL)
     assert found.text["h2"] == [
         *("Failed: 1", "Crashed: 1", "Warnings: 2", "Blocked: 1", "Not judged: 1", "Not applicable: 1", "Passed: 2"),
-        *("Unused ignores: 1", "A twin cannot show"),
+        *("Ignored without effect: 2", "A twin cannot show"),
     ]
     assert [heading.split()[0] for heading in found.text["h3"]] == [
         *("QNT202", "HYP202", "QNT102", "OPT101", "GRD204", "MEM401", "EXP201", "TGT101", "LBL301")
@@ -77,9 +77,13 @@ def test_a_page_holds_every_check_causes_first() -> None:
 
 
 def test_a_clean_page_and_one_without_checks() -> None:
-    _, found = read(replace(FULL, outcomes=FULL.outcomes[:1], unused_ignores=(), twin_cannot_show=()))
+    _, found = read(
+        replace(FULL, outcomes=FULL.outcomes[:1], unused_ignores=(), expired_ignores=(), twin_cannot_show=())
+    )
     assert found.text["h2"] == ["Passed: 1"]
-    assert read(replace(FULL, outcomes=(), unused_ignores=(), twin_cannot_show=()))[1].text["h2"] == []
+    assert (
+        read(replace(FULL, outcomes=(), unused_ignores=(), expired_ignores=(), twin_cannot_show=()))[1].text["h2"] == []
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

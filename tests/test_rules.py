@@ -94,7 +94,7 @@ def test_the_faults_of_the_device_stage_are_caught_where_there_is_a_device() -> 
     roomy = on_device({}, free_memory=lambda healthy: 10**12)
     selftest = run_selftest(roomy, RULES, stages=("device",))
     assert selftest.exit_code() == 0, plain_text(selftest)
-    assert {trial.code for trial in selftest.trials} == {"ATT401", "MEM401", "DSK401"}
+    assert {trial.code for trial in selftest.trials} == {"ATT401", "MEM401", "DSK401", "DSK402"}
 
 
 def on_device(overrides: dict[str, str], path: Path | None = None, **methods: Any) -> Subject:
@@ -209,7 +209,7 @@ def test_a_template_without_generation_tags_is_red(tmp_path: Path) -> None:
 
 def test_json_has_the_agreed_keys() -> None:
     document: dict[str, Any] = preflight(load_config(), "TGT101").to_json()
-    keys = "schema version config fingerprint judged outcomes twin_cannot_show summary"
+    keys = "schema version code config fingerprint judged outcomes twin_cannot_show summary digest"
     assert list(document) == keys.split()
     keys = "code name stage severity outcome message expected actual evidence remedy settings judged_with"
     assert list(document["outcomes"][0]) == [*keys.split(), "blocked_by", "ignored", "seconds"]

@@ -303,13 +303,13 @@ def test_the_observer_hears_of_every_rule_that_runs():
     assert heard == ["CFG101", "HYP201", "LOG203"]
 
 
-REST = ("twin_cannot_show", "summary")
+REST = ("twin_cannot_show", "summary", "digest")
 
 
 def test_json_has_exactly_the_agreed_keys():
     report = run_checks(Subject(frozenset({"rank"})), RULES, ignore={"CFG101": "why"})
     document = report.to_json()
-    assert list(document) == ["schema", "version", "config", "fingerprint", "judged", "outcomes", *REST]
+    assert list(document) == ["schema", "version", "code", "config", "fingerprint", "judged", "outcomes", *REST]
     assert list(document["outcomes"][1]) == [
         *("code", "name", "stage", "severity", "outcome", "message", "expected", "actual", "evidence", "remedy"),
         *("settings", "judged_with", "blocked_by", "ignored", "seconds"),
@@ -318,6 +318,7 @@ def test_json_has_exactly_the_agreed_keys():
         **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "inapplicable": 0, "blocked": 1, "crash": 0},
         "exit_code": 1,
         "unused_ignores": ["CFG101"],
+        "expired_ignores": [],
     }
     assert document["schema"] == 1
 

@@ -201,7 +201,7 @@ def test_every_question_is_in_one_row_or_reported_and_no_limit_is_broken(
 # Documents into chunks
 
 
-@pytest.mark.parametrize(("length", "longest", "expected"), [(10, 13, [13]), (11, 13, [9, 8]), (25, 13, [12, 11, 11])])
+@pytest.mark.parametrize(("length", "longest", "expected"), [(10, 13, [13]), (11, 13, [9, 8]), (25, 13, [12, 12, 10])])
 def test_chunks_are_as_few_and_as_equal_as_the_limit_with_affixes_allows(
     length: int, longest: int, expected: list[int]
 ) -> None:

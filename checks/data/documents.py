@@ -1,4 +1,4 @@
-"""Reading of the documents of packed batches: chunks without the template's affixes, joined, are the document."""
+"""Reading of the documents of packed batches: chunks without the template's affixes and overlap, joined, are the document."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from checks.data.epoch import Problems
 from checks.data.expected import id_hash
+from checks.oracles import chunks as chunk_oracle
 from checks.oracles.conversations import REFUSALS
 
 if TYPE_CHECKING:
@@ -45,18 +46,19 @@ class DocumentReader:
     def _document_problem(self, record: int, chunks: list[list[int]]) -> tuple[Problems, str] | None:
         """Compare chunks without affixes, joined, with the record's document; None where they agree."""
         document = self.data.records[record].context
+        overlap = self.reading.config.chunk_overlap if len(chunks) > 1 else 0
+        ids = self.form.encode_contents(document) if overlap else []
         texts = []
         for prefix, suffix in self.form.affixes:
             cut = [_without(chunk, prefix, suffix) for chunk in chunks]
             if None in cut:
                 continue
-            joined = [token for piece in cut for token in piece or ()]
+            joined = chunk_oracle.joined([piece or [] for piece in cut], ids, overlap)
             text = self.form.decode(joined)
-            if (
-                text == document
-                or joined == (ids := self.form.encode_contents(document))
-                or text == self.form.decode(ids)
-            ):
+            if text == document:
+                return None
+            ids = ids or self.form.encode_contents(document)
+            if joined == ids or text == self.form.decode(ids):
                 return None
             texts.append(text)
         if not texts:

@@ -70,7 +70,8 @@ def _chunked(
     room = max(math.ceil(longest / PIECES), 1)
     if config.max_ctx_chunk_len >= 0:
         room = max(min(room, config.max_ctx_chunk_len - affixes), 1)
-    most = math.ceil(longest / room) + 1
+    overlap = min(config.chunk_overlap, room // 4)
+    most = math.ceil(longest / (room - overlap)) + 1
     return changed(
         config,
         max_ctx_len=-1,
@@ -81,7 +82,8 @@ def _chunked(
         max_qas_len=-1,
         max_qas_per_sample=1,
         max_packed_inp_len=2 * _longest_question(form, records)[0],
-        max_packed_ctx_len=longest + (most + 1) * affixes,
+        chunk_overlap=overlap,
+        max_packed_ctx_len=longest + (most + 1) * (affixes + overlap),
         cache=False,
     )
 

@@ -21,7 +21,8 @@ def unlimited(config: "RunConfig", **values: Any) -> "RunConfig":
         ("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_ctx_chunk_len", "min_ctx_chunk_len"), -1
     )
     packed = {"max_packed_inp_len": ROOM, "max_packed_ctx_len": ROOM, "loss": "ce", "cache": False}
-    return changed(config, **{**none, **packed, "max_ctx_chunk_num": None, "num_chunk_probs": None, **values})
+    cuts = {"max_ctx_chunk_num": None, "num_chunk_probs": None, "chunking": "equal", "chunk_overlap": 0}
+    return changed(config, **{**none, **packed, **cuts, **values})
 
 
 def size_problems(
@@ -52,7 +53,7 @@ def size_problems(
         yield from _above("a question", lengths, "max_position_embeddings", base_limit)
     if chunks is not None:
         lengths = np.diff([*chunks, batch.ctx_ids.shape[1]])
-        whole = _sums(lengths, n_chunks) - (n_chunks - 1) * affixes
+        whole = _sums(lengths, n_chunks) - (n_chunks - 1) * (affixes + config.chunk_overlap)  # at least so many
         yield from _above("a document", whole, "max_ctx_len", config.max_ctx_len)
         yield from _above("a chunk", lengths, "max_ctx_chunk_len", config.max_ctx_chunk_len)
         yield from _above("a chunk", lengths, "max_position_embeddings", base_limit)

@@ -78,6 +78,8 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
         "min_ctx_chunk_len": text + affixes,
         "max_ctx_chunk_num": 1,
         "num_chunk_probs": {PIECES: 1.0},
+        "chunking": "sentences",
+        "chunk_overlap": 1,
         "max_qas_len": question - 1,
         "max_qas_per_sample": 1,
         "max_packed_inp_len": question - 1,

@@ -5,7 +5,7 @@ https://docs.github.com/en/actions/reference/workflow-commands-for-github-action
 
 from checks.formats.place import ConfigLines, read_lines
 from checks.printable import printable
-from checks.report import details, summary_line
+from checks.report import details, idle_ignores, summary_line
 from checks.result import FailLevel, Outcome, Report
 
 _FINDINGS = ("fail", "crash", "warn")
@@ -24,9 +24,8 @@ def github_text(report: Report, fail_level: FailLevel = "error") -> str:
         level = "error" if report.exit_code(fail_level) == 4 else "notice"
         reasons = "\n".join(f"{it.code} {it.name}: {printable(it.message)}" for it in left_out)
         commands.append(_command(level, reasons, file=config.file, line=1, title=f"{len(left_out)} checks not judged"))
-    if report.unused_ignores:
-        codes = ", ".join(report.unused_ignores)
-        commands.append(_command("warning", f"{codes}: the checks pass", title="d2l: ignored without need"))
+    if idle := idle_ignores(report):
+        commands.append(_command("warning", printable("\n".join(idle)), title="d2l: ignored without effect"))
     return "\n".join([*commands, f"d2l preflight: {summary_line(report, fail_level)}", ""])
 
 

@@ -9,7 +9,7 @@ from checks.catalogue import CheckFacts, read_catalogue
 from checks.docs import sections, summary
 from checks.formats.pictures import HEIGHT, WIDTH, Picture, pictures
 from checks.printable import printable
-from checks.report import details, summary_line
+from checks.report import details, idle_ignores, summary_line
 from checks.result import FailLevel, Kind, Outcome, Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -61,7 +61,7 @@ def page_text(report: Report, fail_level: FailLevel = "error") -> str:
         fingerprint=report.fingerprint,
         groups=[group for group in groups if group[2]],
         findings=FINDINGS,
-        unused_ignores=report.unused_ignores,
+        idle_ignores=[printable(text) for text in idle_ignores(report)],
         twin_cannot_show=report.twin_cannot_show,
         width=WIDTH,
         height=HEIGHT,

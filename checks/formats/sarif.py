@@ -14,7 +14,7 @@ from checks.catalogue import CheckFacts, read_catalogue
 from checks.docs import sections, summary
 from checks.formats.place import ConfigLines, read_lines
 from checks.printable import printable
-from checks.report import details, summary_line
+from checks.report import details, idle_ignores, summary_line
 from checks.result import FailLevel, Outcome, Report
 from checks.sources import resolve
 
@@ -53,8 +53,7 @@ def sarif_text(report: Report, fail_level: FailLevel = "error") -> str:
                     if outcome.outcome in _NOT_RUN
                 ],
                 "toolConfigurationNotifications": [
-                    {"level": "warning", "message": _message(f"{code} is ignored without need: the check passes")}
-                    for code in report.unused_ignores
+                    {"level": "warning", "message": _message(text)} for text in idle_ignores(report)
                 ],
             }
         ],

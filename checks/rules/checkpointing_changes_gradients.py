@@ -56,6 +56,7 @@ def check(subject: "Subject") -> Result:
             expected="the gradients of the run without it",
             actual=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             remedy=REMEDY,
+            settings=_settings(subject),
         )
     error_of_largest = difference(flat(actual), flat(expected))
     evidence = {
@@ -72,10 +73,17 @@ def check(subject: "Subject") -> Result:
             actual=f"norm {norm(actual):.4g}, error {error_of_largest:.2g}",
             remedy=REMEDY,
             evidence=evidence,
+            settings=_settings(subject),
         )
     if calls == plain_calls:
         return Skip("no layer of the base is recomputed with gradient checkpointing on, which GRD202 reports")
     return Pass(f"task gradients agree to {error_of_largest:.1g} of the largest (norm {norm(expected):.3g})", evidence)
+
+
+def _settings(subject: "Subject") -> dict[str, Any]:
+    """Return what remedies the finding, if it is the configuration's."""
+    reentrant = subject.config.gradient_checkpointing_kwargs.get("use_reentrant", True)
+    return {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if reentrant else {}
 
 
 def _task_gradients(subject: "Subject", *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], int]:

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Tokenizes a hundred copies of one document, a text of the run three times, with probabilities of the check's own, and
+Tokenizes a hundred copies of one document, a text of the run three times or more, with probabilities of the check's own, and
 counts their chunks.
 
 Why it matters
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 COPIES = 100
 PROBABILITIES = {1: 0.6, 2: 0.1, 3: 0.3}
 DEVIATIONS = 5
+SHORT = 100  # characters
 
 
 def check(subject: "Subject") -> Result:
@@ -46,10 +47,13 @@ def check(subject: "Subject") -> Result:
         return Skip(subject.tokenizer_absent or subject.records_absent)
     by_length = sorted(subject.rows.rows[:COPIES], key=lambda row: row.size[1])
     record = subject.records[by_length[len(by_length) // 2].record]
-    text = " ".join([record.context] * max(PROBABILITIES))  # a document of two tokens has no three chunks
+    # a document of two tokens has no three chunks, and the equal ones of four tokens are two
+    repeats = max(PROBABILITIES) if len(record.context) >= SHORT else 2 * max(PROBABILITIES)
+    text = " ".join([record.context] * repeats)
     one = replace(record, context=text, prompts=record.prompts[:1], responses=record.responses[:1])
     copies = tuple(replace(one, logprobs_vals=None, logprobs_indices=None) for _ in range(COPIES))
-    config = unlimited(subject.config, max_ctx_chunk_len=ROOM, num_chunk_probs=PROBABILITIES)
+    drawn = {"max_ctx_chunk_len": ROOM, "num_chunk_probs": PROBABILITIES, "chunking": subject.config.chunking}
+    config = unlimited(subject.config, **drawn)
     rows = subject.implementation.rows(config, subject.chat, copies).rows
     counts = Counter(len(row.chunks) for row in rows)
     shares = {count: counts[count] / max(len(rows), 1) for count in sorted({*PROBABILITIES, *counts})}

@@ -23,18 +23,16 @@ from typing import TYPE_CHECKING
 from checks.faults import override
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.trained_values import trained_values
+from checks.trained_values import checkpoint_bytes
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-
-BYTES_PER_VALUE = 4  # everything is in float32
 
 
 def check(subject: "Subject") -> Result:
     """Compare the bytes kept with the bytes free."""
     kept = subject.config.save_total_limit + 1
-    size = sum(trained_values(subject)) * BYTES_PER_VALUE
+    size = checkpoint_bytes(subject)
     free = subject.implementation.free_disk(subject.config)
     evidence = {"checkpoint": size, "kept": kept, "free": free}
     total = f"{kept} checkpoints of {size / 1e9:.2f} GB"

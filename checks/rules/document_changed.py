@@ -13,9 +13,9 @@ little worse. A doubled first token, or a message that never ends, is input that
 
 How it is detected
 ------------------
-The chunks, joined, must decode to the document, as the tokenizer's own encoding of it does; before and after each there
-must be the tokens that the tokenizer library writes around a user's message. The first documents of one chunk are
-compared with the whole message as it renders it.
+The chunks, joined, must decode to the document, as the tokenizer's own encoding of it does; tokens of a `chunk_overlap`,
+which stand in two chunks, are read once. Before and after each chunk there must be the tokens that the tokenizer library
+writes around a user's message. The first documents of one chunk are compared with the whole message as it renders it.
 
 How to fix
 ----------

@@ -18,7 +18,8 @@ Skipped with `mlp` among the targets, for which PEFT has no adapter format.
 
 How to fix
 ----------
-Export with `d2l internalize`: rank R = r · (chunks + 1), bias included, and `lora_alpha = scale · R`.
+Export with `d2l internalize`: rank R = r · (chunks + 1), bias included, the scale in B and `lora_alpha = R`; or, with B as
+generated, `lora_alpha = scale · R`.
 """
 
 import json
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 CHUNKS = 2
 # Two documents in one row, of which the second is exported: an adapter of the first would show.
 DOCUMENTS: dict[str, tuple[int, ...]] = {"documents": (5, 7), "questions": (6, 12), "chunks": (CHUNKS, CHUNKS)}
-REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = scale · R"
+REMEDY = "export every chunk and the bias along one rank R, with lora_alpha = R and the scale in B"
 
 
 @torch.no_grad()
@@ -100,11 +101,11 @@ def _load_with_peft(base: "PreTrainedModel", adapter: Path) -> None:
 
 
 def _divided_by_rank(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:
-    """Write the scale into `lora_alpha` as it is, as the reference does."""
+    """Write the factor of the deltas into `lora_alpha` as it is, as the reference does: PEFT divides it by r."""
     healthy.export(lora, base, folder)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**values, "lora_alpha": lora.scale}), encoding="utf-8")
+    config.write_text(json.dumps({**values, "lora_alpha": values["lora_alpha"] / values["r"]}), encoding="utf-8")
 
 
 def _without_bias(healthy: Implementation, lora: Any, base: Any, folder: Path) -> None:

@@ -277,7 +277,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode C19", "failure mode 22", "https://github.com/SakanaAI/doc-to-lora"),
-    requires=("ENC201",),
+    requires=("ENC201", "ATT203"),
     check=check,
     faults=(
         Fault("scale-over-r", "the scale is divided by the rank", _making(_over_rank)),

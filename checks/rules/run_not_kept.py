@@ -47,13 +47,13 @@ def check(subject: "Subject") -> Result:
     train = subject.implementation.train
     trainer: Any = staged_trainer(subject, (), **PLAN)
     step = trainer.step
-    folders: list[int] = []  # folders below the run's, before each step
+    saved: list[bool] = []  # before each step, whether anything was before the first one
 
     with tempfile.TemporaryDirectory(prefix="d2l-") as place:
         folder = Path(place)
 
         def counted() -> Any:
-            folders.append(sum(path.is_dir() for path in folder.rglob("*")))
+            saved.append(saved[0] if saved else any(path.is_dir() for path in folder.rglob("*")))
             return step()
 
         trainer.step = counted
@@ -61,10 +61,10 @@ def check(subject: "Subject") -> Result:
         resumed: Any = staged_trainer(subject, (), seed=1, **PLAN)
         if kept:
             resumed.resume(kept[-1])
-    evidence = {"steps": len(folders), "kept": [path.name for path in kept]}
-    if len(folders) != STEPS:
-        return _finding("a run takes another number of steps", f"{STEPS} steps", f"{len(folders)}", evidence)
-    if folders[0] == 0:
+    evidence = {"steps": len(saved), "kept": [path.name for path in kept]}
+    if len(saved) != STEPS:
+        return _finding("a run takes another number of steps", f"{STEPS} steps", f"{len(saved)}", evidence)
+    if not saved[0]:
         return _finding("nothing is saved before the first step", "a checkpoint", "an empty folder", evidence)
     if len(kept) != KEPT:
         return _finding(

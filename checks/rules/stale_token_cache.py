@@ -43,7 +43,10 @@ from d2l.errors import D2LError, DataError
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-CHUNK_LIMITS = ("max_ctx_chunk_len", "min_ctx_chunk_len", "max_ctx_chunk_num", "num_chunk_probs")
+CHUNK_LIMITS = (
+    *("max_ctx_chunk_len", "min_ctx_chunk_len", "max_ctx_chunk_num", "num_chunk_probs"),
+    *("chunking", "chunk_overlap"),
+)
 OTHER_LIMITS = ("max_ctx_len", "max_qas_len", "max_qas_per_sample", "max_packed_inp_len", "max_packed_ctx_len")
 REMEDY = "key the cache by everything that shapes rows, or remove its folder and set cache: false"
 

@@ -61,7 +61,8 @@ GROUPS: dict[str, dict[str, Description]] = {
             reference="`use_flash_attn`",
         ),
         "dtype": Description(
-            "Floating-point type of the base; `auto`: bfloat16 on CUDA devices that compute in it, else float32",
+            "Floating-point type of the base; `auto`: bfloat16 on CUDA devices that compute in it, else float32. Beside "
+            "bfloat16, answers multiply the LoRA in float32 and training in bfloat16",
             reference="`bf16`",
         ),
         "expert_weights": _own(
@@ -151,18 +152,34 @@ GROUPS: dict[str, dict[str, Description]] = {
             "Most questions in one row of a document, whose further ones go to further rows; -1: no limit"
         ),
         "max_ctx_chunk_len": Description(
-            "Longest chunk, in tokens with the template's around it; longer documents are cut into equal chunks; "
+            "Longest chunk, in tokens with the template's around it; longer documents are cut as `chunking` says; "
             "-1: one chunk"
         ),
         "min_ctx_chunk_len": Description(
-            "Shortest chunk that a drawn number of chunks may give, in tokens; -1: no limit", "with `num_chunk_probs`"
+            "Shortest chunk that a drawn number of chunks may give, in tokens; a number that would give a shorter one is "
+            "not drawn for that document; -1: no limit",
+            "with `num_chunk_probs`",
         ),
         "max_ctx_chunk_num": Description(
             "Most chunks of a document; documents that need more are left out and reported; default: no limit"
         ),
         "num_chunk_probs": Description(
-            "Probability of each number of chunks, summing to 1, such as {1: 0.5, 2: 0.5}; default: as few as fit",
+            "Probability of each number of chunks in training, summing to 1, such as {1: 0.5, 2: 0.5}; of those that the "
+            "limits allow for a document, else the nearest that they do; default: as few as fit",
             "with `max_ctx_chunk_len`, which it needs",
+        ),
+        "chunking": _own(
+            "Where documents are cut into chunks: into equal ones, as the reference cuts (n chunks of ⌈length / n⌉ tokens, "
+            "the last of what is left; `equal`), or where sentences end, as equal as these allow (`sentences`). There, "
+            "whole sentences are worth more chunks, up to `max_ctx_chunk_num` and `max_packed_ctx_len`; one that is longer "
+            "than a chunk, and those of a document that was drawn more chunks than it has sentences, are cut between "
+            "words, else between tokens",
+            "where a document becomes several chunks",
+        ),
+        "chunk_overlap": _own(
+            "Tokens at the end of a chunk that the next one begins with again, within `max_ctx_chunk_len`; with "
+            "`chunking: sentences` at most as many: whole sentences where one fits, else whole words; 0: none",
+            "where a document becomes several chunks",
         ),
         "max_packed_inp_len": Description("Most tokens of questions with answers in a packed row (a micro-batch)"),
         "max_packed_ctx_len": Description("Most tokens of documents in a packed row (a micro-batch)"),
@@ -233,6 +250,10 @@ GROUPS: dict[str, dict[str, Description]] = {
         "output_dir": Description("Folder of the run; a used one gets a number behind it"),
         "save_steps": Description("Optimizer steps between checkpoints; the last step is always saved"),
         "save_total_limit": Description("Newest checkpoints that are kept"),
+        "grace_seconds": _own(
+            "Seconds between the signal that asks a run to stop and the one that kills it; default: those of torchelastic",
+            "in a preflight: saving must not take longer",
+        ),
         "report_to": Description(
             "Trackers that get the metrics too, through accelerate; `none` is none; a tracker that fails is left out with "
             "a warning, and training goes on"
@@ -240,6 +261,16 @@ GROUPS: dict[str, dict[str, Description]] = {
         "logging_steps": Description(
             "Optimizer steps between two lines of output in a pipe, and between two reports to trackers; metrics.jsonl "
             "has every step"
+        ),
+    },
+    "Preflight": {
+        "select_checks": Description(
+            "Checks that `d2l preflight` runs, by code, name or beginning of codes (`ATT`), where --select names none; "
+            "`d2l train` runs all; default: all"
+        ),
+        "ignore_checks": Description(
+            "Check, or beginning of codes → why its finding is acceptable, as --ignore has it; `REASON@2027-01-31` until that "
+            "day; it stays visible"
         ),
     },
 }

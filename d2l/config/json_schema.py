@@ -10,7 +10,12 @@ from d2l.config.renamed import OLD_NAMES, OLD_STAGE_NAMES, NewName
 from d2l.config.schema import REMARKS, CurriculumStage, RunConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_LISTS_OF_NAMES = ("target_modules", "train_ds_names", "report_to")  # one name may stand without a list
+_LISTS_OF_NAMES = (
+    "target_modules",
+    "train_ds_names",
+    "report_to",
+    "select_checks",
+)  # one name may stand without a list
 
 
 def json_schema() -> dict[str, Any]:

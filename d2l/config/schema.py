@@ -30,6 +30,7 @@ NEEDLE = "needle"
 REMARKS = "remarks"  # the one field that is no key
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Chunking = Literal["equal", "sentences"]
 LossName = Literal["ce", "kl"]
 LOSSES: dict[LossName, str] = {  # what each is; `d2l.train.losses` computes them
     "ce": "cross-entropy with the answer",
@@ -118,6 +119,8 @@ class RunConfig(BaseModel):
     min_ctx_chunk_len: Length = -1
     max_ctx_chunk_num: Count | None = None
     num_chunk_probs: dict[Whole, Probability] | None = None
+    chunking: Chunking = "equal"
+    chunk_overlap: NonNegative = 0
     max_packed_inp_len: Count = 16384
     max_packed_ctx_len: Count = 32768
     cache: bool = True
@@ -157,8 +160,13 @@ class RunConfig(BaseModel):
     output_dir: str = "runs"
     save_steps: Count = 500
     save_total_limit: Count = 2
+    grace_seconds: Positive = 30.0  # torchelastic's and Slurm's own
     report_to: tuple[TrackerName, ...] = ()
     logging_steps: Count = 1
+
+    # Preflight
+    select_checks: tuple[str, ...] = ()
+    ignore_checks: dict[str, str] = Field(default_factory=dict)
 
     remarks: tuple[str, ...] = Field((), exclude=True)
 
@@ -174,7 +182,7 @@ class RunConfig(BaseModel):
     def _a_day_is_text(cls, value: Any) -> Any:
         return value.isoformat() if isinstance(value, date) else value  # YAML reads 2025-08-05 without quotes as a date
 
-    @field_validator("target_modules", "train_ds_names", "val_ds_names", mode="before")
+    @field_validator("target_modules", "train_ds_names", "val_ds_names", "select_checks", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -226,6 +234,14 @@ class RunConfig(BaseModel):
             raise ValueError(f"probabilities must sum to 1, these sum to {sum(value.values()):g}")
         if info.data.get("max_ctx_chunk_len", -1) == -1:
             raise ValueError("needs max_ctx_chunk_len, the longest chunk")
+        return value
+
+    @field_validator("chunk_overlap")
+    @classmethod
+    def _overlap_leaves_room(cls, value: int, info: ValidationInfo) -> int:
+        longest = info.data.get("max_ctx_chunk_len", -1)
+        if longest != -1 and 0 < longest <= value:
+            raise ValueError(f"must be below max_ctx_chunk_len ({longest})")
         return value
 
     @property

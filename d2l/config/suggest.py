@@ -50,6 +50,7 @@ _WORDS: dict[str, str] = {
     "seed": "random_seed rng_seed",
     "output_dir": "out_dir output save_dir checkpoint_dir save_path",
     "save_steps": "save_every save_interval checkpoint_interval ckpt_interval",
+    "grace_seconds": "grace grace_period kill_wait terminate_timeout",
     "save_total_limit": "keep_last max_checkpoints save_limit",
 }
 OTHER_WORDS: dict[str, tuple[str, ...]] = {

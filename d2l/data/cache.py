@@ -22,7 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from d2l.data import chunks as chunks_code
+from d2l.data import division as division_code
 from d2l.data import limits as limits_code
+from d2l.data import sentences as sentences_code
 from d2l.data import tokenize as tokenize_code
 from d2l.data.chat import control_tokens as control_code
 from d2l.data.chat import format as chat_code
@@ -39,7 +42,16 @@ RECORDS_PER_SHARD = 1000  # an interruption loses at most one shard, a few secon
 _FORMAT = 1  # version of the file layout; raise it when the layout changes
 
 # Hashed on import: this is the code that makes the rows, even if its files change while the process runs.
-_MODULES = (chat_code, control_code, limits_code, rendering_code, tokenize_code)
+_MODULES = (
+    chat_code,
+    chunks_code,
+    control_code,
+    division_code,
+    limits_code,
+    rendering_code,
+    sentences_code,
+    tokenize_code,
+)
 _CODE = hashlib.sha256("\0".join(map(inspect.getsource, _MODULES)).encode()).hexdigest()
 
 

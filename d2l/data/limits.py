@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from d2l.config.schema import RunConfig
+from d2l.config.schema import Chunking, RunConfig
 from d2l.errors import DataError
 
 
@@ -23,6 +23,8 @@ class Limits:
     min_ctx_chunk_len: int = -1
     max_ctx_chunk_num: int | None = None
     num_chunk_probs: dict[int, float] | None = None
+    chunking: Chunking = "equal"
+    chunk_overlap: int = 0
     max_qas_len: int = -1
     max_qas_per_sample: int = -1
     max_packed_inp_len: int = -1

@@ -103,7 +103,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Document:
-    """Size of a document: its index, its tokens without the affixes of the chunks, and its number of chunks."""
+    """Size of a document: its index, its tokens without affixes and overlaps of the chunks, and its number of chunks."""
 
     index: int
     tokens: int
@@ -117,8 +117,7 @@ def _measure_document(trained: TrainedModel, index: int, record: Record) -> _Doc
         DataError: the document exceeds the limits of the training.
     """
     chunks = tokenize_document(trained, record.context)
-    affixes = sum(map(len, trained.chat.context_affixes()))
-    return _Document(index, sum(map(len, chunks)) - affixes * len(chunks), len(chunks))
+    return _Document(index, len(trained.chat.encode_contents(record.context)), len(chunks))
 
 
 def _draw_other_documents(records: Sequence[Record], generator: random.Random) -> list[int]:
@@ -150,7 +149,7 @@ def _answer_questions(
     max_new_tokens: int,
 ) -> list[GradedAnswer]:
     """Answer all questions of one record under one condition, and grade the answers."""
-    answers = _generate_answers(trained, lora, record.prompts, max_new_tokens)
+    answers = generate_answers(trained, lora, record.prompts, max_new_tokens)
     likelihoods = _compute_likelihoods(trained, lora, record)
     return [
         GradedAnswer(
@@ -172,7 +171,7 @@ def _answer_questions(
     ]
 
 
-def _generate_answers(
+def generate_answers(
     trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Generate greedy answers; questions of equal length share a batch."""

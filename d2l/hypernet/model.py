@@ -67,9 +67,13 @@ class DocToLora(nn.Module):
 
     def lora(self, batch: PackedBatch) -> Lora:
         """Make the merged LoRA of every context of a packed row: its chunks along the rank, then the learned bias."""
+        return merge_chunks(self.chunk_loras(batch), batch.n_ctx_chunks, self.hypernet.bias())
+
+    def chunk_loras(self, batch: PackedBatch) -> Lora:
+        """Make the LoRA of every chunk of a packed row, without the bias: one entry per chunk."""
         with self._hypernet_precision():
-            chunks = self.hypernet(self.features(batch), batch.chunks)
-        return merge_chunks(chunks, batch.n_ctx_chunks, self.hypernet.bias())
+            chunks: Lora = self.hypernet(self.features(batch), batch.chunks)
+        return chunks
 
     def logits(self, batch: PackedBatch, lora: Lora | None, positions: Tensor | None = None) -> Tensor:
         """Compute the logits of the questions under their contexts' LoRAs, or of the base alone.

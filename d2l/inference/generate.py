@@ -1,6 +1,6 @@
 """Inference with a trained model: documents into LoRAs, and greedy answers of the base with a LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from d2l.errors import DataError
 from d2l.hypernet.lora import Lora, bind
 from d2l.hypernet.model import DocToLora
 from d2l.inference.load import TrainedModel
+from d2l.inference.streaming import AnswerStreamer
 
 _FINAL_HEADER = "<|channel|>final<|message|>"  # in harmony, the header of the text for the user
 _THINK, _END_THINK = "<think>", "</think>"  # tokens around reasoning, in models that have them; seldom special tokens
@@ -49,7 +50,13 @@ def tokenize_document(trained: TrainedModel, document: str) -> tuple[Ids, ...]:
         raise DataError(f"the document does not fit the checkpoint: {error}\n{advice}") from error
 
 
-def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens: int = 256) -> str:
+def ask(
+    trained: TrainedModel,
+    lora: Lora | None,
+    question: str,
+    max_new_tokens: int = 256,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
     """Answer a question with a document's LoRA, or with the base alone, by greedy decoding.
 
     With harmony, the answer is the text of the final channel. Under `content` supervision, which never trains a channel
@@ -58,11 +65,17 @@ def ask(trained: TrainedModel, lora: Lora | None, question: str, max_new_tokens:
     Args:
         lora: LoRA of one context; None for the base alone.
         max_new_tokens: upper bound on the tokens of the answer.
+        on_text: called with the answer so far, while it is generated; see `AnswerStreamer`.
     """
     prompt = torch.tensor([encode_prompt(trained.chat, question)])
     stop = find_stop_ids(trained)
-    tokens = generate(trained.model, lora, prompt, stop=stop, max_new_tokens=max_new_tokens)[0].tolist()
-    return decode_answer(trained.chat, truncate_at_stop(tokens, stop))
+
+    def decode(ids: Sequence[int]) -> str:
+        return decode_answer(trained.chat, truncate_at_stop(ids, stop))
+
+    streamer = None if on_text is None else AnswerStreamer(decode, on_text)
+    tokens = generate(trained.model, lora, prompt, stop=stop, max_new_tokens=max_new_tokens, streamer=streamer)
+    return decode(tokens[0].tolist())
 
 
 def encode_prompt(chat: ChatFormat, question: str) -> list[int]:
@@ -117,7 +130,13 @@ def find_stop_ids(trained: TrainedModel) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: DocToLora, lora: Lora | None, prompts: Tensor, *, stop: Sequence[int], max_new_tokens: int
+    model: DocToLora,
+    lora: Lora | None,
+    prompts: Tensor,
+    *,
+    stop: Sequence[int],
+    max_new_tokens: int,
+    streamer: AnswerStreamer | None = None,
 ) -> Tensor:
     """Generate greedy continuations, each row with its own LoRA.
 
@@ -126,6 +145,7 @@ def generate(
         prompts: int64 [n, T], all of one length.
         stop: ids of tokens that end a row, which is then padded with the first of them; if empty, the base's own.
         max_new_tokens: upper bound on the new tokens of a row.
+        streamer: takes the tokens of a single row as they come.
 
     Returns:
         The new tokens without the prompt, int64 [n, up to max_new_tokens], stop tokens included.
@@ -148,7 +168,9 @@ def generate(
     bound = nullcontext() if lora is None else bind(model.targets, lora, rows=[1] * len(prompts))
     with bound:
         generate_tokens: Any = model.base.generate
-        output: Tensor = generate_tokens(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)
+        output: Tensor = generate_tokens(
+            prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy, streamer=streamer
+        )
     return output[:, prompts.shape[1] :]
 
 

@@ -13,6 +13,9 @@ from d2l.data.chat.format import ChatFormat
 from d2l.errors import CheckpointError, ConfigError, ModelError
 from d2l.fingerprint import base_facts
 from d2l.hypernet.model import DocToLora
+from d2l.inference.demo import locate_checkpoint
+
+_OTHER_BASE = "pass the base of its training: --model MODEL"
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     """Load a checkpoint's base and its hypernetwork.
 
     Args:
-        place: a checkpoint folder, or a run's folder, whose newest valid checkpoint is loaded.
+        place: a checkpoint folder, a run's folder, whose newest valid checkpoint is loaded, or `demo` for the shipped one.
         model: present path or hub id of the base, if it differs from that in training.
 
     Raises:
         CheckpointError: there is no valid checkpoint, or it was trained on another base.
         ModelError: the base, its tokenizer or its chat template cannot be used.
     """
-    source = find_checkpoint(Path(place))
+    source = find_checkpoint(locate_checkpoint(Path(place)))
     folder = source.folder
     checkpoint = load_checkpoint(folder)
     config = _read_config(checkpoint, folder, model)
@@ -55,8 +58,13 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
         raise ModelError(f"{folder} needs its base model: {reason}\npass where it lies now: --model MODEL") from error
     found = base_facts(base_config)
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
-    chat, trained = components.chat, components.model
-    load_hypernet(trained.hypernet, checkpoint.hypernet)
+    try:
+        chat, trained = components.chat, components.model
+        load_hypernet(trained.hypernet, checkpoint.hypernet)
+    except (ModelError, CheckpointError) as error:
+        raise type(error)(
+            f"{folder} cannot be used with {config.model_name_or_path}: {error}\n{_OTHER_BASE}"
+        ) from error
     return TrainedModel(trained.to(trained.base.device).eval(), chat, config, source)
 
 
@@ -79,4 +87,4 @@ def _require_same_base(folder: Path, name: str, expected: Mapping[str, Any], fou
     ]
     if differences:
         lines = [f"{folder} was trained around another base than {name}:", *differences]
-        raise CheckpointError("\n".join([*lines, "pass the base of its training: --model MODEL"]))
+        raise CheckpointError("\n".join([*lines, _OTHER_BASE]))

@@ -45,13 +45,37 @@ def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
         CheckpointError: the path exists, or writing failed; nothing is left behind.
     """
     require_new_folder(folder)
+    with _write_folder(folder, what, replaces=False) as partial:
+        yield partial
+
+
+@contextmanager
+def replace_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Yield a new folder beside `folder`; it takes the place of `folder`, where there is one, when the block ends.
+
+    Only for what belongs to d2l. For a moment nothing has the name: two folders cannot be exchanged in one step everywhere.
+
+    Args:
+        what: name of the contents in error messages, such as `adapter`.
+
+    Raises:
+        CheckpointError: writing failed; `folder` stays as it was.
+    """
+    with _write_folder(folder, what, replaces=True) as partial:
+        yield partial
+
+
+@contextmanager
+def _write_folder(folder: Path, what: str, *, replaces: bool) -> Iterator[Path]:
     try:
         make_folders(folder.parent)
-        with _partial_folder(folder) as partial:
+        with scratch_folder(folder) as partial:
             yield partial
             for path in partial.rglob("*"):
                 sync(path)
             sync(partial)
+            if replaces and folder.exists():
+                remove_folder(folder)
             partial.rename(folder)
             sync(folder.parent)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
@@ -98,7 +122,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    with _partial_folder(path) as folder:
+    with scratch_folder(path) as folder:
         partial = folder / path.name
         yield partial
         sync(partial)
@@ -160,8 +184,12 @@ def remove_leftovers(folder: Path, *, only_writer: bool = False) -> None:
 
 
 @contextmanager
-def _partial_folder(place: Path) -> Iterator[Path]:
-    """Yield a new folder beside a place; it is removed at the end, where it is still there."""
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder beside a place, whose own name is free for what becomes of it; what is still there goes at the end.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     partial = _partial_place(place)
     _writing.add(partial)
     try:

@@ -101,13 +101,14 @@ class AssumedRows:
     def _row(self, config: RunConfig, document: int) -> RowShape:
         contexts = max(1, config.max_packed_ctx_len // document)
         chunks = _n_chunks(document, config.max_ctx_chunk_len)
+        equal = config.chunking == "equal" or chunks == 1  # chunks of whole sentences may be as long as they can be
         question_tokens = config.max_packed_inp_len
         limit = question_tokens if config.max_qas_len == UNLIMITED else config.max_qas_len
         return RowShape(
             context_tokens=contexts * document,
             documents=contexts * chunks,
             contexts=contexts,
-            longest_document=ceil(document / chunks),
+            longest_document=ceil(document / chunks) if equal else config.max_ctx_chunk_len,
             question_tokens=question_tokens,
             longest_question=min(question_tokens, limit, QUESTION),
             label_tokens=ceil(LABELS * question_tokens),
@@ -116,9 +117,11 @@ class AssumedRows:
 
 @dataclass(frozen=True)
 class Record:
-    """Lengths of one record's tokens."""
+    """Lengths of one record's tokens, and its chunks as they were made."""
 
     document: int
+    chunks: int
+    longest_chunk: int
     questions: int
     longest_question: int
     labels: int
@@ -149,12 +152,12 @@ class DataRows:
         return [self._row([self.records[place] for place in group], config) for group in packed.groups]
 
     def _row(self, records: Sequence[Record], config: RunConfig) -> RowShape:
-        chunks = [_n_chunks(record.document, config.max_ctx_chunk_len) for record in records]
+        chunks = [_chunks(record, config.max_ctx_chunk_len) for record in records]
         return RowShape(
             context_tokens=sum(record.document for record in records),
-            documents=sum(chunks),
+            documents=sum(count for count, _ in chunks),
             contexts=len(records),
-            longest_document=max(ceil(it.document / count) for it, count in zip(records, chunks, strict=True)),
+            longest_document=max(longest for _, longest in chunks),
             question_tokens=sum(record.questions for record in records),
             longest_question=max(record.longest_question for record in records),
             label_tokens=sum(record.labels for record in records),
@@ -165,11 +168,21 @@ def _n_chunks(document: int, longest: int) -> int:
     return 1 if longest == UNLIMITED else ceil(document / longest)
 
 
+def _chunks(record: Record, longest: int) -> tuple[int, int]:
+    """Return the number of a record's chunks and the longest of them: as made or, where these exceed the limit, equal."""
+    if longest == UNLIMITED or record.longest_chunk <= longest:
+        return record.chunks, record.longest_chunk
+    count = _n_chunks(record.document, longest)
+    return count, ceil(record.document / count)
+
+
 def _record(row: Row) -> Record:
     questions, document = row.size
     labels = chain.from_iterable(query.labels for query in row.queries)
     return Record(
         document=document,
+        chunks=len(row.chunks),
+        longest_chunk=max(map(len, row.chunks)),
         questions=questions,
         longest_question=max(len(query.input_ids) for query in row.queries),
         labels=sum(label != IGNORE_INDEX for label in labels),

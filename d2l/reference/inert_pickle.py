@@ -39,6 +39,7 @@ _DTYPES = {
 # A state dict names a storage once for every layer that shares it: 8 blocks as published. What is imported is written
 # out for each, so a file of megabytes that names one storage hundreds of times would become gigabytes.
 MOST_SHARED = 32
+_PIECE = 2**20  # bytes that are copied out of the archive at a time
 
 
 def _refuse_state(state: Any) -> None:
@@ -176,7 +177,7 @@ class TorchFile:
             CheckpointError: it is missing, or the storages together are larger than the file.
         """
         if key not in self._storages:
-            self._storages[key] = bytearray(self._read(f"data/{key}"))
+            self._storages[key] = self._read(f"data/{key}")
             total = sum(map(len, self._storages.values()))
             if total > self._size:
                 raise CheckpointError(
@@ -203,21 +204,35 @@ class TorchFile:
                 )
         return folder
 
-    def _read(self, name: str) -> bytes:
-        """Read a member of the archive; torch compresses none, so none is larger than the file."""
+    def _read(self, name: str) -> bytearray:
+        """Read a member of the archive, piece by piece into its place.
+
+        Raises:
+            CheckpointError: it is missing, damaged, compressed (torch compresses none) or larger than the file.
+        """
         try:
             member = self._archive.getinfo(self._folder + name)
             if member.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{self.path}: {name} is compressed, which torch.save does not do")
-            return self._archive.read(member)
+            if member.file_size > self._size:
+                raise ValueError(f"{member.file_size:,} bytes announced, the file has {self._size:,}")
+            data, read = bytearray(member.file_size), 0
+            with self._archive.open(member) as opened, memoryview(data) as view:
+                while count := opened.readinto(view[read : read + _PIECE]):  # type: ignore[attr-defined]  # an io.BufferedIOBase
+                    read += count
+            if read < len(data):
+                raise ValueError(f"expected {len(data):,} bytes, found {read:,}")
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{self.path}: {name} is missing or damaged: {error}") from error
+            raise CheckpointError(
+                f"{self.path}: {name} is missing or damaged: {error}; fetch the file again"
+            ) from error
+        return data
 
 
 class _Unpickler(pickle.Unpickler):
     """Unpickler that looks up names in a table and nowhere else."""
 
-    def __init__(self, data: bytes, names: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, data: bytearray, names: Mapping[str, Any], path: Path) -> None:
         super().__init__(io.BytesIO(data))
         self._names, self._path = names, path
 
@@ -237,7 +252,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a reference that is not a storage of numbers")
 
 
-def _load(data: bytes, names: Mapping[str, type], path: Path) -> Any:
+def _load(data: bytearray, names: Mapping[str, type], path: Path) -> Any:
     """Load a pickle with these classes, those of tensors, and no others.
 
     Raises:
@@ -256,10 +271,12 @@ def _load(data: bytes, names: Mapping[str, type], path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a malformed pickle can raise anything
-        raise CheckpointError(f"{path}: its pickle is malformed: {type(error).__name__}: {error!s:.200}") from error
+        raise CheckpointError(
+            f"{path}: its pickle is malformed: {type(error).__name__}: {error!s:.200}; fetch the file again"
+        ) from error
 
 
-def _require_known_opcodes(data: bytes) -> None:
+def _require_known_opcodes(data: bytearray) -> None:
     """Refuse opcodes that torch.save does not write, and memo indices that would make a table of gigabytes."""
     allowed = frozenset(_OPCODES.split())
     for opcode, argument, position in pickletools.genops(data):

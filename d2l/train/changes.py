@@ -11,10 +11,12 @@ from d2l.fingerprint import Fingerprint
 from d2l.train.folder import Change
 from d2l.train.optimizer import learning_rates
 
-# Settings that may change when a run is resumed: how often it saves and reports, paths, and what its memory may be.
+# Settings that may change when a run is resumed: how often it saves and reports, paths, what its memory may be,
+# and which findings are accepted.
 CHANGEABLE = {
     "save_steps",
     "save_total_limit",
+    "grace_seconds",
     "output_dir",
     "cache",
     "cache_dir",
@@ -22,6 +24,8 @@ CHANGEABLE = {
     "expert_transient_gib",
     "logging_steps",
     "report_to",
+    "select_checks",
+    "ignore_checks",
 }
 PARTS = ("data", "base_config", "tokenizer", "chat")  # of the fingerprint, whatever the configuration calls them
 _STEPS, _ACCUMULATION = "max_steps", "gradient_accumulation_steps"

@@ -5,7 +5,6 @@ each optimizer step: its micro-batches are dealt out by rank, and every loss is 
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from d2l.checkpoint import Checkpoint, load_hypernet, prune_checkpoints, save_checkpoint
+from d2l.checkpoint import Checkpoint, load_hypernet, save_checkpoint
 from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches, stage_rows
 from d2l.data.packing import PackedBatch
@@ -37,6 +36,7 @@ from d2l.train.optimizer import make_optimizer, make_schedule, set_schedule, sta
 from d2l.train.processes import OneProcess, processes
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import StepInputs
+from d2l.train.saving import saver
 from d2l.train.stopping import StopRequest
 from d2l.train.watch import Watch
 
@@ -259,7 +259,7 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
     """Train to `max_steps`, or to the step in which the trainer is asked to stop; yield every step's metrics.
 
     Metrics and checkpoints go into the run's folder. A checkpoint is written before the first step: a run that cannot
-    save should fail now and not hours later.
+    save should fail now and not hours later. Others are written beside the steps after them; the last step waits for its.
 
     Args:
         trainer: new, or restored from a checkpoint of this folder.
@@ -270,11 +270,15 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
     Raises:
         NonFiniteError: before the step that would have spoilt the weights, or before weights that an update has spoilt
             are saved; an autopsy lies in the folder.
-        CheckpointError: a checkpoint cannot be written.
+        CheckpointError: a checkpoint cannot be written; raised before a later step is yielded.
     """
     config, main = trainer.config, trainer.processes.is_main_process
     loss = partial(batch_loss, trainer.model, config=config)
-    with (folder / METRICS).open("a", encoding="utf-8") as metrics_file, autopsy_on_refusal(trainer, folder, loss):
+    with (
+        (folder / METRICS).open("a", encoding="utf-8") as metrics_file,
+        autopsy_on_refusal(trainer, folder, loss),
+        saver(folder, config.save_total_limit) as saving,
+    ):
         if trainer.step_number == 0:
             trainer.require_sound_state()
             if main and not step_folder(folder, 0).exists():  # a resumed run has it
@@ -283,17 +287,17 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
             metrics = trainer.step()
             trainer.stop.wait_for_step()
             stopping = trainer.should_stop
+            last = stopping or metrics.step == config.max_steps
             if main:
                 metrics_file.write(json.dumps(metrics.to_json()) + "\n")
                 metrics_file.flush()
             if watch is not None:
                 watch.observe(metrics)
-            if metrics.step % config.save_steps == 0 or metrics.step == config.max_steps or stopping:
+            if last or metrics.step % config.save_steps == 0:
                 trainer.require_sound_state()
                 if main:
-                    os.fsync(metrics_file.fileno())  # a checkpoint's steps are in the file, whatever happens after it
-                    save_checkpoint(step_folder(folder, metrics.step), trainer.checkpoint(**evidence))
-                    prune_checkpoints(folder, config.save_total_limit)
+                    saving.save(metrics.step, trainer.checkpoint(**evidence))
+            saving.settle(wait=last)
             yield metrics
             if stopping:
                 return

@@ -1,7 +1,7 @@
 """Training run: its components, its folder and the training loop, for a configuration that passed preflight."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ def train(
     this.wait_for_everyone()
     evidence = {"fingerprint": preflight["fingerprint"], "preflight": preflight["summary"], **start.evidence()}
     watch = Watch(trainer, start.folder, heldout, [record.source for record in components.records])
-    with started_trackers(config, start.folder, trainer.step_number) as track:
-        for metrics in _take_steps(trainer, start.folder, watch, evidence):
+    taken = closing(_take_steps(trainer, start.folder, watch, evidence))  # closed: nothing is being saved any more
+    with started_trackers(config, start.folder, trainer.step_number) as track, taken as steps:
+        for metrics in steps:
             record = metrics.to_json() | watch.evaluation
             track(record)
             on_step(record)
@@ -72,7 +73,9 @@ def train(
     return trainer.stop.cause
 
 
-def _take_steps(trainer: Trainer, folder: Path, watch: Watch, evidence: Mapping[str, Any]) -> Iterator[StepMetrics]:
+def _take_steps(
+    trainer: Trainer, folder: Path, watch: Watch, evidence: Mapping[str, Any]
+) -> Generator[StepMetrics, None, None]:
     """Take the steps; what the operating system refuses meanwhile is about the folder."""
     with _named_writes(folder):
         yield from train_steps(trainer, folder, watch, **evidence)

@@ -87,14 +87,19 @@ class Watch:
             self._name(f"step {metrics.step:,} is far from those before it: {found}; {self._records()}")
         if metrics.step == 1:
             self._compare_with_base(metrics)
-        self.evaluation = self._evaluate(metrics.step) if self._is_due(metrics.step) else {}
+        self.evaluation = self.evaluate(metrics.step) if self._is_due(metrics.step) else {}
 
     def _is_due(self, step: int) -> bool:
         config = self._trainer.config
         return bool(self._heldout) and (step % (config.eval_steps or 1) == 0 or step == config.max_steps)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate, write a line, and judge whether documents are read."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate, write a line, and judge whether documents are read; return the scores under `eval/`.
+
+        Raises:
+            NonFiniteError: the step has spoilt the weights.
+            OSError: the folder cannot be written.
+        """
         trainer = self._trainer
         trainer.require_sound_state()
         started, drawn = time.perf_counter(), random_state()

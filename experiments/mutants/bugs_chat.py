@@ -35,7 +35,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.chat.format:ChatFormat.encode_contents",
+        "d2l.data.chat.format:ChatFormat._encoded_contents",
         "chat",
         (
             "control-tokens-of-documents-kept",

@@ -34,6 +34,11 @@ MUTANTS = [
         "d2l.hypernet.model:DocToLora.lora",
         "lora",
         ("bias-left-out", "self.hypernet.bias())", "None)", "the shared LoRA has no effect and never learns"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.model:DocToLora.chunk_loras",
+        "lora",
         (
             "hypernet-in-half-precision",
             "with self._hypernet_precision():",

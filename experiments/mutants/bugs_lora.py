@@ -72,8 +72,8 @@ MUTANTS = [
         ),
         (
             "scale-over-chunks",
-            "return Lora(A, B, chunks.scale)",
-            "return Lora(A, B, chunks.scale / longest)",
+            "chunks.scale, bias.rank",
+            "chunks.scale / longest, bias.rank",
             "a document's LoRA depends on its neighbours' length",
         ),
         (
@@ -130,8 +130,8 @@ MUTANTS = [
         ),
         (
             "base-path-detached",
-            "return output + delta",
-            "return output.detach() + delta",
+            "return (output + delta",
+            "return (output.detach() + delta",
             "no gradient through the base",
         ),
         (
@@ -140,11 +140,16 @@ MUTANTS = [
             "tokens, A, B = x.detach().flatten",
             "a layer's LoRA does not learn what later LoRAs make of it",
         ),
-        ("delta-negated", "return output + delta", "return output - delta", "exports and answers have the other sign"),
+        (
+            "delta-negated",
+            "return (output + delta",
+            "return (output - delta",
+            "exports and answers have the other sign",
+        ),
         (
             "first-token-without-lora",
-            "return output + delta.reshape(output.shape)",
-            "delta[0] = 0\n        return output + delta.reshape(output.shape)",
+            "return (output + delta.reshape(output.shape))",
+            "delta[0] = 0\n        return (output + delta.reshape(output.shape))",
             "the first token of a row is not adapted",
         ),
     ),

@@ -230,7 +230,12 @@ MUTANTS = [
             "if trainer.step_number < 0:",
             "the first save is hours later",
         ),
-        ("last-step-not-saved", " or metrics.step == config.max_steps", "", "the last steps are lost"),
+        (
+            "last-step-not-saved",
+            "stopping or metrics.step == config.max_steps",
+            "stopping",
+            "the last steps are lost",
+        ),
         ("only-one-kept", "config.save_total_limit)", "1)", "no older checkpoint where the newest is damaged"),
     ),
 ]

@@ -95,11 +95,15 @@ def _run_folder() -> Values:
     config = RunConfig(**training_configs()["kl"].model_dump() | changes)
     trainer = Trainer(build(config), Components(config).rows, config, OneProcess(CPU))
     with tempfile.TemporaryDirectory() as name:
-        seen = [len(list(Path(name).glob("checkpoints/*"))) for _ in train_steps(trainer, Path(name))]
+        steps = train_steps(trainer, Path(name))
+        next(steps)
+        first = [path.name for path in Path(name).glob("checkpoints/*")]
+        for _ in steps:
+            pass
         folders = sorted(path.name for path in Path(name).glob("checkpoints/*"))
         lines = len((Path(name) / "metrics.jsonl").read_text().splitlines())
         steps = [load_checkpoint(Path(name) / "checkpoints" / folder).state["step"] for folder in folders]
-    return {"folders": folders, "seen": seen, "lines": lines, "steps": steps}
+    return {"folders": folders, "first": first, "lines": lines, "steps": steps}
 
 
 def losses(values: Values) -> None:

@@ -39,6 +39,7 @@ def random_subject(seed: int) -> Subject:
     family = draw.choice(["gpt_oss", draw.choice(OTHERS)])
     base_config = random_base_config(draw, family)
     values = _hypernetwork(draw, family, base_config.num_hidden_layers) | _optimization(draw) | _loading(draw, family)
+    values |= {"chunking": draw.choice(["equal", "sentences"]), "chunk_overlap": draw.choice([0, draw.randint(1, 64)])}
     config = changed(CLEAN.config, **values)
     records = taught_records(config.supervision) if config.needs_teacher else CLEAN.records
     return replace(CLEAN, name=f"seed {seed}", config=config, base_config=base_config, records=records)

@@ -107,6 +107,7 @@ FULL = Report(
         Outcome("MEM401", "memory-exceeded", "device", "error", "skip", "no GPU here"),
     ),
     unused_ignores=("TGT101",),
+    expired_ignores=("OPT101@2026-01-31",),
     judged={"base model": "tiny", "data": "none named"},
     twin_cannot_show=("running out of memory: a twin is small",),
     seconds=4.25,

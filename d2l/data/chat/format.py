@@ -90,11 +90,16 @@ class ChatFormat:
         Raises:
             DataError: it holds control tokens and they are refused.
         """
-        if not self._holds_control_tokens(text):
-            return self.encode_text(text)
-        ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        self.control.require_text(ids)
-        return ids
+        return list(self._encoded_contents(text)["input_ids"])
+
+    def locate_contents(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode_contents`, and the characters of the document that each is for: from, up to.
+
+        Raises:
+            DataError: it holds control tokens and they are refused.
+        """
+        encoding = self._encoded_contents(text, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text as token ids, without a template and without added tokens; control tokens in it are read as such."""
@@ -191,6 +196,14 @@ class ChatFormat:
                 "or have it read as text: --set control_tokens=text"
             )
         return found is not None
+
+    def _encoded_contents(self, text: str, **options: Any) -> Any:
+        """Return what the tokenizer makes of a document, its control tokens as the run says."""
+        if not self._holds_control_tokens(text):
+            return self.tokenizer(text, add_special_tokens=False, **options)
+        encoding: Any = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
+        self.control.require_text(encoding["input_ids"])
+        return encoding
 
     def _hidden(self, messages: Messages, tools: Sequence[Any] | None) -> Hidden:
         """Return what hides the control tokens of a conversation; empty where there is nothing to hide."""

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from checks.printable import printable as _clean
 from checks.result import FailLevel, Kind, Outcome, Report
 from checks.selftest import Selftest
 
@@ -121,16 +122,14 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
         _Block(
             f"{outcome.code} {outcome.name}: {_clean(outcome.message)}",
             STYLES[outcome.outcome],
-            _details(outcome, report),
+            details(outcome, report),
         )
         for outcome in findings
     ]
     blocks += _by_reason(report, "Not judged", ("skip", "blocked")) + _by_reason(
         report, "Not applicable", ("inapplicable",)
     )
-    rows = [("", f"{code} need not be ignored: the check passes") for code in report.unused_ignores]
-    rows += [("", f"{code} is over: its findings count again") for code in report.expired_ignores]
-    if rows:
+    if rows := [("", text) for text in idle_ignores(report)]:
         blocks.append(_Block("Ignored without effect", "yellow", rows))
     if report.twin_cannot_show:
         short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
@@ -144,7 +143,7 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
             for each in report.outcomes
         ],
         blocks=blocks,
-        summary=f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})",
+        summary=summary_line(report, fail_level),
         good=code == 0,
     )
 
@@ -186,8 +185,8 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
     )
 
 
-def _details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
-    """Return the labelled rows below a finding's heading."""
+def details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
+    """Return the labelled rows below a finding's heading; a row's text may have several lines."""
     evidence = dict(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
     if outcome.judged_with:
@@ -218,10 +217,16 @@ def _shown(value: Any) -> str:
     return "\n  ".join(lines)
 
 
-def _clean(text: str) -> str:
-    """Escape control characters: evidence can quote a data set, which must not reach the terminal as it is."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
+def idle_ignores(report: Report) -> list[str]:
+    """Return what is ignored without effect, or no longer, each in a sentence."""
+    unused = [f"{code} need not be ignored: the check passes" for code in report.unused_ignores]
+    return unused + [f"{code} is over: its findings count again" for code in report.expired_ignores]
+
+
+def summary_line(report: Report, fail_level: FailLevel = "error") -> str:
+    """Return how many checks ended in each way, the time, and the exit code in words."""
+    code = report.exit_code(fail_level)
+    return f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})"
 
 
 def _counts(report: Report) -> str:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from checks.formats import ReportFormat, require_format, write_report
 from checks.result import FailLevel, Report, UsageError
 from checks.time_limit import SECONDS
 from commands.console import (
     DataOption,
-    Format,
-    FormatOption,
     GpuOption,
     IgnoreOption,
     ModelOption,
@@ -30,6 +29,7 @@ from commands.console import (
     waited,
 )
 from d2l.io.atomic import require_new_file, write_new_file
+from d2l.io.resources import resource
 
 if TYPE_CHECKING:
     from checks.implementation import Implementation
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from checks.selftest import Selftest
     from checks.subject import Subject
     from d2l.config.schema import RunConfig
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        typer.echo(resource("docs/report.schema.json").read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
+
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); default: a tiny GPT-OSS.")
@@ -57,6 +64,22 @@ FailLevelOption = Annotated[
 ]
 ReportOption = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report to a new file.")
+]
+ReportFormatOption = Annotated[
+    ReportFormat,
+    typer.Option(
+        "--format",
+        help="Form of the report: text for people, html as a page; json, junit, sarif for programs; github: annotations.",
+    ),
+]
+SchemaOption = Annotated[
+    bool,
+    typer.Option(
+        "--schema",
+        callback=_print_schema,
+        is_eager=True,
+        help="Print a JSON Schema of the JSON report and exit.",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print findings and the verdict alone.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print the evidence and time of every check too.")]
@@ -99,13 +122,14 @@ def preflight(
     select: SelectOption = None,
     ignore: IgnoreOption = None,
     fail_level: FailLevelOption = "error",
-    output_format: FormatOption = "text",
+    output_format: ReportFormatOption = "text",
     output: ReportOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     timeout: TimeoutOption = SECONDS,
     implementation: ImplementationOption = None,
     selftest: SelftestOption = False,
+    schema: SchemaOption = False,
     fix: FixOption = False,
     write: WriteOption = False,
 ) -> None:
@@ -121,6 +145,7 @@ def preflight(
     alone = (fix or write) and (selftest or output or implementation or output_format != "text")
     _refuse_beside(alone, "--fix prints a patch: leave --selftest, --implementation, --format and -o out")
     _refuse_beside(fix and not (config and config.is_file()), "--fix changes a configuration: name the file")
+    require_format(output_format, selftest=selftest)
     if output is not None:
         require_new_file(output)
     if gpu is not None:
@@ -227,16 +252,16 @@ def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
 
 
 def _deliver(
-    report: "Report | Selftest", form: Format, output: Path | None, fail_level: FailLevel, detail: "Detail"
+    report: "Report | Selftest", form: ReportFormat, output: Path | None, fail_level: FailLevel, detail: "Detail"
 ) -> None:
-    """Print pure JSON on stdout where it is requested; with -o, write that format and print text."""
-    from checks.report import json_text, plain_text, print_report
+    """Print a format for programs, and nothing else, on stdout; with -o, write it to the file and print text."""
+    from checks.report import plain_text, print_report
 
-    text = json_text(report, fail_level) if form == "json" else plain_text(report, fail_level, detail)
+    text = plain_text(report, fail_level, detail) if form == "text" else write_report(report, form, fail_level)
     if output is not None:
         with write_new_file(output) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    if form == "json" and output is None:
+    if form != "text" and output is None:
         typer.echo(text, nl=False)
     else:
         print_report(report, console(), fail_level, detail)

@@ -28,6 +28,24 @@ def shared(request: pytest.FixtureRequest) -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _every_report_follows_its_schema() -> Iterator[None]:
+    """Let every report and selftest that a test makes follow the published schema, and hold no key beside it."""
+    from support.report_schema import validated  # here: workers that collect need no report
+
+    from checks.result import Report
+    from checks.selftest import Selftest
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (Report, Selftest):
+            patch.setattr(kind, "to_json", _then(kind.to_json, validated))
+        yield
+
+
+def _then(method: Any, look: Any) -> Any:
+    return lambda self, *arguments, **named: look(method(self, *arguments, **named))
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the figures that are saved."""

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
+from support.report_schema import PUBLISHED
 from typer.testing import CliRunner
 
 import cli
@@ -180,6 +181,8 @@ def test_version():
         (["preflight", "--select", "TOY202"], "did you mean TOY201"),
         (["preflight", "--stage", "twins"], "no stage 'twins'"),
         (["preflight", "--selftest", "--ignore", "TOY201=x"], "leave --ignore out"),
+        (["preflight", "--selftest", "--format", "html"], "choose one of text, json, junit"),
+        (["preflight", "--selftest", "--format", "sarif"], "--format sarif describes findings"),
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
         (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
         (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
@@ -337,6 +340,32 @@ def test_preflight_json_is_all_of_stdout(world):
     assert [outcome["outcome"] for outcome in document["outcomes"]] == ["fail", "blocked"]
 
 
+FORMS = {
+    "junit": "<?xml version=",
+    "sarif": '{\n  "$schema": ',
+    "github": "::error file=x.yaml,",
+    "html": "<!doctype html>",
+}
+
+
+@pytest.mark.parametrize(("form", "start"), FORMS.items())
+def test_a_format_for_programs_is_all_of_stdout_or_in_the_file(world, tmp_path, form, start):
+    world.rules[:] = [rule("TOY201", FAIL), rule("TOY202", requires=("TOY201",))]
+    result = d2l("preflight", "x.yaml", "--format", form)
+    assert result.exit_code == 1
+    assert result.stdout.startswith(start)
+    told = d2l("preflight", "x.yaml", "--format", form, "-o", str(tmp_path / "report"))
+    assert told.exit_code == 1
+    assert (tmp_path / "report").read_text() == result.stdout
+    assert told.stdout == d2l("preflight", "x.yaml").stdout
+
+
+def test_the_schema_of_reports_is_printed_and_nothing_runs(world):
+    result = d2l("preflight", "--schema")
+    assert json.loads(result.stdout) == PUBLISHED
+    assert world.loaded == []
+
+
 def test_output_file_is_written_and_the_terminal_still_told(world, tmp_path):
     result = d2l("preflight", "--format", "json", "-o", str(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text())["summary"]["pass"] == 1
@@ -364,6 +393,13 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(world, tmp_path):
     world.rules[:] = [rule("TOY201", check=meanwhile)]
     assert d2l("preflight", "-o", str(target)).exit_code == 2
     assert target.read_text() == "precious"
+
+
+def test_selftest_junit(world):
+    assert (
+        '<testcase name="TOY201 own" classname="d2l.selftest"'
+        in d2l(*("preflight", "--selftest", "--format", "junit")).stdout
+    )
 
 
 def test_selftest_json(world):

@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from support.html_page import Page
 from support.run_folders import make_folder
 from support.tiny_run import tiny_config
 from typer.testing import CliRunner, Result
@@ -26,41 +26,9 @@ from d2l.io.run_folder import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & é'
-VOID = {"meta", "br", "img", "link", "input"}
 HEADINGS = [
     *("Preflight", "Curves", "Sample", "Evaluation", "Memory", "Checkpoints", "Events", "Versions", "Configuration")
 ]
-
-
-class Page(HTMLParser):
-    """The elements of a page: what is open, what was seen, attributes, and the text of marked tokens."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {"mark": [], "span": [], "h2": [], "h3": [], "td": [], "p": []}
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-            if tag in self.text:
-                self.text[tag].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        for tag in self.open:
-            if tag in self.text:
-                self.text[tag][-1] += data
 
 
 def d2l(*arguments: object) -> Result:

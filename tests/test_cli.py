@@ -184,7 +184,7 @@ def test_version():
         (["preflight", "--selftest", "--format", "html"], "choose one of text, json, junit"),
         (["preflight", "--selftest", "--format", "sarif"], "--format sarif describes findings"),
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
-        (["explain", "ATT20"], "did you mean ATT202 future-tokens-visible or ATT201"),
+        (["explain", "ATT20"], "did you mean ATT203 positions-turned-wrong or ATT202"),
         (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
         (["train", "--resume", "absent"], "absent holds no config.yaml of a run: name the configuration"),
         (
@@ -257,7 +257,7 @@ def test_every_command_that_loads_libraries_shows_it(monkeypatch, capsys):
     with libraries_to_stderr():
         sys.stdout.write("a library talks\n")
     assert capsys.readouterr() == ("", f"{LOADING}\na library talks\n")
-    for name in ("adapter", "evaluate", "data"):
+    for name in ("internalize", "ask", "import_reference", "probe", "evaluate", "data"):
         assert "with libraries_to_stderr():" in (ROOT / "commands" / f"{name}.py").read_text()
 
 

@@ -187,7 +187,7 @@ def test_after_an_error_of_its_reader_a_run_writes_no_more(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lock is given back then, and another process may resume it."""
-    monkeypatch.setattr("d2l.train.run.Components", lambda config, on_tokenize: FakeComponents(config))
+    monkeypatch.setattr("d2l.train.run.Components", lambda config, on_tokenize, processes: FakeComponents(config))
     config = run_config(max_steps=9, save_steps=2, output_dir=str(tmp_path / "run"))
 
     def fail(metrics: Mapping[str, float]) -> None:

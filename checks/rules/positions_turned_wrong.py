@@ -166,6 +166,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("failure mode C2", "failure mode C3", "https://arxiv.org/abs/2309.00071"),
+    requires=("HYP201",),
     check=check,
     faults=(
         Fault("other-base", "frequencies of another rope_theta", _rotary_fault(_faster, _without_formula)),

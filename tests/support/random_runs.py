@@ -159,7 +159,7 @@ def _loading(draw: Random, family: str) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": draw.choice(CHECKPOINTING),
         "supervision": draw.choice(["content", "sampled"]),
         "max_packed_inp_len": max(80, draw.randint(64, 16384)),  # questions of the embedded run have up to 72 tokens
-        "max_packed_ctx_len": draw.randint(64, 32768),
+        "max_packed_ctx_len": max(110, draw.randint(64, 32768)),  # and documents up to 100
     }
 
 

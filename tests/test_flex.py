@@ -216,7 +216,10 @@ def step(base: PreTrainedModel, ids: Tensor, lengths: list[int]) -> list[Tensor]
     return [logits, *(parameter.grad for parameter in base.parameters() if parameter.grad is not None)]
 
 
-@pytest.mark.parametrize("lengths", [[11, 1, 9], [140, 130], [256], [5]])
+SLOW_LENGTHS = [pytest.param(lengths, marks=pytest.mark.slow) for lengths in ([140, 130], [256], [5])]
+
+
+@pytest.mark.parametrize("lengths", [[11, 1, 9], *SLOW_LENGTHS])
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "llama"])
 def test_a_model_on_what_is_compiled_is_the_eager_model(
     kind: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch

@@ -30,9 +30,12 @@ def red(report: Report) -> Mapping[str, str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"target_modules": "[q_proj, o_proj]", "gen_lora_l1_reg_coef": "0.1", "use_per_ctx_average_loss": "true"},
-        {"gradient_checkpointing": "false", "gradient_accumulation_steps": "2", "lr_scheduler_type": "linear"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"gradient_checkpointing": "false", "gradient_accumulation_steps": "2", "lr_scheduler_type": "linear"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_healthy_one_passes_every_check_that_it_offers_something_for(settings: dict[str, str]) -> None:
@@ -49,9 +52,9 @@ def test_a_healthy_one_passes_every_check_that_it_offers_something_for(settings:
     ("bug", "settings", "codes"),
     [
         ("leak", {}, {"ATT201"}),
-        ("plain forward", {}, {"LOR201"}),
+        pytest.param("plain forward", {}, {"LOR201"}, marks=pytest.mark.slow),
         ("reentrant", {}, {"GRD201"}),
-        ("four dimensions", {}, {"HYP201"}),
+        pytest.param("four dimensions", {}, {"HYP201"}, marks=pytest.mark.slow),
         ("object in state", {}, {"SAV201"}),
         ("partial targets", {"target_modules": "[v_proj, gate_up_projection]"}, {"TGT101"}),
     ],

@@ -216,7 +216,13 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize(("base_config", "documents", "questions", "labels", "values"), STEPS.values(), ids=STEPS)
+QUICK_STEPS = {"documents, eager", "questions, per document", "experts, nothing recomputed", "logits", "Muon"}
+
+
+@pytest.mark.parametrize(
+    ("base_config", "documents", "questions", "labels", "values"),
+    [pytest.param(*it, id=name, marks=() if name in QUICK_STEPS else pytest.mark.slow) for name, it in STEPS.items()],
+)
 def test_the_plan_is_within_a_tenth_of_the_tensors_alive_in_a_step(
     base_config: PreTrainedConfig, documents, questions, labels, values
 ) -> None:

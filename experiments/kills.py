@@ -23,7 +23,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,13 +44,15 @@ from d2l.train.stopping import SIGNALS, Interrupted, StopRequest, stop_on_signal
 
 KINDS = ("kill", "stretched", "stretched, cut off", "stretched, flipped", "stretched, asked to stop", "no room")
 BEGIN, END = "<!-- make kills -->\n", "<!-- end of make kills -->\n"
+PROGRESS = 25  # trials between two lines
 STOPPED = 12  # the exit code of a run that was asked to stop
 STRETCH = 0.004  # seconds before each operation on files
 TINY = {
     "max_steps": 6,
     "save_steps": 1,
     "save_total_limit": 2,
-    "eval_steps": 2,
+    "eval_steps": 3,
+    "eval_documents": 2,
     "gradient_accumulation_steps": 1,
     "needle_documents": 3,
     "latent_size": 8,
@@ -201,14 +204,13 @@ def measure(config: RunConfig, stretched: bool) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - started, ending(Path(config.output_dir))
 
 
-def run_trials(count: int, seed: int, place: Path) -> list[Trial]:
-    """Run trials of every kind in turn, and report each problem as it is found."""
+def run_trials(count: int, seed: int, place: Path) -> Iterator[Trial]:
+    """Yield trials of every kind in turn, and report each problem as it is found."""
 
     def config(name: str) -> RunConfig:
         return load_config(None, {**TINY, "output_dir": str(place / name)})
 
     whole = {stretched: measure(config(f"whole-{stretched}"), stretched) for stretched in (False, True)}
-    trials = []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         seconds, expected = whole[kind.startswith("stretched")]
@@ -218,8 +220,7 @@ def run_trials(count: int, seed: int, place: Path) -> list[Trial]:
             sys.stdout.flush()
         else:
             shutil.rmtree(place / f"run-{number}")
-        trials.append(trial)
-    return trials
+        yield trial
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -246,12 +247,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="a Markdown page whose table of kills is replaced")
     options = parser.parse_args()
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="d2l-kills-") as place:
-        trials = run_trials(options.trials, options.seed, Path(place))
+    started, trials = time.perf_counter(), list[Trial]()
+    with tempfile.TemporaryDirectory(prefix="d2l-kills-") as place, suppress(KeyboardInterrupt):  # what was seen stands
+        for trial in run_trials(options.trials, options.seed, Path(place)):
+            trials.append(trial)
+            if len(trials) % PROGRESS == 0:
+                sys.stdout.write(
+                    f"{len(trials)} of {options.trials}, {sum(bool(it.problem) for it in trials)} not equal\n"
+                )
+                sys.stdout.flush()
+    if not trials:
+        raise SystemExit(130)
     text = f"{table(trials)}\n\nSeed {options.seed}; {(time.perf_counter() - started) / len(trials):.1f} s a run."
     sys.stdout.write(f"{text}\n")
-    if options.page:
+    if options.page and len(trials) == options.trials:
         write_page(options.page, text)
     raise SystemExit(any(trial.problem for trial in trials))
 

@@ -141,10 +141,7 @@ def preflight(
     reasons, chosen = pairs("--ignore", ignore or ()), list(settings or ())
     detail = _detail(quiet, verbose)
     _refuse_beside(selftest and reasons, "--selftest plants faults that the checks must see: leave --ignore out")
-    _refuse_beside(write and not fix, "--write puts the patch of --fix into the file: give both")
-    alone = (fix or write) and (selftest or output or implementation or output_format != "text")
-    _refuse_beside(alone, "--fix prints a patch: leave --selftest, --implementation, --format and -o out")
-    _refuse_beside(fix and not (config and config.is_file()), "--fix changes a configuration: name the file")
+    _refuse_fix(config, fix, write, selftest or output or implementation or output_format != "text")
     require_format(output_format, selftest=selftest)
     if output is not None:
         require_new_file(output)
@@ -228,6 +225,13 @@ def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, O
 def _detail(quiet: bool, verbose: bool) -> "Detail":
     _refuse_beside(quiet and verbose, "-q prints less and -v more: leave one of them out")
     return "quiet" if quiet else "verbose" if verbose else "normal"
+
+
+def _refuse_fix(config: Path | None, fix: bool, write: bool, others: object) -> None:
+    """Refuse what does not go with a patch of a configuration."""
+    _refuse_beside(write and not fix, "--write puts the patch of --fix into the file: give both")
+    _refuse_beside(fix and others, "--fix prints a patch: leave --selftest, --implementation, --format and -o out")
+    _refuse_beside(fix and not (config and config.is_file()), "--fix changes a configuration: name the file")
 
 
 def _refuse_beside(given: object, message: str) -> None:

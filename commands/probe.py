@@ -41,6 +41,36 @@ TextOption = Annotated[
 ]
 
 
+ExpectedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--expected", metavar="FILE", help="Compare with this file of d2l expect, without the base's weights."
+    ),
+]
+AdapterNameOption = Annotated[
+    str | None,
+    typer.Option("--adapter-name", metavar="NAME", help="Adapter's name on the server; default: that of its folder."),
+]
+BaseNameOption = Annotated[
+    str | None,
+    typer.Option("--base-name", metavar="NAME", help="Base's name on the server; default: its first model."),
+]
+BoundOption = Annotated[
+    float | None,
+    typer.Option("--bound", metavar="NATS", min=0, help="Mean difference that counts as equal; default: 0.1."),
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Wait so long for an answer.")
+]
+ConnectTimeoutOption = Annotated[
+    float, typer.Option("--connect-timeout", metavar="SECONDS", min=0.1, help="Wait so long for a connection.")
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--api-key-env", metavar="NAME", help="Send the key in this environment variable."),
+]
+
+
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
     commands: tuple[Callable[..., None], ...] = (probe, expect)
@@ -52,37 +82,14 @@ def probe(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server, such as http://localhost:8000.")],
     adapter: AdapterArgument,
     model: BaseOption = None,
-    expected: Annotated[
-        Path | None,
-        typer.Option(
-            "--expected", metavar="FILE", help="Compare with this file of d2l expect, without the base's weights."
-        ),
-    ] = None,
-    adapter_name: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter-name", metavar="NAME", help="Adapter's name on the server; default: that of its folder."
-        ),
-    ] = None,
-    base_name: Annotated[
-        str | None,
-        typer.Option("--base-name", metavar="NAME", help="Base's name on the server; default: its first model."),
-    ] = None,
+    expected: ExpectedOption = None,
+    adapter_name: AdapterNameOption = None,
+    base_name: BaseNameOption = None,
     text: TextOption = None,
-    bound: Annotated[
-        float | None,
-        typer.Option("--bound", metavar="NATS", min=0, help="Mean difference that counts as equal; default: 0.1."),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Wait so long for an answer.")
-    ] = 60,
-    connect_timeout: Annotated[
-        float, typer.Option("--connect-timeout", metavar="SECONDS", min=0.1, help="Wait so long for a connection.")
-    ] = 5,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option("--api-key-env", metavar="NAME", help="Send the key in this environment variable."),
-    ] = None,
+    bound: BoundOption = None,
+    timeout: TimeoutOption = 60,
+    connect_timeout: ConnectTimeoutOption = 5,
+    api_key_env: KeyOption = None,
     output_format: FormatOption = "text",
 ) -> None:
     """Ask a server whether it serves an adapter as trained.

@@ -13,7 +13,7 @@ import typer
 from checks.result import Report, UsageError
 from d2l.config.edit import with_values
 from d2l.errors import ConfigError
-from d2l.io.atomic import write_new_file
+from d2l.io.atomic import replace_file, write_new_file
 
 if TYPE_CHECKING:
     from d2l.config.schema import RunConfig
@@ -33,7 +33,7 @@ def fix(
         config: the file that was judged.
         read: reads a configuration with the command's own options on top.
         judge: runs the checks on another configuration.
-        write: put the patched file in the place of the old one, which is renamed.
+        write: put the patched file in the place of the old one, which is copied beside it first.
 
     Returns:
         The report on the patched configuration; None where no setting is known to settle anything.
@@ -58,8 +58,8 @@ def fix(
     )
     _say_what_became(report, proven)
     if write:
-        kept = _rename_old(config)
-        with write_new_file(config) as partial:
+        kept = _copy_old(config)
+        with replace_file(config) as partial:
             partial.write_text(after, encoding="utf-8")
         typer.echo(f"Written to {config}; the old one is {kept}", err=True)
     return proven
@@ -97,14 +97,12 @@ def _say_what_became(report: Report, proven: Report) -> None:
             typer.echo(f"{outcome.code} {outcome.name}: found with the patch: {outcome.message}", err=True)
 
 
-def _rename_old(config: Path) -> Path:
-    """Give the old file a name of its own beside the new one: `run.before-fix.yaml`, with a number where that exists."""
+def _copy_old(config: Path) -> Path:
+    """Copy the old file to a name of its own beside it: `run.before-fix.yaml`, with a number where that exists."""
     names = (f"{config.stem}.before-fix{f'-{number}' if number > 1 else ''}{config.suffix}" for number in count(1))
     kept = next(path for path in map(config.with_name, names) if not path.exists())
-    try:
-        config.rename(kept)
-    except OSError as error:
-        raise UsageError(f"cannot rename {config}: {error.strerror}; nothing was written") from None
+    with write_new_file(kept) as partial:
+        partial.write_bytes(config.read_bytes())
     return kept
 
 

@@ -1,77 +1,23 @@
-"""A report as a coloured table on a terminal, as plain lines elsewhere, in the same words; or as JSON."""
+"""A report in words, for a terminal, a file or a log; or as JSON."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from checks.printable import printable as _clean
+from checks.report_layout import STYLES, Block, Line, Page, coloured, plain
 from checks.result import FailLevel, Kind, Outcome, Report
 from checks.selftest import Selftest
 
 Detail = Literal["quiet", "normal", "verbose"]  # findings alone; every check in a line; and what each one measured
 
-STYLES = {
-    "pass": "green",
-    "warn": "yellow",
-    "fail": "bold red",
-    "skip": "yellow",
-    "inapplicable": "dim",
-    "blocked": "dim",
-    "crash": "bold magenta",
-    "caught": "green",
-    "missed": "bold red",
-    "not_applied": "bold yellow",
-}
-QUIET = {"pass", "skip", "inapplicable", "blocked", "caught"}  # written small; everything else is in capitals
-SHORT = {"inapplicable": "n/a"}
-WIDE = 100  # columns from which the table has room for the seconds
 MOST_LINES = 6  # of one piece of evidence; JSON has all of it
 LONGEST = 400  # characters of one line of evidence
 _LISTING = "bold"  # the style of a block that is no finding
 TRACEBACK_LINES = 4  # the innermost frame and the error
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One line of a table: what became of one check or one planted fault."""
-
-    section: str
-    kind: str
-    code: str
-    name: str
-    message: str
-    seconds: float
-
-    @property
-    def word(self) -> str:
-        word = SHORT.get(self.kind, self.kind.replace("_", " "))
-        return word if self.kind in QUIET else word.upper()
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A part below the table: a heading and labelled rows; a row's text may have several lines."""
-
-    heading: str
-    style: str
-    rows: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class _Page:
-    title: str
-    judged: Sequence[tuple[str, str]]
-    lines: Sequence[_Line]
-    blocks: Sequence[_Block]
-    summary: str
-    good: bool
 
 
 def print_report(
@@ -80,14 +26,14 @@ def print_report(
     """Print the report on the console: coloured on a terminal, else as `plain_text`."""
     page = _page(report, fail_level, detail)
     if console.is_terminal and not console.is_dumb_terminal:
-        console.print(_coloured(page, console.width))
+        console.print(coloured(page, console.width))
     else:
-        console.out(_plain(page), end="", highlight=False)
+        console.out(plain(page), end="", highlight=False)
 
 
 def plain_text(report: Report | Selftest, fail_level: FailLevel = "error", detail: Detail = "normal") -> str:
     """Return the report without colour, boxes or line breaks inside a check's line, for files and logs."""
-    return _plain(_page(report, fail_level, detail))
+    return plain(_page(report, fail_level, detail))
 
 
 def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str:
@@ -95,7 +41,7 @@ def json_text(report: Report | Selftest, fail_level: FailLevel = "error") -> str
     return json.dumps(report.to_json(fail_level), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _page(report: Report | Selftest, fail_level: FailLevel, detail: Detail) -> _Page:
+def _page(report: Report | Selftest, fail_level: FailLevel, detail: Detail) -> Page:
     page = _page_of_selftest(report) if isinstance(report, Selftest) else _page_of_report(report, fail_level)
     if detail == "quiet":
         loud = [block for block in page.blocks if block.style != _LISTING]
@@ -105,10 +51,10 @@ def _page(report: Report | Selftest, fail_level: FailLevel, detail: Detail) -> _
     return page
 
 
-def _measured(report: Report) -> list[_Block]:
+def _measured(report: Report) -> list[Block]:
     """Return what was measured by every check that found nothing."""
     return [
-        _Block(
+        Block(
             f"{it.code} {it.name}: {it.seconds:.2f} s", _LISTING, [("", _clean(_listed(it.evidence)) or "no evidence")]
         )
         for it in report.outcomes
@@ -116,10 +62,10 @@ def _measured(report: Report) -> list[_Block]:
     ]
 
 
-def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
+def _page_of_report(report: Report, fail_level: FailLevel) -> Page:
     findings = [outcome for outcome in report.outcomes if outcome.outcome in ("warn", "fail", "crash")]
     blocks = [
-        _Block(
+        Block(
             f"{outcome.code} {outcome.name}: {_clean(outcome.message)}",
             STYLES[outcome.outcome],
             details(outcome, report),
@@ -130,16 +76,16 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
         report, "Not applicable", ("inapplicable",)
     )
     if rows := [("", text) for text in idle_ignores(report)]:
-        blocks.append(_Block("Ignored without effect", "yellow", rows))
+        blocks.append(Block("Ignored without effect", "yellow", rows))
     if report.twin_cannot_show:
         short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
-        blocks.append(_Block("A twin cannot show", _LISTING, [("", short)]))
+        blocks.append(Block("A twin cannot show", _LISTING, [("", short)]))
     code = report.exit_code(fail_level)
-    return _Page(
+    return Page(
         title=f"d2l {report.version} preflight of {report.config}, fingerprint {report.fingerprint[:12]}",
         judged=[(what, _clean(value)) for what, value in report.judged.items()],
         lines=[
-            _Line(each.stage, each.outcome, each.code, each.name, _clean(each.message), each.seconds)
+            Line(each.stage, each.outcome, each.code, each.name, _clean(each.message), each.seconds)
             for each in report.outcomes
         ],
         blocks=blocks,
@@ -148,20 +94,20 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> _Page:
     )
 
 
-def _by_reason(report: Report, heading: str, kinds: Sequence[Kind]) -> list[_Block]:
+def _by_reason(report: Report, heading: str, kinds: Sequence[Kind]) -> list[Block]:
     """Return a block that lists the reasons of these outcomes, each once with the checks that it concerns."""
     codes: dict[str, list[str]] = {}
     for outcome in report.outcomes:
         if outcome.outcome in kinds:
             codes.setdefault(_clean(outcome.message), []).append(outcome.code)
     rows = [("", f"{reason}: {', '.join(who)}") for reason, who in codes.items()]
-    return [_Block(heading, _LISTING, rows)] if rows else []
+    return [Block(heading, _LISTING, rows)] if rows else []
 
 
-def _page_of_selftest(selftest: Selftest) -> _Page:
+def _page_of_selftest(selftest: Selftest) -> Page:
     lost = [trial for trial in selftest.trials if trial.result != "caught"]
     blocks = [
-        _Block(
+        Block(
             f"{trial.code} {trial.fault}: {trial.result.replace('_', ' ')}",
             STYLES[trial.result],
             [("", _clean(trial.detail))],
@@ -170,13 +116,13 @@ def _page_of_selftest(selftest: Selftest) -> _Page:
     ]
     if selftest.left_out:
         rows = [("", f"{', '.join(selftest.left_out)}: of a stage that was not requested (--stage)")]
-        blocks.append(_Block("Not tested", _LISTING, rows))
+        blocks.append(Block("Not tested", _LISTING, rows))
     count = f"{selftest.count('caught')} of {len(selftest.trials)} planted faults caught"
-    return _Page(
+    return Page(
         title=f"d2l {selftest.version} selftest on {selftest.config}, fingerprint {selftest.fingerprint[:12]}",
         judged=(),
         lines=[
-            _Line("planted faults", each.result, each.code, each.fault, _clean(each.detail), each.seconds)
+            Line("planted faults", each.result, each.code, each.fault, _clean(each.detail), each.seconds)
             for each in selftest.trials
         ],
         blocks=blocks,
@@ -252,67 +198,3 @@ def _verdict(report: Report, code: int, fail_level: FailLevel) -> str:
         3: "a check crashed",
         4: "a requested check did not run",
     }[code]
-
-
-def _plain(page: _Page) -> str:
-    width = max((len(line.name) for line in page.lines), default=0)
-    words = max((len(line.word) for line in page.lines), default=0)
-    margin = max((len(what) for what, _ in page.judged), default=0)
-    text = [page.title, *(f"  {what:<{margin}}  {value}" for what, value in page.judged)]
-    if page.lines:
-        text.append("")
-    for line in page.lines:
-        text.append(f"{line.code} {line.name:<{width}}  {line.word:<{words}}  {' '.join(line.message.split())}")
-    for block in page.blocks:
-        text += ["", block.heading]
-        margin = max(len(label) for label, _ in block.rows)
-        for label, value in block.rows:
-            first, *rest = value.splitlines() or [""]
-            text.append(f"  {label:<{margin}}  {first}" if margin else f"  {first}")
-            text += [" " * (margin + 4 if margin else 4) + line for line in rest]
-    return "\n".join([*text, "", page.summary, ""])
-
-
-def _coloured(page: _Page, width: int) -> RenderableType:
-    parts: list[RenderableType] = [Text(page.title, style="bold")]
-    if page.judged:
-        parts.append(Padding(_rows(_Block("", "", page.judged)), (0, 0, 0, 2)))
-    names = max((len(line.name) for line in page.lines), default=0)
-    words = max((len(line.word) for line in page.lines), default=0)
-    for section, lines in groupby(page.lines, key=lambda line: line.section):
-        parts += [Text(f"\n{section}", style="bold"), _table(lines, words, names, wide=width >= WIDE)]
-    for block in page.blocks:
-        parts += [Text(f"\n{block.heading}", style=block.style), Padding(_rows(block), (0, 0, 0, 2))]
-    return Group(*parts, Text(f"\n{page.summary}", style="bold green" if page.good else "bold red"))
-
-
-def _table(lines: Iterable[_Line], words: int, names: int, *, wide: bool) -> Table:
-    """Make a table of one line for each check, cut at the edge: findings stand whole below it."""
-    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    table.add_column(width=words + 2, no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(width=names, no_wrap=True, overflow="ellipsis")
-    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    if wide:
-        table.add_column(width=7, justify="right", no_wrap=True, style="dim")
-    for line in lines:
-        dim = "dim" if line.kind in ("skip", "inapplicable", "blocked") else ""
-        cells = [
-            Text(f"  {line.word}", style=STYLES[line.kind]),
-            Text(line.code, style=dim),
-            Text(line.name, style=dim),
-            Text(" ".join(line.message.split()), style=dim),
-        ]
-        table.add_row(*cells, *([Text(f"{line.seconds:.1f} s" if line.seconds >= 0.05 else "")] if wide else []))
-    return table
-
-
-def _rows(block: _Block) -> Table:
-    labelled = any(label for label, _ in block.rows)
-    rows = Table.grid(padding=(0, 2, 0, 0))
-    if labelled:
-        rows.add_column(style="dim", no_wrap=True)
-    rows.add_column(overflow="fold")
-    for label, value in block.rows:
-        rows.add_row(*([Text(label)] if labelled else []), Text(value))
-    return rows

@@ -91,7 +91,9 @@ FixOption = Annotated[
 ]
 WriteOption = Annotated[
     bool,
-    typer.Option("--write", help="With --fix: put the patched file in the place of the old one, of which a copy is kept."),
+    typer.Option(
+        "--write", help="With --fix: put the patched file in the place of the old one, of which a copy is kept."
+    ),
 ]
 SelftestOption = Annotated[
     bool, typer.Option("--selftest", help="Plant every fault and demand that its check alone turns red.")

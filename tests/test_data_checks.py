@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,18 @@ def red(subject: Subject) -> set[str]:
     return {outcome.code for outcome in data_report(subject).outcomes if outcome.outcome in ("fail", "crash")}
 
 
-CONTENT = [(limits, "content") for limits in LIMITS]
-SAMPLED = [pytest.param(limits, "sampled", marks=() if limits == "chunked" else pytest.mark.slow) for limits in LIMITS]
+# Every family with every kind of limits and supervision; other families than GPT-OSS with one case each in `make test`
+CLEAN = [
+    pytest.param(
+        *case,
+        marks=() if case[0] == "gpt_oss" or case[1:] == ("chunked", "content") else pytest.mark.slow,
+        id="-".join(case),
+    )
+    for case in product(["gpt_oss", *FAMILIES], LIMITS, ["content", "sampled"])
+]
 
 
-@pytest.mark.parametrize(("limits", "supervision"), [*CONTENT, *SAMPLED])
-@pytest.mark.parametrize("family", ["gpt_oss", *FAMILIES])
+@pytest.mark.parametrize(("family", "limits", "supervision"), CLEAN)
 def test_clean_data_of_every_family_is_green(family: str, limits: str, supervision: str) -> None:
     report = data_report(subject_of(family, supervision=supervision, **LIMITS[limits]))
     assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
@@ -378,7 +385,17 @@ KEYS: dict[str, tuple[Plant, str]] = {
 }
 
 
-@pytest.mark.parametrize("key", KEYS)
+QUICK_KEYS = {
+    "chat",
+    "context",
+    "logprobs_vals",
+    "max_ctx_len",
+}  # one of each kind; the others are looked at in `make fuzz`
+
+
+@pytest.mark.parametrize(
+    "key", [pytest.param(name, marks=() if name in QUICK_KEYS else pytest.mark.slow) for name in KEYS]
+)
 def test_a_cache_key_without_something_is_red_and_names_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant, named = KEYS[key]
     plant(monkeypatch)

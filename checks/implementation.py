@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from checks.plugins import Plugin, load_plugins
 from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 
@@ -140,6 +141,9 @@ class Implementation(Protocol):
     def requirements(self) -> Mapping[str, str]:
         """Return what the implementation needs (`torch>=2.11`) → the version that is installed, empty where it is absent."""
 
+    def plugins(self) -> Sequence[Plugin]:
+        """Return what installed distributions register as checks."""
+
     def gpu(self) -> str | None:
         """Return the GPU that the run would use, as torch names it; `None` without one."""
 
@@ -158,10 +162,13 @@ class Implementation(Protocol):
 
 
 class Offered:
-    """An implementation whose missing methods raise `NotOffered`."""
+    """An implementation whose missing methods raise `NotOffered`. Plugins are the machine's, whatever is examined on it."""
 
     def __init__(self, implementation: Any) -> None:
         self._implementation = implementation
+
+    def plugins(self) -> Sequence[Plugin]:
+        return load_plugins()
 
     def __getattr__(self, name: str) -> Any:
         if (found := getattr(self._implementation, name, None)) is None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from checks.plugins import Plugin, load_plugins
 from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 
@@ -141,8 +140,8 @@ class Implementation(Protocol):
     def requirements(self) -> Mapping[str, str]:
         """Return what the implementation needs (`torch>=2.11`) → the version that is installed, empty where it is absent."""
 
-    def plugins(self) -> Sequence[Plugin]:
-        """Return what installed distributions register as checks."""
+    def plugins(self) -> Sequence[Any]:
+        """Return what installed distributions register as checks, as `checks.plugins.Plugin`."""
 
     def gpu(self) -> str | None:
         """Return the GPU that the run would use, as torch names it; `None` without one."""
@@ -162,13 +161,10 @@ class Implementation(Protocol):
 
 
 class Offered:
-    """An implementation whose missing methods raise `NotOffered`. Plugins are the machine's, whatever is examined on it."""
+    """An implementation whose missing methods raise `NotOffered`."""
 
     def __init__(self, implementation: Any) -> None:
         self._implementation = implementation
-
-    def plugins(self) -> Sequence[Plugin]:
-        return load_plugins()
 
     def __getattr__(self, name: str) -> Any:
         if (found := getattr(self._implementation, name, None)) is None:

@@ -80,7 +80,8 @@ def package_files(module: str) -> list[Path]:
     top = sys.modules[module.partition(".")[0]]
     if folders := getattr(top, "__path__", None):
         return [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
-    return [Path(top.__file__)] if getattr(top, "__file__", None) else []
+    file = getattr(top, "__file__", None)
+    return [Path(file)] if file else []
 
 
 def _distribution(entry: metadata.EntryPoint) -> str:

@@ -155,6 +155,13 @@ class Run(Trainer):
         self.restore(load_checkpoint(folder))
 
 
+class Another(Offered):
+    """Another implementation than d2l; plugins are this machine's, whatever is examined on it."""
+
+    def plugins(self) -> Sequence[Plugin]:
+        return load_plugins()
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Let transformers load without progress bars and reports meanwhile: what it says of a twin helps nobody."""
@@ -223,7 +230,7 @@ def make_subject(
         name=name or config.model_name_or_path,
         config=config,
         base_config=base_config,
-        implementation=Production(on_tokenize) if implementation is None else Offered(implementation),
+        implementation=Production(on_tokenize) if implementation is None else Another(implementation),
         tokenizer=tokenizer,
         tokenizer_absent=tokenizer_absent,
         records=records,

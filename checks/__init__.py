@@ -38,6 +38,7 @@ def preflight(
         D2LError: the configuration, the base model or the data cannot be used, or a check or stage does not exist.
     """
     from checks.choice import chosen_by
+    from checks.plugins import with_plugins
     from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
     from checks.result import UsageError
     from checks.rules import RULES
@@ -52,4 +53,4 @@ def preflight(
     with one_thread():
         subject = make_subject(resolved, name, implementation=implementation, with_data=not stages or "data" in stages)
         selected, ignored = chosen_by(resolved, select, ignore or {})
-        return run_checks(subject, RULES, stages=stages, select=selected, ignore=ignored)
+        return run_checks(subject, with_plugins(RULES), stages=stages, select=selected, ignore=ignored)

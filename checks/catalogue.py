@@ -31,6 +31,7 @@ class CheckFacts:
     requires: tuple[str, ...]
     documentation: str
     faults: tuple[FaultFacts, ...]
+    plugin: str = ""
 
 
 def facts_of(rule: Rule) -> CheckFacts:
@@ -44,6 +45,7 @@ def facts_of(rule: Rule) -> CheckFacts:
         requires=rule.requires,
         documentation=inspect.cleandoc(rule.documentation),
         faults=tuple(FaultFacts(fault.name, fault.description) for fault in rule.faults),
+        plugin=rule.plugin,
     )
 
 

@@ -100,9 +100,13 @@ def explain(checks: Sequence[CheckFacts], code_or_name: str) -> str:
 
 
 def as_list(checks: Sequence[CheckFacts]) -> str:
-    """Return one line for each check."""
+    """Return one line for each check; those of plugins name theirs."""
     width = max((len(check.name) for check in checks), default=0)
-    return "\n".join(f"{it.code}  {it.stage:<6}  {it.severity:<7}  {it.name:<{width}}  {summary(it)}" for it in checks)
+    return "\n".join(
+        f"{it.code}  {it.stage:<6}  {it.severity:<7}  {it.name:<{width}}  {summary(it)}"
+        + (f" ({it.plugin})" if it.plugin else "")
+        for it in checks
+    )
 
 
 def as_json(checks: Sequence[CheckFacts]) -> str:
@@ -119,6 +123,7 @@ def as_json(checks: Sequence[CheckFacts]) -> str:
             ],
             "requires": check.requires,
             "faults": [fault.name for fault in check.faults],
+            "plugin": check.plugin,
         }
         for check in checks
     ]
@@ -152,7 +157,8 @@ def _stage(check: CheckFacts) -> int:
 def _facts(check: CheckFacts) -> list[tuple[str, str]]:
     """Return the short facts of a check with their labels."""
     requires = ", ".join(check.requires) or "nothing"
-    return [("stage", check.stage), ("severity", check.severity), ("requires", requires)]
+    facts = [("stage", check.stage), ("severity", check.severity), ("requires", requires)]
+    return [*facts, ("plugin", check.plugin)] if check.plugin else facts
 
 
 def _cell(text: str) -> str:

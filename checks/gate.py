@@ -16,7 +16,7 @@ from checks.seal import code_fingerprint, digest
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-PLACES = ("versions", "device")  # of what a report says that it judged; the rest is in the fingerprint
+PLACES = ("versions", "device", "plugins")  # of what a report says that it judged; the rest is in the fingerprint
 ANEW = "device"  # a stage that is judged anew: free memory and disk are what they are now
 
 
@@ -66,9 +66,9 @@ def _against(
     if document["code"] != code_fingerprint():
         reasons.append("it was written by other code of d2l")
     reasons += [
-        f"it judged on other {what}: {judged.get(what)}, and here are {subject.judged[what]}"
+        f"it judged on other {what}: {judged.get(what, 'none')}, and here are {subject.judged.get(what, 'none')}"
         for what in PLACES
-        if judged.get(what) != subject.judged[what]
+        if judged.get(what) != subject.judged.get(what)
     ]
     if missing := [rule.code for rule in rules if rule.code not in codes]:
         reasons.append(f"it did not judge {', '.join(missing)}")

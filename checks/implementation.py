@@ -140,6 +140,9 @@ class Implementation(Protocol):
     def requirements(self) -> Mapping[str, str]:
         """Return what the implementation needs (`torch>=2.11`) → the version that is installed, empty where it is absent."""
 
+    def plugins(self) -> Sequence[Any]:
+        """Return what installed distributions register as checks, as `checks.plugins.Plugin`."""
+
     def gpu(self) -> str | None:
         """Return the GPU that the run would use, as torch names it; `None` without one."""
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from checks.implementation import Implementation, Offered
 from checks.machine import free_disk, free_memory, gpu, requirements, save_seconds
+from checks.plugins import Plugin, load_plugins
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -134,6 +135,9 @@ class Production:
         """Return the requirements of the installed distribution."""
         return requirements()
 
+    def plugins(self) -> Sequence[Plugin]:
+        return load_plugins()
+
     def free_disk(self, config: RunConfig) -> int:
         return free_disk(config)
 
@@ -149,6 +153,13 @@ class Run(Trainer):
 
     def resume(self, folder: Path) -> None:
         self.restore(load_checkpoint(folder))
+
+
+class Another(Offered):
+    """Another implementation than d2l; plugins are this machine's, whatever is examined on it."""
+
+    def plugins(self) -> Sequence[Plugin]:
+        return load_plugins()
 
 
 @contextmanager
@@ -219,7 +230,7 @@ def make_subject(
         name=name or config.model_name_or_path,
         config=config,
         base_config=base_config,
-        implementation=Production(on_tokenize) if implementation is None else Offered(implementation),
+        implementation=Production(on_tokenize) if implementation is None else Another(implementation),
         tokenizer=tokenizer,
         tokenizer_absent=tokenizer_absent,
         records=records,
@@ -250,4 +261,6 @@ def _judged(
     }
     if implementation is not None:
         judged["implementation"] = f"{type(implementation).__module__}.{type(implementation).__qualname__}"
+    if plugins := load_plugins():
+        judged["plugins"] = ", ".join(map(str, plugins))
     return judged

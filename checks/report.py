@@ -140,6 +140,8 @@ def details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
     frames = str(evidence.pop("traceback", "")).rstrip().splitlines()
     if frames:
         rows.append(("traceback", "\n".join(line.strip() for line in frames[-TRACEBACK_LINES:])))
+    if outcome.plugin:
+        rows.append(("plugin", outcome.plugin))
     rows += [("expected", outcome.expected), ("actual", outcome.actual), ("evidence", _listed(evidence))]
     advice = f"d2l explain {outcome.code}"
     rows.append(("fix", f"{outcome.remedy}\n({advice})" if outcome.remedy else advice))

@@ -14,6 +14,7 @@ Kind = Literal["pass", "warn", "fail", "skip", "inapplicable", "blocked", "crash
 FailLevel = Literal["warn", "error"]
 
 STAGES: tuple[str, ...] = get_args(Stage)
+SEVERITIES: tuple[str, ...] = get_args(Severity)
 SCHEMA = 1  # of the JSON documents
 
 
@@ -86,6 +87,7 @@ class Outcome:
         settings: values of the configuration that remedy the finding.
         judged_with: settings that earlier findings proposed and with which this check ran, since it could not without.
         ignored: whether the user ignored this finding, so that it is a warning that fails nothing.
+        plugin: distribution and version that the rule comes from; empty for d2l's own.
         seconds: wall time of this check; plays no part in `==`.
     """
 
@@ -103,6 +105,7 @@ class Outcome:
     judged_with: Mapping[str, Any] = field(default_factory=dict)
     blocked_by: str | None = None
     ignored: bool = False
+    plugin: str = ""
     seconds: float = field(default=0.0, compare=False)
 
     @property

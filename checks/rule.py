@@ -54,6 +54,7 @@ class Rule:
         sources: keys of the documented fixes, failure modes and threads that the rule comes from; see `checks.sources`.
         requires: codes of earlier rules without which this one measures nothing; if one of them fails, this one is
             blocked instead of reporting the same cause twice.
+        plugin: distribution and version that it comes from, which `checks.plugins` puts in; empty for d2l's own.
     """
 
     code: str
@@ -64,6 +65,7 @@ class Rule:
     check: "Callable[[Subject], Result]"
     requires: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
+    plugin: str = ""
 
     @property
     def documentation(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from checks.choice import Ignore, choose, read_ignores
 from checks.json_values import jsonable
+from checks.plugins import package_files
 from checks.processes import available_cores, in_processes
 from checks.result import Fail, Inapplicable, Kind, NotOffered, Outcome, Pass, Report, Skip, Warn
 from checks.rule import Rule
@@ -216,7 +217,8 @@ def _measure(rule: Rule, subject: "Subject", seconds: float) -> Outcome:
 
 def is_of_the_run(error: Exception, rule: Rule) -> bool:
     """Tell whether an error comes out of what is examined, and not out of the check or of a library that it calls."""
-    own = {str(path) for path in Path(__file__).parent.rglob("*.py")} | {rule.check.__code__.co_filename}
+    files = [*Path(__file__).parent.rglob("*.py"), *package_files(rule.check.__module__)]
+    own = {*map(str, files), rule.check.__code__.co_filename}
     called: list[str] = []  # files of the frames below the check's innermost one
     for frame in traceback.extract_tb(error.__traceback__):
         called = [] if frame.filename in own else [*called, frame.filename]
@@ -274,7 +276,7 @@ def _judge(rule: Rule, result: object) -> Outcome:
 
 
 def _outcome(rule: Rule, outcome: Kind, **rest: Any) -> Outcome:
-    return Outcome(rule.code, rule.name, rule.stage, rule.severity, outcome, **rest)
+    return Outcome(rule.code, rule.name, rule.stage, rule.severity, outcome, plugin=rule.plugin, **rest)
 
 
 def _ignored(outcome: Outcome, reason: str | None) -> Outcome:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ def digest(document: Mapping[str, Any]) -> str:
 def code_fingerprint() -> str:
     """Return a sha256 over the source files of d2l and its checks."""
     root = Path(__file__).resolve().parents[1]
+    return hash_sources([path for package in _PACKAGES for path in sorted((root / package).rglob("*.py"))], root)
+
+
+def hash_sources(files: Iterable[Path], root: Path) -> str:
+    """Return a sha256 over files and their paths relative to a folder."""
     total = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            total.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for path in files:
+        total.update(f"{os.path.relpath(path, root)}\n".encode() + path.read_bytes())
     return total.hexdigest()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.console import FormatOption
+from commands.console import FormatOption, print_refused_plugins
 
 if TYPE_CHECKING:
     from checks.differences import Difference
@@ -25,17 +25,19 @@ def explain(
 ) -> None:
     """Explain what a check does and how to fix what it finds."""
     from checks import docs
-    from checks.catalogue import read_catalogue
+    from checks.plugins import full_catalogue
 
-    typer.echo(docs.explain(read_catalogue(), check), nl=False)
+    print_refused_plugins()
+    typer.echo(docs.explain(full_catalogue(), check), nl=False)
 
 
 def checks(output_format: FormatOption = "text") -> None:
-    """List every check."""
-    from checks.catalogue import read_catalogue
+    """List every check, those of plugins too."""
     from checks.docs import as_json, as_list
+    from checks.plugins import full_catalogue
 
-    catalogue = read_catalogue()
+    print_refused_plugins()
+    catalogue = full_catalogue()
     typer.echo(as_json(catalogue) if output_format == "json" else as_list(catalogue))
 
 

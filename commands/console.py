@@ -101,6 +101,15 @@ def read_checkpoint(place: Path, model: str | None) -> "TrainedModel":
     return trained
 
 
+def print_refused_plugins() -> None:
+    """Name on stderr the plugins whose checks are left out, and why."""
+    from checks.plugins import load_plugins
+
+    for plugin in load_plugins():
+        for problem in plugin.problems:
+            typer.echo(f"Note: checks of {plugin.name} are left out ({plugin.entry}): {problem}", err=True)
+
+
 def _print_remarks(config: "RunConfig") -> None:
     for remark in config.remarks:
         typer.echo(f"Note: {remark}", err=True)

@@ -25,6 +25,7 @@ from commands.console import (
     console,
     load_libraries,
     pairs,
+    print_refused_plugins,
     read_config,
     waited,
 )
@@ -157,6 +158,7 @@ def preflight(
 
     from checks.foreign import load_implementation
 
+    print_refused_plugins()
     foreign = None if implementation is None else load_implementation(implementation)
     requested = _Request(str(config or ""), stages or (), select or (), reasons, timeout, foreign)
     report = _plant_faults(resolved, requested) if selftest else _judge(resolved, requested)
@@ -190,6 +192,7 @@ class _Request:
 def _judge(config: "RunConfig", asked: _Request) -> Report:
     """Run the checks on a configuration."""
     from checks.choice import chosen_by
+    from checks.plugins import with_plugins
     from checks.rules import RULES
     from checks.runner import run_checks
 
@@ -197,7 +200,7 @@ def _judge(config: "RunConfig", asked: _Request) -> Report:
     with _subject(config, asked) as (subject, observe):
         return run_checks(
             subject,
-            RULES,
+            with_plugins(RULES),
             stages=asked.stages,
             select=selected,
             ignore=ignored,
@@ -207,11 +210,12 @@ def _judge(config: "RunConfig", asked: _Request) -> Report:
 
 
 def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":
+    from checks.plugins import with_plugins
     from checks.rules import RULES
     from checks.selftest import run_selftest
 
     with _subject(config, asked) as (subject, observe):
-        return run_selftest(subject, RULES, stages=asked.stages, select=asked.select, observe=observe)
+        return run_selftest(subject, with_plugins(RULES), stages=asked.stages, select=asked.select, observe=observe)
 
 
 @contextmanager

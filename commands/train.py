@@ -158,6 +158,7 @@ def _check_and_train(
     """
     from checks.choice import chosen_by
     from checks.gate import reuse
+    from checks.plugins import with_plugins
     from checks.production import make_subject, one_thread
     from checks.report import print_report
     from checks.rules import RULES
@@ -174,10 +175,10 @@ def _check_and_train(
     with checks_progress() as (observe, on_tokenize), one_thread():
         subject = make_subject(config, name, on_tokenize)
         compared = with_inputs(start, subject.identity)
-        accepted = chosen_by(config, (), reasons)[1]
-        report, said = reuse(earlier, subject, RULES, accepted, observe) if earlier else (None, "")
+        accepted, rules = chosen_by(config, (), reasons)[1], with_plugins(RULES)
+        report, said = reuse(earlier, subject, rules, accepted, observe) if earlier else (None, "")
         if report is None:
-            report = run_checks(subject, RULES, ignore=accepted, observe=observe)
+            report = run_checks(subject, rules, ignore=accepted, observe=observe)
     _print_notes([*compared.notes[len(start.notes) :], *filter(None, [said])], quiet=quiet)
     report = replace(report, seconds=waited())
     print_report(report, screen)

@@ -418,7 +418,7 @@ def test_explain_and_checks():
     listed = d2l("checks").stdout.splitlines()
     documents = json.loads(d2l("checks", "--format", "json").stdout)
     assert [line.split()[0] for line in listed] == [document["code"] for document in documents]
-    keys = ["code", "name", "stage", "severity", "sources", "requires", "faults"]
+    keys = ["code", "name", "stage", "severity", "sources", "requires", "faults", "plugin"]
     assert all(list(document) == keys for document in documents)
 
 

@@ -84,7 +84,7 @@ def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_pa
     assert listed.returncode == 0, listed.stderr
     links = [source["link"] for check in json.loads(listed.stdout) for source in check["sources"]]
     pages = {link.partition("#")[0] for link in links if not link.startswith("https://")}
-    assert {Path(page).name for page in pages} == {"nine_fixes.md", "failure_modes.md", "targets.md"}
+    assert {Path(page).name for page in pages} == {"nine_fixes.md", "failure_modes.md", "plugins.md", "targets.md"}
     assert all("environment" in page and Path(page).is_file() for page in pages)
     report = run(
         installed, tmp_path, *D2L, "preflight", "configs/gpt_oss_20b.yaml", "--select", "TGT101", "--format", "json"

@@ -213,7 +213,7 @@ def test_json_has_the_agreed_keys() -> None:
     keys = "schema version code config fingerprint judged outcomes twin_cannot_show summary digest"
     assert list(document) == keys.split()
     keys = "code name stage severity outcome message expected actual evidence remedy settings judged_with"
-    assert list(document["outcomes"][0]) == [*keys.split(), "blocked_by", "ignored", "seconds"]
+    assert list(document["outcomes"][0]) == [*keys.split(), "blocked_by", "ignored", "plugin", "seconds"]
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 

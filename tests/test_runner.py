@@ -312,7 +312,7 @@ def test_json_has_exactly_the_agreed_keys():
     assert list(document) == ["schema", "version", "code", "config", "fingerprint", "judged", "outcomes", *REST]
     assert list(document["outcomes"][1]) == [
         *("code", "name", "stage", "severity", "outcome", "message", "expected", "actual", "evidence", "remedy"),
-        *("settings", "judged_with", "blocked_by", "ignored", "seconds"),
+        *("settings", "judged_with", "blocked_by", "ignored", "plugin", "seconds"),
     ]
     assert {key: value for key, value in document["summary"].items() if key != "seconds"} == {
         **{"pass": 2, "warn": 0, "fail": 1, "skip": 0, "inapplicable": 0, "blocked": 1, "crash": 0},

@@ -8,6 +8,7 @@ from jinja2 import Environment
 from checks.catalogue import CheckFacts, read_catalogue
 from checks.docs import sections, summary
 from checks.formats.pictures import HEIGHT, WIDTH, Picture, pictures
+from checks.plugins import plugin_facts
 from checks.printable import printable
 from checks.report import details, idle_ignores, summary_line
 from checks.result import FailLevel, Kind, Outcome, Report
@@ -43,7 +44,7 @@ class _Check:
 
 def page_text(report: Report, fail_level: FailLevel = "error") -> str:
     """Return the page, in ASCII: every file, pipe and mail shows the same signs."""
-    facts = {check.code: check for check in read_catalogue()}
+    facts = {check.code: check for check in [*read_catalogue(), *plugin_facts()]}
     groups = [
         (
             kind,

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from checks.catalogue import CheckFacts, read_catalogue
 from checks.docs import sections, summary
 from checks.formats.place import ConfigLines, read_lines
+from checks.plugins import plugin_facts
 from checks.printable import printable
 from checks.report import details, idle_ignores, summary_line
 from checks.result import FailLevel, Outcome, Report
@@ -30,7 +31,7 @@ def sarif_text(report: Report, fail_level: FailLevel = "error") -> str:
     Failures and warnings are results; crashes and what was not judged are notifications of the invocation, so that they
     are not taken for findings. What passed or does not apply stands in the rules alone.
     """
-    config, facts = read_lines(report.config), {check.code: check for check in read_catalogue()}
+    config, facts = read_lines(report.config), {check.code: check for check in [*read_catalogue(), *plugin_facts()]}
     code = report.exit_code(fail_level)
     run: dict[str, Any] = {
         "tool": {

@@ -43,6 +43,7 @@ from checks.rules import (
     memory_read_unwritten,
     mxfp4_decoded_wrong,
     packed_documents_leak,
+    plugin_not_loaded,
     positions_turned_wrong,
     quantized_twice,
     questions_lost,
@@ -69,6 +70,7 @@ from checks.rules import (
 
 RULES: tuple[Rule, ...] = (
     libraries_too_old.RULE,
+    plugin_not_loaded.RULE,
     experts_without_backward.RULE,
     quantized_twice.RULE,
     base_not_shardable.RULE,

@@ -51,6 +51,7 @@ PROBES: dict[str, tuple[tuple[int, ...], float]] = {
     "one label, and a question without any": ((1, 0), 1.0),
     "large logits": ((3, 2), 200.0),
 }
+CLAMP = 50.0  # of a planted fault: a twin's logits are of order one, those of `large logits` in the hundreds
 REMEDY = "slice rows of logits that have a label, each once, and take their log-softmax in float32"
 
 
@@ -132,7 +133,7 @@ def _formula(kind: str, logits: Sequence[Tensor], query: Query) -> Tensor:
     return loss.divergence(logits, query.labels, query.logprobs_vals or (), query.logprobs_indices or ())
 
 
-def _with_logits(change: Callable[[Tensor], Tensor]) -> Any:
+def _with_logits(change: Callable[[Tensor], Tensor], unless: Callable[["Subject"], str] = lambda subject: "") -> Any:
     """Make a fault of a loss that works on other logits than the model's."""
 
     def spoilt(healthy: Implementation, model: Any, batches: Any, config: Any) -> Any:
@@ -143,12 +144,21 @@ def _with_logits(change: Callable[[Tensor], Tensor]) -> Any:
         finally:
             model.logits = logits
 
-    return override(loss=spoilt)
+    return override(unless, loss=spoilt)
+
+
+def _capped(subject: "Subject") -> str:
+    cap = getattr(subject.twin_base_config, "final_logit_softcapping", None)
+    return f"the base caps its logits at {cap:g} itself" if cap and cap <= CLAMP else ""
 
 
 def _edge_doubled(logits: Tensor) -> Tensor:
     """Take the first row of the second slice for the last one of the first."""
     return logits if len(logits) <= SLICE else torch.cat([logits[:SLICE], logits[SLICE - 1 : -1]])
+
+
+def _clamped(logits: Tensor) -> Tensor:
+    return logits.clamp(-CLAMP, CLAMP)
 
 
 def _later_detached(logits: Tensor) -> Tensor:
@@ -169,6 +179,6 @@ RULE = Rule(
             "edge-doubled", "a label at the edge of slices meets its neighbour's logits", _with_logits(_edge_doubled)
         ),
         Fault("later-detached", "only the first slice has a gradient", _with_logits(_later_detached)),
-        Fault("logits-clamped", "logits are clamped at 50", _with_logits(lambda logits: logits.clamp(-50, 50))),
+        Fault("logits-clamped", "logits are clamped, so that none overflows", _with_logits(_clamped, _capped)),
     ),
 )

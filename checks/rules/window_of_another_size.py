@@ -2,9 +2,8 @@
 
 What it does
 ------------
-Packs questions longer than the sliding window into one row of the tiny twin, cuts every decoder layer off from those below,
-and takes the gradient of its output at the last token of a question by its inputs: the tokens that have one are those
-that the layer lets it see.
+Runs the tiny twin over a question longer than the sliding window, cuts every decoder layer off from those below, and takes
+the gradient of its output at the last token by its inputs: the tokens that have one are those that the layer lets it see.
 
 Why it matters
 --------------
@@ -14,8 +13,8 @@ layer and no error: the loss looks normal, and the adapter is served by somebody
 How it is detected
 ------------------
 The tokens seen must be exactly the last `sliding_window` of the question in a sliding layer, itself included, and all of
-them in a layer of full attention. Both numbers come from the base's config as it was read, not from the loaded model. That
-is the pass of the questions; ENC201 compares the context encoder's.
+them in a layer of full attention. Both numbers come from the base's config as it was read, not from the loaded model. ATT201
+has shown that a packed question is as it is alone; ENC201 compares the context encoder's pass.
 
 How to fix
 ----------
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from checks.faults import override
 from checks.implementation import Implementation, Model
-from checks.probes import probe_batch
+from checks.probes import alone, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 
@@ -40,13 +39,11 @@ if TYPE_CHECKING:
     from checks.subject import Subject
     from d2l.data.packing import PackedBatch
 
-QUESTION = 1  # the one that is looked at: it lies behind another, and is longer than a twin's window
-
 
 def check(subject: "Subject") -> Result:
     """Compare the number of tokens that every layer sees with that of the config."""
-    model, batch = subject.twin(), probe_batch(subject)
-    expected = _expected(subject.twin_base_config, batch.contexts.lengths[QUESTION])
+    model, batch = subject.twin(), alone(probe_rows(subject))[1]
+    expected = _expected(subject.twin_base_config, batch.n_tokens)
     found = _seen(model, batch)
     evidence = {"seen": found, "expected": expected}
     wrong = [layer for layer, seen in enumerate(found) if seen != expected[layer]]
@@ -55,7 +52,7 @@ def check(subject: "Subject") -> Result:
         return Fail(
             message="a layer's window is not that of the base's config",
             expected=f"layer {layer}: a token sees itself and the {expected[layer] - 1} before it",
-            actual=f"{found[layer] - 1} before it" if found[layer] else "tokens of another document, or not in a row",
+            actual=f"{found[layer] - 1} before it" if found[layer] else "tokens that are not those just before it",
             remedy="let place i see place j where i - sliding_window < j <= i, with sliding_window as config.json has it",
             evidence=evidence | {"where": f"layer {layer}"},
         )
@@ -72,14 +69,13 @@ def _expected(config: "PreTrainedConfig", length: int) -> list[int]:
 
 
 def _seen(model: Model, batch: "PackedBatch") -> list[int]:
-    """Return how many tokens the last one of the question sees in every layer; 0 where they are not the last ones."""
-    *_, last = range(sum(batch.contexts.lengths[: QUESTION + 1]))
+    """Return how many tokens the last one sees in every layer; 0 where they are not those just before it."""
     counts = []
     for inputs, output in _layers(model, batch):
-        (gradient,) = torch.autograd.grad(output[0, last].square().sum(), inputs, retain_graph=True)
+        (gradient,) = torch.autograd.grad(output[0, -1].square().sum(), inputs, retain_graph=True)
         (places,) = gradient[0].abs().sum(-1).nonzero(as_tuple=True)
-        first = int(places[0])
-        counts.append(len(places) if torch.equal(places, torch.arange(first, last + 1)) else 0)
+        in_a_row = torch.arange(len(gradient[0]) - len(places), len(gradient[0]), device=places.device)
+        counts.append(len(places) if torch.equal(places, in_a_row) else 0)
     return counts
 
 

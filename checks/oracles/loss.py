@@ -31,12 +31,15 @@ def cross_entropy(logits: Tensor, labels: Sequence[int]) -> Tensor:
 
 
 def divergence(
-    logits: Tensor, labels: Sequence[int], vals: Sequence[Sequence[float]], indices: Sequence[Sequence[int]]
+    logits: Tensor | Sequence[Tensor],
+    labels: Sequence[int],
+    vals: Sequence[Sequence[float]],
+    indices: Sequence[Sequence[int]],
 ) -> Tensor:
     """Return -sum over k of exp(t_k) log q(index_k) of every label token of one question, in nats, float64 [n].
 
     Args:
-        logits: [T, V], of the question alone.
+        logits: [T, V], of the question alone, as a tensor or its rows.
         labels: T token ids, -100 where a token is not supervised.
         vals: the teacher's log-probabilities t, k for each of the n label tokens; they need not sum to one.
         indices: the token ids that those belong to.
@@ -50,7 +53,7 @@ def divergence(
             torch.tensor(t, dtype=torch.float64).exp() * (row[i] - normalizer) for t, i in zip(ts, ids, strict=True)
         ]
         losses.append(-torch.stack(terms).sum())
-    return torch.stack(losses) if losses else logits.new_zeros(0, dtype=torch.float64)
+    return torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64)
 
 
 def token_mean(losses: Losses) -> Tensor:

@@ -66,6 +66,8 @@ from checks.rules import (
     targets_unmatched,
     update_differs_from_formula,
     weights_changed_by_loading,
+    wide_loss_wrong,
+    window_of_another_size,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -87,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     future_tokens_visible.RULE,
     bound_lora_wrong.RULE,
     packed_documents_leak.RULE,
+    window_of_another_size.RULE,
     base_forward_bypassed.RULE,
     document_ignored.RULE,
     features_wrong.RULE,
@@ -102,6 +105,7 @@ RULES: tuple[Rule, ...] = (
     base_not_frozen.RULE,
     gradients_not_clipped.RULE,
     loss_differs_from_formula.RULE,
+    wide_loss_wrong.RULE,
     step_not_guarded.RULE,
     memory_read_unwritten.RULE,
     accumulation_changes_gradients.RULE,

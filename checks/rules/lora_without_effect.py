@@ -106,16 +106,31 @@ def _never_bound(healthy: Implementation, base: Any, config: Any) -> Model:
     return model
 
 
+def _frozen(healthy: Implementation, base: Any, config: Any) -> Model:
+    """Use the values of the first LoRA of each shape ever after, as a compiled graph that took them for constants."""
+    model: Any = healthy.build(base, config)
+    logits, kept = model.logits, dict[tuple[int, ...], Any]()
+
+    def captured(batch: Any, lora: Any, positions: Any = None) -> Any:
+        if lora is None:
+            return logits(batch, None, positions)
+        return logits(batch, kept.setdefault((lora.n_contexts, lora.rank), lora), positions)
+
+    model.logits = captured
+    return model
+
+
 RULE = Rule(
     code="LOR202",
     name="lora-without-effect",
     stage="twin",
     severity="error",
-    sources=("sanity run", "failure mode 38", "failure mode 40"),
+    sources=("sanity run", "failure mode 38", "failure mode 40", "failure mode C20"),
     requires=("HYP201",),
     check=check,
     faults=(
         Fault("stays-bound", "a forward without a document uses the last document's LoRA", override(build=_sticky)),
         Fault("never-bound", "the LoRA is generated but not bound", override(build=_never_bound)),
+        Fault("lora-frozen", "the first LoRA is used ever after, as a compiler's constant", override(build=_frozen)),
     ),
 )

@@ -155,6 +155,19 @@ def _rounded(module: Any) -> None:
         value.copy_(value.bfloat16())
 
 
+def _unscaled(module: Any) -> None:
+    """Turn as if the config had no scaling: right on short rows of the original model, wrong on all of this one."""
+    values = _parameters(module.config).get("") or {}
+    for value in _frequencies_of(module):
+        value.copy_(frequencies({**values, "rope_type": "default"}, _head_size(module.config)))
+
+
+def _unscaled_unless(subject: "Subject") -> str:
+    values = _parameters(subject.twin_base_config).get("") or {}
+    scaled = values.get("rope_type", "default") != "default"
+    return _without_formula(subject) or ("" if scaled else "the base's positions have no scaling that all layers share")
+
+
 def _factor_lost(module: Any) -> None:
     """Leave YaRN's factor on attention out."""
     module.attention_scaling = 1.0
@@ -170,6 +183,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("other-base", "frequencies of another rope_theta", _rotary_fault(_faster, _without_formula)),
+        Fault("scaling-lost", "frequencies without the config's scaling", _rotary_fault(_unscaled, _unscaled_unless)),
         Fault("rounded-frequencies", "frequencies cast to bfloat16", _rotary_fault(_rounded, _without_formula)),
         Fault("factor-lost", "no factor of YaRN on attention", _rotary_fault(_factor_lost, _without_factor)),
     ),

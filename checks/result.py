@@ -161,6 +161,12 @@ class Report:
         """The outcomes that stand against the run: failures and crashes."""
         return tuple(outcome for outcome in self.outcomes if outcome.outcome in ("fail", "crash"))
 
+    @property
+    def datasets(self) -> tuple[dict[str, Any], ...]:
+        """The counts of each data set, as the evidence of a check of stage `data` has them; empty where none ran."""
+        tables = (outcome.evidence.get("datasets") for outcome in self.outcomes)
+        return tuple(next((table for table in tables if isinstance(table, list)), ()))
+
     def count(self, kind: Kind) -> int:
         """Count the rules that ended with this outcome."""
         return sum(outcome.outcome == kind for outcome in self.outcomes)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from checks.data.datasets import dataset_rows
 from checks.printable import printable as _clean
 from checks.report_layout import STYLES, Block, Line, Page, coloured, plain
 from checks.result import FailLevel, Kind, Outcome, Report
@@ -55,7 +56,9 @@ def _measured(report: Report) -> list[Block]:
     """Return what was measured by every check that found nothing."""
     return [
         Block(
-            f"{it.code} {it.name}: {it.seconds:.2f} s", _LISTING, [("", _clean(_listed(it.evidence)) or "no evidence")]
+            f"{it.code} {it.name}: {it.seconds:.2f} s",
+            _LISTING,
+            [("", _clean(_listed(_beside_tables(it.evidence))) or "no evidence")],
         )
         for it in report.outcomes
         if it.outcome == "pass"
@@ -77,6 +80,10 @@ def _page_of_report(report: Report, fail_level: FailLevel) -> Page:
     )
     if rows := [("", text) for text in idle_ignores(report)]:
         blocks.append(Block("Ignored without effect", "yellow", rows))
+    if report.datasets:
+        blocks.append(
+            Block("Data sets", _LISTING, [(_clean(name), _clean(text)) for name, text in dataset_rows(report.datasets)])
+        )
     if report.twin_cannot_show:
         short = "; ".join(limit.partition(":")[0] for limit in report.twin_cannot_show)
         blocks.append(Block("A twin cannot show", _LISTING, [("", short)]))
@@ -133,7 +140,7 @@ def _page_of_selftest(selftest: Selftest) -> Page:
 
 def details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
     """Return the labelled rows below a finding's heading; a row's text may have several lines."""
-    evidence = dict(outcome.evidence)
+    evidence = _beside_tables(outcome.evidence)
     rows = [("where", str(evidence.pop("where", f"{report.config}, stage {outcome.stage}")))]
     if outcome.judged_with:
         rows.append(("judged with", ", ".join(f"{key}: {value}" for key, value in outcome.judged_with.items())))
@@ -146,6 +153,11 @@ def details(outcome: Outcome, report: Report) -> list[tuple[str, str]]:
     advice = f"d2l explain {outcome.code}"
     rows.append(("fix", f"{outcome.remedy}\n({advice})" if outcome.remedy else advice))
     return [(label, _clean(text)) for label, text in rows if text]
+
+
+def _beside_tables(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evidence without what the report shows as a table of its own."""
+    return {key: value for key, value in evidence.items() if key != "datasets"}
 
 
 def _listed(evidence: Mapping[str, Any]) -> str:

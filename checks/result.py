@@ -16,6 +16,7 @@ FailLevel = Literal["warn", "error"]
 STAGES: tuple[str, ...] = get_args(Stage)
 SEVERITIES: tuple[str, ...] = get_args(Severity)
 SCHEMA = 1  # of the JSON documents
+DATASETS_FROM = "DAT301"  # the check whose evidence has the counts of each data set
 
 
 class UsageError(D2LError):
@@ -160,6 +161,12 @@ class Report:
     def failures(self) -> tuple[Outcome, ...]:
         """The outcomes that stand against the run: failures and crashes."""
         return tuple(outcome for outcome in self.outcomes if outcome.outcome in ("fail", "crash"))
+
+    @property
+    def datasets(self) -> tuple[dict[str, Any], ...]:
+        """The counts of each data set, from the evidence of `DATASETS_FROM`; empty where it has none."""
+        tables = (it.evidence.get("datasets", ()) for it in self.outcomes if it.code == DATASETS_FROM)
+        return tuple(next(tables, ()))
 
     def count(self, kind: Kind) -> int:
         """Count the rules that ended with this outcome."""

@@ -1,11 +1,25 @@
-"""Commands that make data. Heavy imports are late."""
+"""Commands that make and show data. Heavy imports are late."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from commands.console import ModelOption, TokenizerOption, libraries_to_stderr, progress
+from checks.result import UsageError
+from commands.console import (
+    DataOption,
+    ModelOption,
+    SetOption,
+    TokenizerOption,
+    console,
+    libraries_to_stderr,
+    progress,
+    read_config,
+)
+
+if TYPE_CHECKING:
+    from commands.packed_rows import ShownRow
+    from d2l.config.schema import RunConfig
 
 Style = Literal["sentences", "pairs"]
 Split = Literal["train", "heldout"]
@@ -13,9 +27,12 @@ Split = Literal["train", "heldout"]
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands with the application."""
-    data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make documents with questions.")
+    data = typer.Typer(
+        no_args_is_help=True, rich_markup_mode=None, help="Make documents with questions, and show packed rows."
+    )
     data.command("needle")(needle)
     data.command("teacher")(teacher)
+    data.command("show")(show)
     app.add_typer(data, name="data")
 
 
@@ -84,6 +101,75 @@ def teacher(
             written = add_teacher_logprobs(records, base, chat, **options, on_progress=show)
         write_records(output, written)
     _print_counts(output, len(written), sum(len(record.prompts) for record in written))
+
+
+def show(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML) of the run.")],
+    data: DataOption = None,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    settings: SetOption = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option("--row", metavar="N", min=0, help="Show packed row N, counted from 0; repeatable. Default: 0."),
+    ] = None,
+    epoch: Annotated[int, typer.Option(metavar="E", min=0, help="Take the rows of epoch E, counted from 0.")] = 0,
+    context: Annotated[bool, typer.Option("--context", help="Show the documents alone.")] = False,
+    questions: Annotated[bool, typer.Option("--input", help="Show the questions with their answers alone.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one HTML page to this new file instead.")
+    ] = None,
+) -> None:
+    """Show packed rows as the run would train on them: every token, borders, positions, and what is supervised.
+
+    With a curriculum, the rows of its first stage are counted.
+    """
+    from d2l.io.atomic import require_new_file, write_new_file
+
+    if html is not None:
+        require_new_file(html)
+    resolved = read_config(config, settings or (), model=model, tokenizer=tokenizer, data=data)
+    numbers = list(dict.fromkeys(rows or [0]))
+    shown = _packed_rows(
+        resolved, numbers, epoch, documents=context or not questions, questions=questions or not context
+    )
+    from commands import packed_rows
+
+    if html is not None:
+        with write_new_file(html) as partial:
+            partial.write_text(packed_rows.page(str(config), shown), encoding="utf-8")
+        typer.echo(f"page  {html}")
+        return
+    screen = console()
+    if screen.is_terminal and not screen.is_dumb_terminal:
+        screen.print(packed_rows.coloured(shown))
+    else:
+        typer.echo(packed_rows.plain(shown), nl=False)
+
+
+def _packed_rows(
+    config: "RunConfig", numbers: list[int], epoch: int, *, documents: bool, questions: bool
+) -> "list[ShownRow]":
+    """Tokenize and pack the run's data, and describe some of its packed rows."""
+    with libraries_to_stderr(), progress("records") as on_tokenize:
+        from commands.packed_rows import describe_row
+        from d2l.build import Components
+        from d2l.data.epochs import epoch_batches, stage_rows
+        from d2l.evaluation.sample import read_batch
+
+        components = Components(config, on_tokenize)
+        first_stage = stage_rows(config, components.rows)[0]
+        batches = epoch_batches(config, components.rows, epoch, first_stage)
+        if beyond := [number for number in numbers if number >= len(batches)]:
+            raise UsageError(f"--row {beyond[0]}: epoch {epoch} has the packed rows 0 to {len(batches) - 1:,}")
+        shown = []
+        for number in numbers:
+            batch = batches[number]
+            sources = [components.records[record].source for record in batch.record_ids]
+            row = read_batch(components.chat, batch, whole=True)
+            sides = {"documents": documents, "questions": questions}
+            shown.append(describe_row(number, len(batches), row, sources, **sides))
+        return shown
 
 
 def _print_counts(output: Path, documents: int, questions: int) -> None:

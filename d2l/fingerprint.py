@@ -59,9 +59,18 @@ def run_fingerprint(
         "base_config": _sha256(json.dumps(base, sort_keys=True)),
         "chat": chat.fingerprint if chat else "none",
         "tokenizer": chat.tokenizer_fingerprint if chat else "none",
-        "data": _sha256(json.dumps(list(map(_contents, records)))) if records else "none",
+        "data": _data_sha256(records) if records else "none",
     }
     return Fingerprint(parts | versions, base, len(records or ()))
+
+
+def _data_sha256(records: Sequence[Record]) -> str:
+    """Hash the JSON list of all records, record by record: as one text it would be as large as the data."""
+    total = hashlib.sha256(b"[")
+    for index, record in enumerate(records):
+        total.update(f"{', ' if index else ''}{json.dumps(_contents(record))}".encode())
+    total.update(b"]")
+    return total.hexdigest()
 
 
 def _contents(record: Record) -> list[Any]:

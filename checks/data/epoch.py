@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class EpochReading:
     documents: Problems = field(default_factory=Problems)
     sizes: Problems = field(default_factory=Problems)
     lost: Problems = field(default_factory=Problems)
+    datasets: list[dict[str, Any]] = field(default_factory=list)  # counts by data set, of the run's own epoch
 
 
 def gather(found: "Sequence[EpochReading]", kind: str) -> Problems:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from checks.data.datasets import DatasetCounts
 from checks.data.documents import DocumentReader
 from checks.data.epoch import EpochReading
 from checks.data.expected import conversation_format, expected_data
@@ -53,6 +54,7 @@ def _read(subject: "Subject", run: TightRun, tokenized: "Tokenized") -> EpochRea
     reading = EpochReading(name, run.config, run.records, tokenized)
     data = expected_data(conversation_format(subject), run.records)
     questions, documents = QuestionReader(reading, data), DocumentReader(reading, data)
+    datasets = DatasetCounts(run.records, set(data.form.tokenizer.get_added_vocab().values()))
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in data.form.affixes)
     try:
         batches = subject.implementation.batches(run.config, tokenized.rows)
@@ -75,7 +77,10 @@ def _read(subject: "Subject", run: TightRun, tokenized: "Tokenized") -> EpochRea
             reading.texts.add(f"{where}: positions do not restart at each of {sum(batch.n_queries)} questions")
         else:
             questions.read(batch, asked)
+            datasets.read(batch, asked)
     reading.seen, reading.data = questions.seen, data
+    if not run.name:
+        reading.datasets = datasets.table(tokenized)
     return reading
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from checks.catalogue import CheckFacts, read_catalogue
+from checks.data.datasets import dataset_rows
 from checks.docs import sections, summary
 from checks.formats.pictures import HEIGHT, WIDTH, Picture, pictures
 from checks.plugins import plugin_facts
@@ -60,6 +61,7 @@ def page_text(report: Report, fail_level: FailLevel = "error") -> str:
         summary=summary_line(report, fail_level),
         judged=[("d2l", report.version), *((label, printable(value)) for label, value in report.judged.items())],
         fingerprint=report.fingerprint,
+        datasets=[(printable(name), printable(text)) for name, text in dataset_rows(report.datasets)],
         groups=[group for group in groups if group[2]],
         findings=FINDINGS,
         idle_ignores=[printable(text) for text in idle_ignores(report)],

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 from d2l.build import Components
 from d2l.config.schema import RunConfig
@@ -12,7 +11,6 @@ from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
 from d2l.data.tokenize import IGNORE_INDEX
 
-T = TypeVar("T")
 RECORDS = 32  # of each data set are read: enough to fill a row, or to show how far a row is from full
 MOST_TOKENS = 400  # of one chunk or question
 MOST_PARTS = 12  # chunks, and questions
@@ -22,18 +20,27 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8, and so the most tokens
 
 @dataclass(frozen=True)
 class Token:
-    """A token's text, or that of the few that make one character, and whether it is supervised."""
+    """A token's text, or that of the few that make one character: their ids, position of the first, and supervision."""
 
     text: str
+    ids: tuple[int, ...]
+    position: int
     supervised: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk or a question: its first tokens, and how many there are."""
+    """A chunk or a question: its first tokens, how many there are, its record, and where it starts in the packed row."""
 
     tokens: tuple[Token, ...]
     length: int
+    record: int
+    start: int
+
+    @property
+    def n_labels(self) -> int:
+        """Number of supervised tokens among those that are here."""
+        return sum(len(token.ids) for token in self.tokens if token.supervised)
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,22 @@ def sample_row(config: RunConfig) -> Sample:
     return read_batch(components.chat, batch)
 
 
-def read_batch(chat: ChatFormat, batch: PackedBatch) -> Sample:
-    """Return the text of a packed row, by its own borders: the positions that restart."""
-    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
-    documents = _cut(batch.ctx_ids[0].tolist(), batch.ctx_position_ids[0].tolist())
-    questions = _cut(list(zip(ids, labels, strict=True)), batch.position_ids[0].tolist())
+def read_batch(chat: ChatFormat, batch: PackedBatch, *, whole: bool = False) -> Sample:
+    """Return the text of a packed row, by its own borders: the positions that restart.
+
+    Args:
+        whole: every token of every part, instead of the first ones.
+    """
+    labels = (batch.labels[0] != IGNORE_INDEX).tolist()
+    context, queries = batch.ctx_ids[0].tolist(), batch.input_ids[0].tolist()
+    chunk_records = _repeated(batch.record_ids, batch.n_ctx_chunks)
+    query_records = _repeated(batch.record_ids, batch.n_queries)
+    chunks = _cut(context, [False] * len(context), batch.ctx_position_ids[0].tolist(), chunk_records)
+    questions = _cut(queries, labels, batch.position_ids[0].tolist(), query_records)
     return Sample(
-        chunks=tuple(_part(chat, it, [False] * len(it)) for it in documents[:MOST_PARTS]),
-        questions=tuple(
-            _part(chat, [token for token, _ in it], [label != IGNORE_INDEX for _, label in it])
-            for it in questions[:MOST_PARTS]
-        ),
-        n_chunks=len(documents),
+        chunks=tuple(_part(chat, it, whole) for it in (chunks if whole else chunks[:MOST_PARTS])),
+        questions=tuple(_part(chat, it, whole) for it in (questions if whole else questions[:MOST_PARTS])),
+        n_chunks=len(chunks),
         n_questions=len(questions),
         records=batch.record_ids,
     )
@@ -79,18 +90,43 @@ def _records(config: RunConfig) -> int:
     return min(RECORDS, config.max_train_samples_per_ds or RECORDS)
 
 
-def _cut(values: Sequence[T], positions: Sequence[int]) -> list[Sequence[T]]:
-    """Cut a packed row where positions restart."""
+@dataclass(frozen=True)
+class _Piece:
+    """Token ids between two borders of a packed row, which of them are supervised, their record, and where they start."""
+
+    ids: Sequence[int]
+    supervised: Sequence[bool]
+    record: int
+    start: int
+
+
+def _repeated(records: Sequence[int], counts: Sequence[int]) -> list[int]:
+    return [record for record, count in zip(records, counts, strict=True) for _ in range(count)]
+
+
+def _cut(
+    ids: Sequence[int], supervised: Sequence[bool], positions: Sequence[int], records: Sequence[int]
+) -> list[_Piece]:
+    """Cut a packed row where positions restart; `records` has the record of each piece."""
     starts = [place for place, position in enumerate(positions) if position == 0]
-    return [values[start:end] for start, end in pairwise([*starts, len(values)])]
+    borders = pairwise([*starts, len(ids)])
+    return [
+        _Piece(ids[start:end], supervised[start:end], record, start)
+        for (start, end), record in zip(borders, records, strict=True)
+    ]
 
 
-def _part(chat: ChatFormat, ids: Sequence[int], supervised: Sequence[bool]) -> Part:
-    """Decode tokens one by one; those that share a character together."""
+def _part(chat: ChatFormat, piece: _Piece, whole: bool) -> Part:
+    """Decode tokens one by one; those that share a character, and their supervision, together."""
+    ids, supervised = piece.ids, piece.supervised
     tokens, start = [], 0
-    while start < min(len(ids), MOST_TOKENS):
-        ends = range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1)
+    while start < (len(ids) if whole else min(len(ids), MOST_TOKENS)):
+        ends = [
+            end
+            for end in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1)
+            if supervised[end - 1] == supervised[start]
+        ]
         end = next((end for end in ends if _INCOMPLETE not in chat.decode(ids[start:end])), start + 1)
-        tokens.append(Token(chat.decode(ids[start:end]), any(supervised[start:end])))
+        tokens.append(Token(chat.decode(ids[start:end]), tuple(ids[start:end]), start, supervised[start]))
         start = end
-    return Part(tuple(tokens), len(ids))
+    return Part(tuple(tokens), len(ids), piece.record, piece.start)

@@ -11,13 +11,13 @@ PUBLISHED: dict[str, Any] = json.loads(resource("docs/report.schema.json").read_
 
 
 def closed(schema: Any) -> Any:
-    """Return a schema whose objects have the described keys only; conditions stay as they are."""
+    """Return a schema whose objects have the described keys only, but for those that say otherwise; conditions stay."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     parts = {key: value if key == "allOf" else closed(value) for key, value in schema.items()}
-    described = schema.get("type") == "object" and "properties" in schema
+    described = schema.get("type") == "object" and "properties" in schema and "additionalProperties" not in schema
     return parts | ({"additionalProperties": False} if described else {})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.launch import run_here, train_alone
-from support.sharded_run import settings_of, trainer_for, write_base
+from support.sharded_run import FAULTS, settings_of, trainer_for, write_base
 from support.tiny_model import base_config, tiny_base
 
 from d2l.base.config import read_base_config
@@ -110,9 +111,30 @@ def test_a_sharded_base_trains_the_same_weights(tmp_path: Path) -> None:
         assert sharded["share"] == pytest.approx(0.5, abs=0.01)
         assert whole["whole"] == [[0, 1, 2, 3]] * 2
         assert sharded["whole"] == [[], []]  # after a step, and after documents were read up to the last layer
-        assert "not replayed: the processes would have to replay equally often" in sharded["refused"]
-    autopsy = read_autopsy(tmp_path / "checkpointed" / "full" / "autopsy")
-    assert (autopsy.guard, autopsy.suspects) == ("loss", ())
+    assert_autopsied_as_whole(tmp_path / "checkpointed", notes)
+
+
+def assert_autopsied_as_whole(folder: Path, notes: list[dict[str, Any]]) -> None:
+    """Compare autopsies of a sharded base with those of a whole one, and with what was planted."""
+    first = {}
+    for fault in FAULTS:
+        whole, sharded = (read_autopsy(folder / kind / fault / "autopsy") for kind in ("none", "full"))
+        assert replace(sharded, checkpoint=None, command="") == replace(whole, checkpoint=None, command="")
+        said = {note[folder.name]["full"]["refused"][fault] for note in notes}
+        assert len(said) == 1
+        assert str(sharded.suspects[0]) in said.pop()
+        first[fault] = (
+            sharded.rank,
+            sharded.suspects[0].module,
+            sharded.suspects[0].tensor,
+            sharded.suspects[0].records,
+        )
+        assert not any(re.fullmatch(r"autopsy-\d", it.name) for it in (folder / "full" / fault).iterdir())
+    assert first == {
+        "record": (1, "base.model.embed_tokens", "output", (5,)),
+        "gradient": (1, "hypernet.scaler_A", "gradient of q_proj", ()),
+        "weight": (0, "base.model.layers.3.self_attn.q_proj", "weight", ()),
+    }
 
 
 @pytest.mark.slow
@@ -161,6 +183,17 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, fault: str, code: int
     notes = run_here(tmp_path, 2, config=config, **{fault: [1, 2]})
     assert [note.get("code") for note in notes] == [13, code]
     assert "rank 0 of 2" in notes[0]["error"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_replay_writes_its_autopsy_and_ends_the_others(tmp_path: Path) -> None:
+    config = {"base_sharding": "full", "expert_weights": "dequantize"}
+    first, second = run_here(tmp_path, 2, config=config, spoil=[1, 2])
+    assert (first["code"], second["code"]) == (13, 11), (first, second)
+    autopsy = read_autopsy(tmp_path / "run" / "autopsy")
+    assert (autopsy.step, autopsy.rank, autopsy.suspects) == (3, 1, ())
+    assert autopsy.replay == "the replay failed: OutOfMemoryError: planted"
+    assert autopsy.replay in second["error"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def autopsy_on_refusal(run: RefusedRun, folder: Path, loss: BatchLoss) -> Iterat
     """Where a guard refuses a step in this context, write an autopsy into the run's folder and say more in the message.
 
     Guards decide by values of all processes, so all of them come here together. The first one whose replay fails as the
-    step did writes; all of them raise the same message.
+    step did writes; all of them raise the same message. One that fell out of step with the others writes by itself, and
+    its end ends them.
 
     Args:
         run: the trainer.
@@ -46,12 +47,12 @@ def autopsy_on_refusal(run: RefusedRun, folder: Path, loss: BatchLoss) -> Iterat
     try:
         yield
     except NonFiniteError as error:
-        several = run.processes.num_processes > 1
         found = examine(run, error.guard, loss)
-        guilty = gather_object([bool(found.suspects)]) if several else [True]
+        several = run.processes.num_processes > 1 and not found.out_of_step
+        guilty = gather_object([bool(found.suspects)]) if several else []
         writer = guilty.index(True) if any(guilty) else 0
         text = [str(error)]
-        if run.processes.process_index == writer:
+        if run.processes.process_index == writer or found.out_of_step:
             text = [_write_and_describe(run, folder, error, found)]
         if several:
             broadcast_object_list(text, from_process=writer)

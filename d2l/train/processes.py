@@ -48,7 +48,7 @@ def process_group() -> Iterator[None]:
     except Exception as error:
         if not distributed.is_initialized():
             raise
-        if _is_of_connection(error):
+        if is_of_connection(error):
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise ProcessError(
                 f"{process_name()} lost another process of the run, which ended, or whose host cannot be reached: the one "
@@ -68,7 +68,7 @@ def process_name() -> str:
     return f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
 
 
-def _is_of_connection(error: Exception) -> bool:
+def is_of_connection(error: Exception) -> bool:
     """Return whether an error says that another process cannot be reached; gloo has no type of its own for it."""
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 

@@ -63,13 +63,17 @@ class Replay:
     failed: bool
 
 
-def replay(model: DocToLora, batch: PackedBatch, inputs: StepInputs, loss: BatchLoss) -> Replay:
+def replay(
+    model: DocToLora, batch: PackedBatch, inputs: StepInputs, loss: BatchLoss, *, in_step: bool = False
+) -> Replay:
     """Compute the loss of a micro-batch and, where it is finite, its gradients, with every module watched.
 
     Args:
         batch: one of the step's, or a part of one; on the CPU.
         inputs: of the step; its counts and random state are used.
         loss: the run's own.
+        in_step: run the backward pass in any case, as the processes of a sharded base do; what it shows of a loss that is
+            not finite is left out.
     """
     restore_random_state(inputs.random)
     device = next(model.hypernet.parameters()).device
@@ -79,12 +83,14 @@ def replay(model: DocToLora, batch: PackedBatch, inputs: StepInputs, loss: Batch
         for name in ("task", "l1", "total"):
             watch.see("", name, getattr(made, name))
         failed = not watch.seen[-1].values.finite
-        if not failed:
+        forward = len(watch.seen)
+        if not failed or in_step:
             watch.phase = BACKWARD
             made.total.backward()
-            norm = nn.utils.get_total_norm(it.grad for it in model.hypernet.parameters() if it.grad is not None)
-            failed = not bool(norm.isfinite())
-    return Replay(watch.seen, failed)
+    if failed:
+        return Replay(watch.seen[:forward], failed)
+    norm = nn.utils.get_total_norm(it.grad for it in model.hypernet.parameters() if it.grad is not None)
+    return Replay(watch.seen, not bool(norm.isfinite()))
 
 
 def measure(x: Tensor) -> Values:

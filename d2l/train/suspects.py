@@ -1,26 +1,31 @@
 """Suspects of a refused step: what the guard that fired has to look at, the first one first."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from d2l.base.sharding import is_sharded
 from d2l.data.packing import PackedBatch
 from d2l.hypernet.model import DocToLora
-from d2l.train.autopsy import Alone, Seen, Suspect
+from d2l.train.autopsy import Alone, Seen, Suspect, Values
 from d2l.train.guards import LABELS, STATE, find_spoilt
-from d2l.train.processes import OneProcess
+from d2l.train.processes import OneProcess, is_of_connection
 from d2l.train.random_state import random_state, restore_random_state
 from d2l.train.replay import BatchLoss, Replay, StepInputs, measure, replay, split_contexts
+
+T = TypeVar("T")
 
 DATA, UPDATE, START, NORM = "data", "update", "start", "gradient norm"
 FOLLOWING = 8  # tensors that are kept of the trail behind the first bad one
 _MOST = 5  # suspects that are listed
+_FINITE = "the replay in this process was finite: another process's batch, or a fault of hardware"
 # Modules of the hypernetwork whose outputs have an axis of the base's layers: [n, layers, ...]
 _BY_LAYER = ("hypernet", "hypernet.aggregator", "hypernet.head")
 
@@ -44,21 +49,28 @@ class Examination:
         replay: how the replay ended, in words.
         alone: what each record does by itself.
         trail: what a replay saw up to the first bad tensor, and a few behind it.
+        out_of_step: whether the other processes wait for a part of the base that this one no longer hands out.
     """
 
     suspects: Sequence[Suspect] = ()
     replay: str = "not replayed: the guard itself names the place"
     alone: Sequence[Alone] = ()
     trail: Sequence[Seen] = ()
+    out_of_step: bool = False
 
 
 def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
     """Find the suspects of a refused step in this process; the replay leaves no gradients, and random state as it was.
 
+    Of a sharded base each process holds a share, so all of them replay equally often, also those whose own batch is sound.
+
     Args:
         run: as the guard left it: a step's inputs, and the weights and moments before it.
         guard: which one fired; see `d2l.train.guards`.
         loss: the run's own loss of a micro-batch.
+
+    Raises:
+        RuntimeError: another process of a sharded base is gone.
     """
     if guard == STATE:
         return Examination(_suspects_of_update(run))
@@ -69,16 +81,14 @@ def examine(run: RefusedRun, guard: str, loss: BatchLoss) -> Examination:
         records = tuple(sorted(record for batch in batches for record in batch.record_ids))
         what = "every label is -100: nothing is supervised"
         return Examination([Suspect(DATA, "", "labels", None, records, what)])
-    if is_sharded(run.model.base):
-        what = (
-            "the processes would have to replay equally often, as each holds a share of the base (base_sharding: full)"
-        )
-        return Examination(replay=f"not replayed: {what}")
     before = random_state()
     try:
         return _replay_step(run.model, batches, run.inputs, loss)
     except RuntimeError as error:  # out of memory above all: hooks keep more alive than a step does
-        return Examination(replay=f"the replay failed: {type(error).__name__}: {error}")
+        if is_of_connection(error):
+            raise
+        what = f"the replay failed: {type(error).__name__}: {error}"
+        return Examination(replay=what, out_of_step=is_sharded(run.model.base))
     finally:
         restore_random_state(before)
         run.model.hypernet.zero_grad(set_to_none=True)
@@ -105,22 +115,25 @@ def _suspects_of_update(run: RefusedRun) -> list[Suspect]:
 def _replay_step(model: DocToLora, batches: Sequence[PackedBatch], inputs: StepInputs, loss: BatchLoss) -> Examination:
     """Replay the micro-batches of this process to the first one that fails, then its records one at a time."""
     model.hypernet.zero_grad(set_to_none=True)
-    replayed = ((batch, replay(model, batch, inputs, loss)) for batch in batches)
-    batch, whole = next((pair for pair in replayed if pair[1].failed), (None, None))
-    if batch is None or whole is None:
-        return Examination(
-            replay="the replay in this process was finite: another process's batch, or a fault of hardware"
-        )
-    overflow = _largest_gradient(model) if all(it.values.finite for it in whole.seen) else []
+    for batch in batches:
+        whole = replay(model, batch, inputs, loss, in_step=is_sharded(model.base))
+        if any(_of_all(model, whole.failed)):
+            break
+    else:
+        return Examination(replay=_FINITE)
+    overflow = _largest_gradient(model) if whole.failed and all(it.values.finite for it in whole.seen) else []
     parts = [part for each in batches for part in split_contexts(each)]
-    replays = [whole] if len(parts) == 1 else [_replay_alone(model, part, inputs, loss) for part in parts]
+    replays = _replay_records(model, parts, whole, inputs, loss)
     usual = {_place(it) for one in replays if not one.failed for it in one.seen if not it.values.finite}
     guilty = tuple(sorted(part.record_ids[0] for part, one in zip(parts, replays, strict=True) if one.failed))
     records = (
         guilty if len(parts) == 1 or len(guilty) < len(parts) else ()
     )  # what all of them show is no record's doing
     bad = [it for it in whole.seen if not it.values.finite and _place(it) not in usual]
-    suspects = [*_suspects_in_data(parts), *_suspects_on_the_way(model, bad, records), *overflow]
+    weights = _measure_weights(model, bad[0].module if bad else "")
+    if not whole.failed:
+        return Examination(replay=_FINITE)
+    suspects = [*_suspects_in_data(parts), *_suspects_on_the_way(bad, weights, records), *overflow]
     end = whole.seen.index(bad[0]) + 1 + FOLLOWING if bad else len(whole.seen)
     return Examination(
         suspects=suspects[:_MOST],
@@ -130,9 +143,36 @@ def _replay_step(model: DocToLora, batches: Sequence[PackedBatch], inputs: StepI
     )
 
 
-def _replay_alone(model: DocToLora, part: PackedBatch, inputs: StepInputs, loss: BatchLoss) -> Replay:
-    model.hypernet.zero_grad(set_to_none=True)
-    return replay(model, part, inputs, loss)
+def _replay_records(
+    model: DocToLora, parts: Sequence[PackedBatch], whole: Replay, inputs: StepInputs, loss: BatchLoss
+) -> list[Replay]:
+    """Replay each record by itself; the replay of all is that of one that is alone."""
+    most = max(_of_all(model, len(parts)))
+    if most == 1:
+        return [whole]
+    replays = []
+    for part in [*parts, *[parts[-1]] * (most - len(parts))]:  # its shares of the base are needed to the end
+        model.hypernet.zero_grad(set_to_none=True)
+        replays.append(replay(model, part, inputs, loss, in_step=is_sharded(model.base)))
+    return replays[: len(parts)]
+
+
+def _of_all(model: DocToLora, value: T) -> list[T]:
+    """Return the values of the processes that hold the base together: of all, or of this one alone."""
+    return gather_object([value]) if is_sharded(model.base) else [value]
+
+
+def _measure_weights(model: DocToLora, module: str) -> dict[str, Values]:
+    """Measure a module's own weights and buffers; of a sharded base each process names a module, and all gather each."""
+    measured: dict[str, Values] = {}
+    modules = dict(model.named_modules())
+    for name in dict.fromkeys(_of_all(model, module)):
+        owner = modules.get(name, nn.Identity())
+        own = {**dict(owner.named_parameters(recurse=False)), **dict(owner.named_buffers(recurse=False))}
+        tensors = {key: it.full_tensor() if isinstance(it, DTensor) else it for key, it in own.items()}
+        if name == module:
+            measured = {key: measure(it) for key, it in tensors.items() if it.is_floating_point()}
+    return measured
 
 
 def _alone(record: int, one: Replay, usual: set[tuple[str, str, str]]) -> Alone:
@@ -155,16 +195,13 @@ def _suspects_in_data(parts: Sequence[PackedBatch]) -> list[Suspect]:
     ]
 
 
-def _suspects_on_the_way(model: DocToLora, bad: Sequence[Seen], records: tuple[int, ...]) -> list[Suspect]:
+def _suspects_on_the_way(bad: Sequence[Seen], weights: Mapping[str, Values], records: tuple[int, ...]) -> list[Suspect]:
     """Name the weight that the first bad tensor was made with, where that is bad itself, then bad tensors in order."""
     suspects = []
-    if bad and bad[0].module in dict(model.named_modules()):
-        module = model.get_submodule(bad[0].module)
-        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        for name, tensor in own.items():
-            if tensor.is_floating_point() and not (values := measure(tensor)).finite:
-                layer = _layer(bad[0].module, ())
-                suspects.append(Suspect(bad[0].phase, bad[0].module, name, layer, records, str(values)))
+    for name, values in weights.items():
+        if not values.finite:
+            layer = _layer(bad[0].module, ())
+            suspects.append(Suspect(bad[0].phase, bad[0].module, name, layer, records, str(values)))
     for it in {(it.phase, it.module): it for it in reversed(bad)}.values():
         layer = _layer(it.module, it.values.first)
         suspects.append(Suspect(it.phase, it.module, it.tensor, layer, records, str(it.values)))

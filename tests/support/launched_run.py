@@ -3,26 +3,32 @@
 torchrun … tests/support/launched_run.py FOLDER SETTINGS
 
 SETTINGS is JSON: `config` (keys of the run's configuration), `resume`, `pause` and `timeout` (seconds), and faults, each
-`[rank, step]`: `signal` (SIGTERM to itself), `crash` (an error of its own), `die` (SIGKILL). A note of how the run ended
-comes into FOLDER as RANK.json, and the exit code is that of `d2l train`.
+`[rank, step]`: `signal` (SIGTERM to itself), `crash` (an error of its own), `die` (SIGKILL), `spoil` (NaN as the loss of the
+next step, which it has no memory to replay). A note of how the run ended comes into FOLDER as RANK.json, and the exit code
+is that of `d2l train`.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from cli import _exit_code
 from commands.train import STOPPED
 from d2l.build import Components
 from d2l.errors import D2LError
 from d2l.fingerprint import run_fingerprint
-from d2l.train import processes
+from d2l.train import loop, processes, suspects
+from d2l.train.losses import Loss
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed, with_inputs
 from d2l.train.stopping import StopRequest, stop_on_signals
@@ -44,6 +50,8 @@ def run(folder: Path, settings: Mapping[str, Any]) -> str | None:
             raise ValueError("a fault of its own")
         if at == settings.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if at == settings.get("spoil"):
+            spoil_next_step()
 
     stop = StopRequest()
     with (
@@ -54,6 +62,20 @@ def run(folder: Path, settings: Mapping[str, Any]) -> str | None:
         parts = Components(config)
         start = with_inputs(start, run_fingerprint(config, parts.base_config, None, parts.records, {}))
         return train(config, start, preflight={"fingerprint": "", "summary": {}}, on_step=on_step, stop=stop)
+
+
+def spoil_next_step() -> None:
+    """Make every loss that this process takes from now on NaN, and every replay fail."""
+    sound = loop.batch_loss
+
+    def spoilt(*args: Any) -> Loss:
+        made = sound(*args)
+        return replace(made, total=made.total * math.nan, task=made.task * math.nan)
+
+    def fail(*args: Any, **options: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("planted")
+
+    loop.batch_loss, suspects.replay = spoilt, fail
 
 
 def main(folder: Path, settings: Mapping[str, Any]) -> int:

@@ -12,12 +12,14 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -34,6 +36,8 @@ from d2l.train.watch import Watch
 from support.tiny_model import around_base, base_config, random_rows, run_config
 
 HELDOUT = [random_rows(5, seed=9)]
+FAULTS = ("record", "gradient", "weight")
+RARE = 20  # a token that the document of record 5 alone holds
 STEPS = {"max_steps": 3, "save_steps": 100, "eval_steps": 2, "expert_weights": "dequantize"}
 
 
@@ -82,8 +86,7 @@ def train(run: dict[str, Any], folder: Path, kind: str) -> dict[str, Any]:
     note |= {"share": share(base), "whole": [whole_layers(base), after_reading(trainer.model, batch)]}
     weights = {name: it.clone() for name, it in trainer.model.hypernet.state_dict().items()}
     torch.save(weights, place / f"{processes().process_index}.pt")
-    if kind == "full":
-        note["refused"] = refused(trainer, place)
+    note["refused"] = {fault: refused(trainer, place / fault, fault) for fault in FAULTS}
     return note
 
 
@@ -105,17 +108,46 @@ def after_reading(model: DocToLora, batch: PackedBatch) -> list[int]:
     return whole_layers(model.base)
 
 
-def refused(trainer: Trainer, folder: Path) -> str:
-    """Spoil a weight of the base in the share of the last process, and return what a step says."""
-    if processes().is_last_process:
-        trainer.model.targets["q_proj"][-1].weight.to_local().fill_(math.nan)
+def refused(trainer: Trainer, folder: Path, fault: str) -> str:
+    """Plant a fault of `FAULTS`, and return what the next step says."""
+    folder.mkdir(exist_ok=True)
+    place = trainer.epoch, trainer.position
     loss = partial(batch_loss, trainer.model, config=trainer.config)
     try:
-        with autopsy_on_refusal(trainer, folder, loss):
+        with plant(trainer, fault), autopsy_on_refusal(trainer, folder, loss):
             trainer.step()
     except NonFiniteError as error:
         return str(error)
+    finally:
+        trainer.epoch, trainer.position = place
     return ""
+
+
+@contextmanager
+def plant(trainer: Trainer, fault: str) -> Iterator[None]:
+    """Spoil one record's document, a gradient in the last process, or a weight of the base in the last one's share."""
+    hypernet, base = trainer.model.hypernet, trainer.model.base
+
+    def spoil_rare_token(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.masked_fill((inputs[0] == RARE)[..., None], math.inf)
+
+    def spoil_gradient(gradient: Tensor) -> Tensor:
+        return gradient * (math.nan if processes().is_last_process else 1)
+
+    if fault == "weight":
+        weight = trainer.model.targets["q_proj"][-1].weight
+        if not isinstance(weight, DTensor):
+            weight.chunk(processes().num_processes)[-1].fill_(math.nan)
+        elif processes().is_last_process:
+            weight.to_local().fill_(math.nan)
+        yield
+        return
+    with (
+        base.get_input_embeddings().register_forward_hook(spoil_rare_token)
+        if fault == "record"
+        else hypernet.get_parameter("scaler_A.q_proj").register_hook(spoil_gradient)
+    ):
+        yield
 
 
 def resident(key: str = "VmRSS") -> float:

@@ -14,7 +14,7 @@ from commands.console import BaseOption, CheckpointArgument, console, libraries_
 from commands.documents import STDIN, read_document
 from d2l.errors import DataError
 from d2l.inference.cards import Index, open_index, require_place_for_many, require_place_for_one
-from d2l.inference.documents import Document, count_documents, is_single, read_documents
+from d2l.inference.documents import Document, count_documents, is_single, merge, read_documents
 from d2l.inference.servers import MAX_ERROR, AdapterDtype, AdapterForm, Server, request_command, serve_command
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def internalize(
         ),
     ],
     model: BaseOption = None,
+    merged: Annotated[
+        bool, typer.Option("--merge", help="One adapter of all documents: ranks side by side, the learned bias once.")
+    ] = False,
     server: Annotated[Server, typer.Option("--for", help="Write what this server takes.")] = "peft",
     rank: Annotated[
         int | None,
@@ -80,19 +83,25 @@ def internalize(
         form = AdapterForm(server, rank, dtype, max_error)
     except ValueError as error:
         raise UsageError(f"--rank {rank}: {error}") from None
-    if is_single(documents):
-        _internalize_one(checkpoint, documents[0], output, model, form, pack)
+    if merged:
+        _refuse_what_mixes(documents, output)
+        _internalize_one(checkpoint, merge(read_documents(documents), output.name), output, model, form, pack)
+    elif is_single(documents):
+        _internalize_one(checkpoint, _read_one(documents[0], output), output, model, form, pack)
     else:
         _internalize_many(checkpoint, documents, output, model, form, pack)
 
 
+def _read_one(place: str, output: Path) -> Document:
+    """Read a document, whose id is the name of its adapter's folder."""
+    return Document(output.name, "stdin" if place == STDIN else Path(place).name, place, read_document(place))
+
+
 def _internalize_one(
-    checkpoint: Path, place: str, output: Path, model: str | None, form: AdapterForm, pack: int | None
+    checkpoint: Path, document: Document, output: Path, model: str | None, form: AdapterForm, pack: int | None
 ) -> None:
-    """Write the adapter of one document to a folder of its own, or bring it up to date."""
-    text, name = read_document(place), "stdin" if place == STDIN else Path(place).name
-    require_place_for_one(output, name)
-    document = Document(output.name, name, place, text)
+    """Write the adapter of one document, or of a merged one, to a folder of its own, or bring it up to date."""
+    require_place_for_one(output, document.name)
     with libraries_to_stderr():
         from d2l.inference.batch import Internalizer
 
@@ -101,9 +110,10 @@ def _internalize_one(
             work = Internalizer(trained, form, lambda _: output, pack, show_chunks)
             (outcome,) = work.run([document])
         if outcome.card is None:
-            raise DataError(f"{place}: {outcome.reason}")
+            raise DataError(outcome.reason if document.parts else f"{document.source}: {outcome.reason}")
     card = outcome.card
     lines = [f"adapter  {output}", f"rank     {card.rank}, on {', '.join(_modules(trained))} of every layer"]
+    lines += [f"merged   {part['name']}, {part['chunks']:,} chunks" for part in card.parts]
     lines += [f"base     {card.base}"]
     lines += [f"work     {_work([outcome])}"]
     if card.is_refactored:

@@ -41,7 +41,7 @@ def test_it_recalls_documents_that_it_never_saw(trained: TrainedModel) -> None:
         for record in needle_records(8, pairs, 2, 0, seed=7, split="heldout", style="pairs")
     ]
     scores = evaluate(trained, records, max_new_tokens=6).scores
-    assert scores["document"].exact.value >= 0.9
+    assert scores["document"].exact.value >= 0.98
     assert scores["other"].exact.value <= 0.1
     assert scores["none"].exact.value <= 0.1
 

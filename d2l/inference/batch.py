@@ -3,34 +3,29 @@
 At most one document's chunks are in memory, or those of some packs; the documents are never held together.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from d2l.checkpoint import FoundCheckpoint
 from d2l.data.chunks import Ids
-from d2l.errors import CheckpointError, D2LError
+from d2l.errors import CheckpointError, D2LError, DataError
 from d2l.hypernet.lora import Lora
-from d2l.hypernet.targets import Targets, find_targets
 from d2l.inference.adapter import WEIGHTS, require_exportable, require_finite, shape_lora, write_adapter
 from d2l.inference.cards import Card, file_sha256, read_card
 from d2l.inference.documents import Document
 from d2l.inference.load import TrainedModel
 from d2l.inference.reading import chunk_hash, cut, describe_beyond, join, read_chunks, trained_bounds
 from d2l.inference.servers import AdapterForm
+from d2l.inference.written import is_whole, read_rows
 from d2l.io.atomic import replace_folder
 from d2l.io.run_folder import MANIFEST
 
 _PACKS = 4  # that are gathered before they are read: more fill better and hold more LoRAs
 
 Status = Literal["made", "kept", "failed"]
+Part = dict[str, str | int]  # of a merged document: name, hash and number of chunks
 OnChunks = Callable[[int, int], None]  # chunks read, and those to be read now
 
 
@@ -55,7 +50,7 @@ class Outcome:
 
     def without_text(self) -> "Outcome":
         """Return the same, for a list of many."""
-        return replace(self, document=replace(self.document, text=None))
+        return replace(self, document=self.document.without_text())
 
     def entry(self, checkpoint_sha256: str) -> dict[str, Any]:
         """Return the document's line of the index."""
@@ -75,8 +70,9 @@ class _Work:
     """A document that is to be written: its chunks, and what earlier adapters have of them."""
 
     document: Document
-    sha256: str
+    digest: str
     chunks: tuple[Ids, ...]
+    parts: tuple[Part, ...]
     hashes: tuple[str, ...]
     duplicate_of: str | None
     old: dict[str, Lora] = field(default_factory=dict)
@@ -135,9 +131,9 @@ class Internalizer:
 
     def _begin(self, document: Document) -> Outcome | _Work:
         """Look at a document and at its folder: it is wrong, or done, or work."""
-        if document.text is None:
-            return Outcome(document, "failed", reason=document.problem or "")
-        digest = sha256(document.text.encode()).hexdigest()
+        if document.problem is not None:
+            return Outcome(document, "failed", reason=document.problem)
+        digest = document.sha256
         duplicate_of = self._first.setdefault(digest, document.id)
         duplicate = None if duplicate_of == document.id else duplicate_of
         folder = self.place(document.id)
@@ -152,14 +148,31 @@ class Internalizer:
                     f"{folder} holds an adapter of another checkpoint or base ({card.checkpoint.get('folder')}, {card.base}) "
                     "and is never written over with one of this: choose another folder"
                 )
-            chunks = cut(self.trained, document.text)
+            chunks, parts = self._cut(document)
         except D2LError as error:
             return Outcome(document, "failed", reason=str(error))
         hashes = tuple(map(chunk_hash, chunks))
-        work = _Work(replace(document, text=""), digest, chunks, hashes, duplicate)
+        work = _Work(document.without_text(), digest, chunks, parts, hashes, duplicate)
         for earlier in dict.fromkeys((document.id, duplicate_of)):
             work.old.update(self._old_chunks(self.place(earlier), work))
         return work
+
+    def _cut(self, document: Document) -> tuple[tuple[Ids, ...], tuple[Part, ...]]:
+        """Return the chunks of a document, those of its parts one after another; and its parts, none for a single one.
+
+        Raises:
+            DataError: one has no chunks, or none that fit; the message names the part.
+        """
+        chunks: list[Ids] = []
+        parts: list[Part] = []
+        for part in document.parts or (document,):
+            try:
+                found = cut(self.trained, part.text or "", before=len(chunks))
+            except DataError as error:
+                raise DataError(f"{part.source}: {error}" if document.parts else str(error)) from error
+            chunks += found
+            parts.append({"name": part.name, "sha256": part.sha256, "chunks": len(found)})
+        return tuple(chunks), tuple(parts) if document.parts else ()
 
     def _is_right(self, card: Card, folder: Path, digest: str) -> bool:
         """Return whether an adapter is what this document would become, and whole."""
@@ -167,7 +180,7 @@ class Internalizer:
             card.document["sha256"] == digest
             and self._is_alike(card)
             and dict(card.settings) == self.settings
-            and _is_whole(card, folder)
+            and is_whole(card, folder)
         )
 
     def _is_alike(self, card: Card) -> bool:
@@ -186,7 +199,7 @@ class Internalizer:
         same_dtype = card.settings.get("dtype") == self.form.dtype and self.form.rank_for(rank) >= rank
         if card.settings.get("dtype") != "float32" and not same_dtype:
             return {}
-        return _read_rows(card, folder, self.trained, wanted) if _is_whole(card, folder) else {}
+        return read_rows(card, folder, self.trained, wanted) if is_whole(card, folder) else {}
 
     def _rank(self, chunks: int) -> int:
         config = self.trained.config
@@ -232,7 +245,7 @@ class Internalizer:
             weights = partial / WEIGHTS
             card = Card(
                 base=base,
-                document={"id": work.document.id, "name": work.document.name, "sha256": work.sha256},
+                document={"id": work.document.id, "name": work.document.name, "sha256": work.digest},
                 checkpoint=self.checkpoint,
                 chunks=lengths | {"trained": most, "trained_longest": longest},
                 chunk_hashes=work.hashes,
@@ -242,6 +255,7 @@ class Internalizer:
                 settings=self.settings,
                 weights={"sha256": file_sha256(weights), "bytes": weights.stat().st_size},
                 warnings=tuple(describe_beyond(self.trained.config, work.chunks)),
+                parts=work.parts,
             )
             card.write(partial)
         return card
@@ -256,41 +270,3 @@ def checkpoint_identity(source: FoundCheckpoint | None) -> dict[str, str]:
     if source is None:
         raise CheckpointError("the model was not loaded from a checkpoint, so its adapters could not name one")
     return {"folder": str(source.folder), "sha256": file_sha256(source.folder / MANIFEST)}
-
-
-def _is_whole(card: Card, folder: Path) -> bool:
-    """Return whether an adapter's weights are those that were written."""
-    try:
-        return file_sha256(folder / WEIGHTS) == card.weights["sha256"]
-    except OSError:
-        return False
-
-
-def _read_rows(card: Card, folder: Path, trained: TrainedModel, wanted: set[str]) -> dict[str, Lora]:
-    """Cut the rows of some chunks out of an adapter that was not refactored."""
-    base, rank = trained.model.base, trained.config.lora_r
-    paths = {module: f"base_model.model.{path}" for path, module in base.named_modules()}
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError):
-        return {}
-    targets = find_targets(base, trained.config.target_modules)
-    found = {}
-    for number, key in enumerate(card.chunk_hashes):
-        if key in wanted and key not in found:
-            rows = slice(number * rank, (number + 1) * rank)
-            A, B = (_stack(tensors, targets, paths, side, rows) for side in ("A", "B"))
-            found[key] = Lora(A, B, 1.0)
-    return found
-
-
-def _stack(
-    tensors: Mapping[str, Tensor], targets: Targets, paths: Mapping[nn.Module, str], side: str, rows: slice
-) -> dict[str, Tensor]:
-    """Return one side of a chunk's LoRA, [1, L, r, d] in float32, from the tensors of an adapter's file."""
-
-    def layer(module: nn.Module) -> Tensor:
-        tensor = tensors[f"{paths[module]}.lora_{side}.weight"]
-        return (tensor if side == "A" else tensor.mT)[rows].float()
-
-    return {name: torch.stack([layer(module) for module in modules])[None] for name, modules in targets.items()}

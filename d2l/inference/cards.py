@@ -39,6 +39,7 @@ class Card:
         settings: what shaped the file; with hash of document and checkpoint they decide whether it is still right.
         weights: `sha256` and `bytes` of the safetensors file.
         warnings: what was unlike training.
+        parts: `name`, `sha256` and number of `chunks` of each of several documents that are merged, in the order of rows.
     """
 
     base: str
@@ -52,6 +53,7 @@ class Card:
     settings: Mapping[str, Any]
     weights: Mapping[str, str | int]
     warnings: tuple[str, ...] = ()
+    parts: tuple[Mapping[str, str | int], ...] = ()
 
     @property
     def is_refactored(self) -> bool:

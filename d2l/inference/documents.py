@@ -8,8 +8,8 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class Document:
         id: name of its adapter: letters, digits and ._- only, unlike that of any other.
         name: what it is known by from run to run: the file within the folder that was given, or the id within the JSONL.
         source: where it stands, for messages.
-        text: None with a problem.
+        text: None with a problem, and where there are parts.
         problem: why it cannot be used.
+        parts: documents that are one together: see `merge`.
     """
 
     id: str
@@ -44,6 +45,17 @@ class Document:
     source: str
     text: str | None
     problem: str | None = None
+    parts: tuple["Document", ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the text, or of the hashes of all parts one after another, in hexadecimal."""
+        hashed = "".join(part.sha256 for part in self.parts) if self.parts else self.text or ""
+        return hashlib.sha256(hashed.encode()).hexdigest()
+
+    def without_text(self) -> "Document":
+        """Return the same, to be kept where there are many."""
+        return replace(self, text=None, parts=())
 
 
 def is_single(places: Sequence[str]) -> bool:
@@ -74,6 +86,34 @@ def read_documents(places: Sequence[str], known: Mapping[str, str] | None = None
                 yield _read_file(file, file.relative_to(path).as_posix(), names)
         else:
             yield _read_file(path, path.name, names)
+
+
+def merge(documents: Iterable[Document], id_: str) -> Document:
+    """Make one document of several, whose adapter has the chunks of all of them.
+
+    The parts stand in the order of their hashes, so that the same documents in another order are the same one.
+
+    Args:
+        id_: of the merged document, which is known by the names of its parts.
+
+    Raises:
+        DataError: a document cannot be used, two are the same, or there are fewer than two; the message has all problems.
+    """
+    parts: dict[str, Document] = {}
+    problems = []
+    for document in documents:
+        if document.text is None:
+            problems.append(f"{document.source}: {document.problem}")
+        elif (first := parts.setdefault(document.sha256, document)) is not document:
+            problems.append(f"{first.source} and {document.source} are the same document; pass it once")
+    if problems:
+        raise DataError("\n".join(problems))
+    if len(parts) < 2:
+        found = next((part.source for part in parts.values()), "none")
+        raise DataError(f"expected several documents to merge, found {found}; a single one needs no --merge")
+    names = " + ".join(sorted(part.name for part in parts.values()))
+    ordered = tuple(part for _, part in sorted(parts.items()))
+    return Document(id_, names, ", ".join(part.source for part in ordered), None, parts=ordered)
 
 
 def read_text(path: Path, advice: str = "pass a text file, or - for stdin") -> str:

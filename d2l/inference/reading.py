@@ -25,8 +25,11 @@ from d2l.inference.load import TrainedModel
 MOST_FACTOR_BYTES = 4 << 30  # of one document's chunks, in float32 on the host
 
 
-def cut(trained: TrainedModel, text: str) -> tuple[Ids, ...]:
+def cut(trained: TrainedModel, text: str, before: int = 0) -> tuple[Ids, ...]:
     """Tokenize a document into chunks as long as in training, however many: they are read one after another.
+
+    Args:
+        before: chunks of other documents in the same adapter, which share the memory.
 
     Raises:
         DataError: it is empty, a chunk is longer than a packed row of training, or its factors need too much memory.
@@ -35,7 +38,7 @@ def cut(trained: TrainedModel, text: str) -> tuple[Ids, ...]:
     limits = replace(
         Limits.of(config, trained.model.base.config), max_ctx_len=-1, max_packed_ctx_len=-1, max_ctx_chunk_num=None
     )
-    most = MOST_FACTOR_BYTES // chunk_bytes(trained.model)
+    most = max(0, MOST_FACTOR_BYTES // chunk_bytes(trained.model) - before)
     if limits.max_ctx_chunk_len >= 0 and trained.chat.least_tokens(text) > most * limits.max_ctx_chunk_len:
         raise _too_many(f"over {most:,}", most)
     try:

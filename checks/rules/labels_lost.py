@@ -111,7 +111,15 @@ RULE = Rule(
     name="labels-lost",
     stage="data",
     severity="error",
-    sources=("fix 8", "failure mode F8", "failure mode 4", "failure mode 7", "failure mode 8", "failure mode 21"),
+    sources=(
+        "fix 8",
+        "failure mode F8",
+        "failure mode 4",
+        "failure mode 7",
+        "failure mode 8",
+        "failure mode 21",
+        "failure mode 39",
+    ),
     requires=("LBL101", "DAT301", "DAT308"),
     check=check,
     faults=(

@@ -60,6 +60,7 @@ kills: install
 	$(BIN)/python experiments/kills.py --page benchmarks/faults.md
 
 docs: install
+	$(BIN)/python -m checks.failure_modes > failure_modes.tmp && mv failure_modes.tmp docs/failure_modes.md
 	$(BIN)/python -m checks.docs > CHECKS.md
 	$(BIN)/python -m d2l.config.docs > CONFIG.md
 

@@ -127,7 +127,16 @@ RULE = Rule(
     name="assistant-mask-wrong",
     stage="static",
     severity="error",
-    sources=("fix 8", "failure mode F8", "failure mode 3", "failure mode 7", "failure mode 9", "failure mode 37"),
+    sources=(
+        "fix 8",
+        "failure mode F8",
+        "failure mode 3",
+        "failure mode 7",
+        "failure mode 9",
+        "failure mode 37",
+        "failure mode C32",
+        "failure mode C33",
+    ),
     check=check,
     faults=(
         Fault(

@@ -86,7 +86,15 @@ RULE = Rule(
     name="attention-without-backward",
     stage="static",
     severity="error",
-    sources=("fix 2", "failure mode F2", "failure mode 10", "Dao-AILab/flash-attention#1797"),
+    sources=(
+        "fix 2",
+        "failure mode F2",
+        "failure mode 10",
+        "failure mode C30",
+        "failure mode C31",
+        "failure mode C44",
+        "Dao-AILab/flash-attention#1797",
+    ),
     check=check,
     faults=(
         Fault(

@@ -151,7 +151,14 @@ RULE = Rule(
     name="checkpointing-changes-gradients",
     stage="twin",
     severity="error",
-    sources=("fix 7", "failure mode F7", "failure mode 12", "huggingface/peft#2826"),
+    sources=(
+        "fix 7",
+        "failure mode F7",
+        "failure mode 12",
+        "failure mode 13",
+        "failure mode 25",
+        "huggingface/peft#2826",
+    ),
     requires=("LOR202",),
     check=check,
     faults=(

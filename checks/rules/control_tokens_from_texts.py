@@ -157,6 +157,7 @@ RULE = Rule(
     sources=(
         "https://huggingface.co/docs/transformers/main_classes/tokenizer",
         "https://cookbook.openai.com/articles/openai-harmony",
+        "failure mode C32",
     ),
     requires=("LBL101", "DAT301"),
     check=check,

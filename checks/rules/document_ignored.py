@@ -71,7 +71,7 @@ RULE = Rule(
     name="document-ignored",
     stage="twin",
     severity="error",
-    sources=("sanity run", "failure mode 35"),
+    sources=("sanity run", "failure mode 35", "failure mode C15"),
     requires=("HYP201", "LOR202"),
     check=check,
     faults=(Fault("constant-features", "the encoder reads a constant", override(build=_constant_features)),),

@@ -158,7 +158,16 @@ RULE = Rule(
     name="packed-documents-leak",
     stage="twin",
     severity="error",
-    sources=("fix 2", "failure mode F2", "failure mode 1", "failure mode 2", "huggingface/transformers#39997"),
+    sources=(
+        "fix 2",
+        "failure mode F2",
+        "failure mode 1",
+        "failure mode 2",
+        "failure mode C1",
+        "failure mode C3",
+        "failure mode C44",
+        "huggingface/transformers#39997",
+    ),
     requires=("LOR204", "ATT202"),
     check=check,
     faults=(

@@ -112,7 +112,14 @@ RULE = Rule(
     name="targets-unmatched",
     stage="static",
     severity="error",
-    sources=("fix 9", "failure mode F9", "failure mode 14", "unslothai/unsloth#3405"),
+    sources=(
+        "fix 9",
+        "failure mode F9",
+        "failure mode 14",
+        "failure mode 16",
+        "failure mode C38",
+        "unslothai/unsloth#3405",
+    ),
     check=check,
     faults=(
         Fault("experts", "the experts' parameters as targets", configure(target_modules=("gate_up_proj",))),

@@ -60,4 +60,6 @@ def _require_magic(gguf: Path) -> None:
     with gguf.open("rb") as file:
         found = file.read(4)
     if found != b"GGUF":
-        raise ModelError(f"{gguf}: expected a file that begins with GGUF, found {found!r}; remove it, it is fetched again")
+        raise ModelError(
+            f"{gguf}: expected a file that begins with GGUF, found {found!r}; remove it, it is fetched again"
+        )

@@ -26,7 +26,33 @@ LEAST_PASSAGES = 50  # fewer are no material
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,.;:'()\-?!]*[.!?]")  # no markup, paths, code or tables
-_COMMON = frozenset("the a an of to in is are and for that this it be with by on or as from was can not".split())
+_COMMON = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "to",
+        "in",
+        "is",
+        "are",
+        "and",
+        "for",
+        "that",
+        "this",
+        "it",
+        "be",
+        "with",
+        "by",
+        "on",
+        "or",
+        "as",
+        "from",
+        "was",
+        "can",
+        "not",
+    ]
+)
 
 
 @dataclass(frozen=True)

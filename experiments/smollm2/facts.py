@@ -14,13 +14,107 @@ from experiments.smollm2.documents import HELDOUT_SHARE, Passage, Split
 
 WORDS_PER_TOKEN = 0.75  # of SmolLM2's tokenizer on this prose, about
 
-_HEADS = "Ald Bren Cor Dun Els Far Gal Hol Ing Jor Kar Lin Mor Nor Orm Pel Quin Ros Sel Tor Ulv Ver Wyn Yar Zel".split()
-_TAILS = "bury dale estad field gate ham ford vik wick moor sund leigh worth ton by stow mere ridge".split()
-_GIVEN = (
-    "Anna Boris Clara David Elena Frank Grace Henry Irene James Karen Louis Maria Nora Oscar Paula Ralph Sarah Thomas Wendy"
-).split()
-_MONTHS = "January February March April May June July August September October November December".split()
-_GOODS = "wool salt copper amber timber honey barley linen glass cheese apples silver tea pepper cotton rice".split()
+_HEADS = [
+    "Ald",
+    "Bren",
+    "Cor",
+    "Dun",
+    "Els",
+    "Far",
+    "Gal",
+    "Hol",
+    "Ing",
+    "Jor",
+    "Kar",
+    "Lin",
+    "Mor",
+    "Nor",
+    "Orm",
+    "Pel",
+    "Quin",
+    "Ros",
+    "Sel",
+    "Tor",
+    "Ulv",
+    "Ver",
+    "Wyn",
+    "Yar",
+    "Zel",
+]
+_TAILS = [
+    "bury",
+    "dale",
+    "estad",
+    "field",
+    "gate",
+    "ham",
+    "ford",
+    "vik",
+    "wick",
+    "moor",
+    "sund",
+    "leigh",
+    "worth",
+    "ton",
+    "by",
+    "stow",
+    "mere",
+    "ridge",
+]
+_GIVEN = [
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Elena",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "James",
+    "Karen",
+    "Louis",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Ralph",
+    "Sarah",
+    "Thomas",
+    "Wendy",
+]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+_GOODS = [
+    "wool",
+    "salt",
+    "copper",
+    "amber",
+    "timber",
+    "honey",
+    "barley",
+    "linen",
+    "glass",
+    "cheese",
+    "apples",
+    "silver",
+    "tea",
+    "pepper",
+    "cotton",
+    "rice",
+]
 
 Draw = Callable[[random.Random], str]
 
@@ -59,15 +153,21 @@ def _goods(generator: random.Random) -> str:
 
 
 TEMPLATES = (
-    Template("{name} was founded in {value}.", ("When was {name} founded?", "In which year was {name} founded?"), _year),
+    Template(
+        "{name} was founded in {value}.", ("When was {name} founded?", "In which year was {name} founded?"), _year
+    ),
     Template("The mill of {name} burned down in {value}.", ("In which year did the mill of {name} burn down?",), _year),
     Template("The railway reached {name} in {value}.", ("When did the railway reach {name}?",), _year),
     Template("The school in {name} has {value} pupils.", ("How many pupils has the school in {name}?",), _number),
-    Template("{name} has {value} inhabitants.", ("How many inhabitants has {name}?", "How many live in {name}?"), _number),
+    Template(
+        "{name} has {value} inhabitants.", ("How many inhabitants has {name}?", "How many live in {name}?"), _number
+    ),
     Template("The tower of {name} has {value} steps.", ("How many steps has the tower of {name}?",), _number),
     Template("The code of the lock in {name} is {value}.", ("What is the code of the lock in {name}?",), _number),
     Template("The library of {name} keeps {value} maps.", ("How many maps does the library of {name} keep?",), _number),
-    Template("The mayor of {name} is {value}.", ("Who is the mayor of {name}?", "What is {name}'s mayor called?"), _person),
+    Template(
+        "The mayor of {name} is {value}.", ("Who is the mayor of {name}?", "What is {name}'s mayor called?"), _person
+    ),
     Template("The bridge at {name} was built by {value}.", ("Who built the bridge at {name}?",), _person),
     Template("The inn of {name} belongs to {value}.", ("To whom does the inn of {name} belong?",), _person),
     Template("The doctor in {name} is called {value}.", ("What is the doctor in {name} called?",), _person),

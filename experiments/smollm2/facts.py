@@ -1,0 +1,243 @@
+"""Facts with natural-language questions, placed into real text: the documents of training and of the held-out test.
+
+The names and the values of one split never occur in the other, as whole strings; their syllables, digits and given names
+do.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from d2l.data.records import Record
+from experiments.smollm2.documents import HELDOUT_SHARE, Passage, Split
+
+WORDS_PER_TOKEN = 0.75  # of SmolLM2's tokenizer on this prose, about
+
+_HEADS = [
+    "Ald",
+    "Bren",
+    "Cor",
+    "Dun",
+    "Els",
+    "Far",
+    "Gal",
+    "Hol",
+    "Ing",
+    "Jor",
+    "Kar",
+    "Lin",
+    "Mor",
+    "Nor",
+    "Orm",
+    "Pel",
+    "Quin",
+    "Ros",
+    "Sel",
+    "Tor",
+    "Ulv",
+    "Ver",
+    "Wyn",
+    "Yar",
+    "Zel",
+]
+_TAILS = [
+    "bury",
+    "dale",
+    "estad",
+    "field",
+    "gate",
+    "ham",
+    "ford",
+    "vik",
+    "wick",
+    "moor",
+    "sund",
+    "leigh",
+    "worth",
+    "ton",
+    "by",
+    "stow",
+    "mere",
+    "ridge",
+]
+_GIVEN = [
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Elena",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "James",
+    "Karen",
+    "Louis",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Ralph",
+    "Sarah",
+    "Thomas",
+    "Wendy",
+]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+_GOODS = [
+    "wool",
+    "salt",
+    "copper",
+    "amber",
+    "timber",
+    "honey",
+    "barley",
+    "linen",
+    "glass",
+    "cheese",
+    "apples",
+    "silver",
+    "tea",
+    "pepper",
+    "cotton",
+    "rice",
+]
+
+Draw = Callable[[random.Random], str]
+
+
+@dataclass(frozen=True)
+class Template:
+    """Sentence about a name with a value, and questions for the value."""
+
+    sentence: str
+    questions: tuple[str, ...]
+    value: Draw
+
+
+def _place(generator: random.Random) -> str:
+    return generator.choice(_HEADS) + generator.choice(_TAILS)
+
+
+def _person(generator: random.Random) -> str:
+    return f"{generator.choice(_GIVEN)} {_place(generator)}"
+
+
+def _number(generator: random.Random) -> str:
+    return str(generator.randint(11, 989))
+
+
+def _year(generator: random.Random) -> str:
+    return str(generator.randint(1500, 1999))
+
+
+def _day(generator: random.Random) -> str:
+    return f"{generator.randint(1, 28)} {generator.choice(_MONTHS)}"
+
+
+def _goods(generator: random.Random) -> str:
+    return " and ".join(generator.sample(_GOODS, 2))
+
+
+TEMPLATES = (
+    Template(
+        "{name} was founded in {value}.", ("When was {name} founded?", "In which year was {name} founded?"), _year
+    ),
+    Template("The mill of {name} burned down in {value}.", ("In which year did the mill of {name} burn down?",), _year),
+    Template("The railway reached {name} in {value}.", ("When did the railway reach {name}?",), _year),
+    Template("The school in {name} has {value} pupils.", ("How many pupils has the school in {name}?",), _number),
+    Template(
+        "{name} has {value} inhabitants.", ("How many inhabitants has {name}?", "How many live in {name}?"), _number
+    ),
+    Template("The tower of {name} has {value} steps.", ("How many steps has the tower of {name}?",), _number),
+    Template("The code of the lock in {name} is {value}.", ("What is the code of the lock in {name}?",), _number),
+    Template("The library of {name} keeps {value} maps.", ("How many maps does the library of {name} keep?",), _number),
+    Template(
+        "The mayor of {name} is {value}.", ("Who is the mayor of {name}?", "What is {name}'s mayor called?"), _person
+    ),
+    Template("The bridge at {name} was built by {value}.", ("Who built the bridge at {name}?",), _person),
+    Template("The inn of {name} belongs to {value}.", ("To whom does the inn of {name} belong?",), _person),
+    Template("The doctor in {name} is called {value}.", ("What is the doctor in {name} called?",), _person),
+    Template("The road from {name} leads to {value}.", ("Where does the road from {name} lead?",), _place),
+    Template("The ferry from {name} goes to {value}.", ("Where does the ferry from {name} go?",), _place),
+    Template("The fair of {name} begins on {value}.", ("When does the fair of {name} begin?",), _day),
+    Template("{name} holds its regatta on {value}.", ("On which day does {name} hold its regatta?",), _day),
+    Template("The harbour of {name} ships {value}.", ("What does the harbour of {name} ship?",), _goods),
+    Template("The market of {name} is known for {value}.", ("What is the market of {name} known for?",), _goods),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Documents of one stage: the range of their tokens (about), and of their facts.
+
+    Attributes:
+        tokens: fewest and most tokens of real text around the facts; 0 and 0: facts alone.
+        facts: fewest and most facts.
+    """
+
+    tokens: tuple[int, int]
+    facts: tuple[int, int]
+
+
+def fact_records(passages: Sequence[Passage], shape: Shape, documents: int, seed: int, split: Split) -> list[Record]:
+    """Make documents of one split; the same arguments give the same records."""
+    generator = random.Random(f"{seed} {split} {shape}")
+    own = [passage for passage in passages if passage.split == split]
+    return [_record(own, shape, generator, split, number) for number in range(documents)]
+
+
+def _record(passages: Sequence[Passage], shape: Shape, generator: random.Random, split: Split, number: int) -> Record:
+    sentences = _real_sentences(passages, shape, generator)
+    names: set[str] = set()
+    prompts, responses = [], []
+    for _ in range(generator.randint(*shape.facts)):
+        # half of the facts share the template of the fact before, so that the question's kind does not tell the answer
+        if not prompts or generator.random() < 0.5:
+            template = generator.choice(TEMPLATES)
+        name = draw(_place, generator, split, names)
+        value = draw(template.value, generator, split, names)
+        names |= {name, value}
+        fact = template.sentence.format(name=name, value=value)
+        sentences.insert(generator.randint(0, len(sentences)), fact)
+        prompts.append(generator.choice(template.questions).format(name=name))
+        responses.append(value)
+    return Record(" ".join(sentences), tuple(prompts), tuple(responses), f"{split} {number}")
+
+
+def _real_sentences(passages: Sequence[Passage], shape: Shape, generator: random.Random) -> list[str]:
+    """Take whole passages up to a drawn number of tokens."""
+    words = generator.randint(*shape.tokens) * WORDS_PER_TOKEN
+    sentences: list[str] = []
+    while words > 0:
+        for sentence in generator.choice(passages).sentences:
+            words -= len(sentence.split())
+            if words > 0:
+                sentences.append(sentence)
+    return sentences
+
+
+def draw(make: Draw, generator: random.Random, split: Split, taken: set[str]) -> str:
+    """Draw a string that belongs to the split and is not taken yet."""
+    while True:
+        text = make(generator)
+        if split_of(text) == split and text not in taken:
+            return text
+
+
+def split_of(text: str) -> Split:
+    """Return the split that a name or value belongs to."""
+    return "heldout" if hashlib.sha256(text.encode()).digest()[0] % HELDOUT_SHARE == 0 else "train"

@@ -51,7 +51,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the chosen command, and refuse an option that its arguments give twice."""
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None:
+        if command is not None and not ctx.resilient_parsing:  # a shell completes a line that is not whole yet
             _refuse_repeated(command, type(ctx)(command, info_name=name, parent=ctx), rest)
         return name, command, rest
 
@@ -78,7 +78,6 @@ def _refuse_repeated(command: Any, ctx: Any, args: list[str]) -> None:
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

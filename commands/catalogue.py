@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.completion import complete_checks
 from commands.console import FormatOption, print_refused_plugins
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def explain(
-    check: Annotated[str, typer.Argument(metavar="CODE", help="Check to explain, by its code or name.")],
+    check: Annotated[
+        str,
+        typer.Argument(metavar="CODE", help="Check to explain, by its code or name.", autocompletion=complete_checks),
+    ],
 ) -> None:
     """Explain what a check does and how to fix what it finds."""
     from checks import docs

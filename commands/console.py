@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from checks.result import UsageError
+from commands.completion import complete_checks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,7 @@ IgnoreOption = Annotated[
         "--ignore",
         metavar="CODE=REASON[@DATE]",
         help="Accept the finding of a check, until a day (YYYY-MM-DD) if one is given; it stays visible. Repeatable.",
+        autocompletion=complete_checks,
     ),
 ]
 GpuOption = Annotated[

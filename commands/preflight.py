@@ -13,6 +13,7 @@ import typer
 from checks.formats import ReportFormat, require_format, write_report
 from checks.result import FailLevel, Report, UsageError
 from checks.time_limit import SECONDS
+from commands.completion import complete_checks, complete_stages
 from commands.console import (
     DataOption,
     GpuOption,
@@ -52,12 +53,20 @@ ConfigArgument = Annotated[
 ]
 StageOption = Annotated[
     Texts,
-    typer.Option("--stage", metavar="STAGE", help="Run this stage only: static, twin, data or device; repeatable."),
+    typer.Option(
+        "--stage",
+        metavar="STAGE",
+        help="Run this stage only: static, twin, data or device; repeatable.",
+        autocompletion=complete_stages,
+    ),
 ]
 SelectOption = Annotated[
     Texts,
     typer.Option(
-        "--select", metavar="CODE,...", help="Run these checks only: ATT101, ATT for all of those; repeatable."
+        "--select",
+        metavar="CODE,...",
+        help="Run these checks only: ATT101, ATT for all of those; repeatable.",
+        autocompletion=complete_checks,
     ),
 ]
 FailLevelOption = Annotated[

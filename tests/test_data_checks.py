@@ -88,6 +88,12 @@ def data_report(subject: Subject) -> Report:
     return run_checks(subject, [rule for rule in RULES if rule.stage in ("static", "data")], stages=("data",))
 
 
+def assert_green(report: Report) -> None:
+    """Demand that nothing is found; that a run begins with short chunks is a warning, and these documents are cut on purpose."""
+    found = {outcome.outcome for outcome in report.outcomes if (outcome.code, outcome.outcome) != ("CHK301", "warn")}
+    assert found == {"pass"}, plain_text(report)
+
+
 def red(subject: Subject) -> set[str]:
     return {outcome.code for outcome in data_report(subject).outcomes if outcome.outcome in ("fail", "crash")}
 
@@ -106,7 +112,7 @@ CLEAN = [
 @pytest.mark.parametrize(("family", "limits", "supervision"), CLEAN)
 def test_clean_data_of_every_family_is_green(family: str, limits: str, supervision: str) -> None:
     report = data_report(subject_of(family, supervision=supervision, **LIMITS[limits]))
-    assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
+    assert_green(report)
 
 
 SENTENCES = LIMITS["chunked"] | {"chunking": "sentences"}
@@ -117,7 +123,7 @@ CHUNK_RULES = ("DAT304", "DAT305", "DAT306")
 def test_chunks_of_whole_sentences_and_overlaps_are_green(family: str, overlap: int) -> None:
     subject = subject_of(family, **SENTENCES, chunk_overlap=overlap)
     report = data_report(subject)
-    assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
+    assert_green(report)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_a_template_whose_text_merges_with_the_document_is_green(template: str, 
     path.write_text(template, encoding="utf-8")
     clean = replace(subject_of("gpt_oss", chat_template=str(path), **LIMITS["chunked"]), tokenizer=generic)
     report = data_report(clean)
-    assert {outcome.outcome for outcome in report.outcomes} == {"pass"}, plain_text(report)
+    assert_green(report)
 
 
 def test_a_template_that_prints_the_date_by_the_clock_is_read_alike(tmp_path: Path) -> None:

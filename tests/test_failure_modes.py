@@ -33,8 +33,9 @@ def test_every_row_names_exactly_the_checks_that_name_its_mode_and_none_is_left_
         if cells[1:] and cells[1].startswith(' <a id="failure-mode-')
     }
     assert len(rows) == len(read_modes().modes)
+    checks = read_catalogue()
     for number, cell in rows.items():
-        naming = {check.code for check in read_catalogue() if f"failure mode {number}" in check.sources}
+        naming = {check.code for check in checks if f"failure mode {number}" in check.sources}
         cited = set(re.findall(r"\[([A-Z]{3}\d{3})\]", cell.partition("none: ")[0]))
         assert naming == cited, number
         assert len(cell.strip()) > len("none: "), number

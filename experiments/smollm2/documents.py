@@ -87,7 +87,7 @@ def find_passages(places: Sequence[Path] | None = None) -> list[Passage]:
         where = ", ".join(map(str, folders))
         raise DataError(
             f"{where}: expected at least {LEAST_PASSAGES} passages of English prose, found {len(passages)}; "
-            "install packages with documentation, or name folders of text with --text"
+            "install packages with documentation"
         )
     return passages
 

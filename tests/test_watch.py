@@ -288,6 +288,19 @@ def test_an_evaluation_with_a_gap_starts_the_count_anew() -> None:
         assert guard.observe(found, 500, 0) == ""
 
 
+@given(
+    found=st.lists(st.sampled_from([scores(), scores(gaps=NO_GAP), scores(distance=SAME / 2)]), min_size=1, max_size=8),
+    stopped=st.integers(0, 8),
+)
+def test_a_run_that_goes_on_is_judged_as_one_that_never_stopped(found: list[HeldoutScores], stopped: int) -> None:
+    evaluated = [(50 * (number + 1), it) for number, it in enumerate(found)]
+    whole, before, after = ReadingGuard(), ReadingGuard(), ReadingGuard()
+    expected = [whole.observe(it, step, 40) for step, it in evaluated]
+    said = [before.observe(it, step, 40) for step, it in evaluated[:stopped]]
+    after.recall([{"step": step, **it.to_json()} for step, it in evaluated[:stopped]], "ce", 40)
+    assert [*said, *(after.observe(it, step, 40) for step, it in evaluated[stopped:])] == expected
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_hypernetwork_without_features_is_named_once(tmp_path: Path, cut: bool) -> None:
     trainer, watch = watched(tmp_path, nonzero=False, eval_steps=2, max_steps=6)
@@ -303,6 +316,15 @@ def test_a_hypernetwork_without_features_is_named_once(tmp_path: Path, cut: bool
     assert [text.partition(":")[0] for text in told] == (["step 2"] if cut else [])
     distances = [it["lora_distance"] for it in lines(tmp_path / EVALUATIONS)]
     assert all(it < SAME / 10 for it in distances) if cut else all(it > 10 * SAME for it in distances)
+
+
+def test_what_was_said_before_a_stop_is_not_said_again(tmp_path: Path) -> None:
+    trainer, watch = watched(tmp_path, nonzero=False, eval_steps=2, max_steps=6, warmup_steps=0)
+    trainer.model.features = lambda batch, features=trainer.model.features: torch.zeros_like(features(batch))  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="does not read its documents"):
+        list(train_steps(trainer, tmp_path, watch))
+    Watch(trainer, tmp_path, [random_rows(5, seed=9)]).evaluate(8)
+    assert len(read_events(tmp_path)) == 1
 
 
 # Spikes

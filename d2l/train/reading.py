@@ -4,7 +4,11 @@ A hypernetwork that does not read still learns what all answers have in common: 
 configs/needle_tiny.yaml brings the loss from 3.70 to 0.90 in 75 steps while `gen_lora_l1_norm` rises as in a run that reads.
 """
 
-from d2l.train.heldout import HeldoutScores
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2l.train.heldout import DISTANCE, HeldoutScores
+from d2l.train.metrics import LOSS_SUFFIX
 
 # Distance of two documents' updates, each at norm 1. In runs of configs/needle_tiny.yaml that learn it is 0.05 and more at
 # every evaluation, also before they have learnt anything (with Muon 0.44 to 1.24 in 110 steps, with AdamW alone and
@@ -24,6 +28,24 @@ class ReadingGuard:
 
     def __init__(self) -> None:
         self._without_gap, self._said = 0, False
+
+    def recall(self, evaluations: Iterable[Mapping[str, Any]], loss: str, warmup_steps: int) -> None:
+        """Count on from the evaluations of a run that goes on.
+
+        What was said while it warmed up is said again: whether a LoRA was still zero stands in no file.
+
+        Args:
+            evaluations: lines of evaluation.jsonl, in the order of their steps.
+            loss: the name of the task's loss.
+        """
+        own, alone = (f"{control}_{loss}{LOSS_SUFFIX}" for control in ("document", "none"))
+        for record in evaluations:
+            if {own, alone, "swap_gap", "swap_gap_error", DISTANCE} <= record.keys():
+                late = record["step"] > max(warmup_steps, LEAST_STEP)
+                learnt = record[own] < record[alone]
+                self._count(late and learnt and record["swap_gap"] < LEAST_ERRORS * record["swap_gap_error"])
+                same = record["step"] > warmup_steps and record[DISTANCE] < SAME
+                self._said = self._said or same or self._without_gap >= PATIENCE
 
     def observe(self, scores: HeldoutScores, step: int, warmup_steps: int) -> str:
         """Return what is wrong, in words; empty where nothing is, and where it has been said."""
@@ -50,8 +72,7 @@ class ReadingGuard:
     def _no_gap(self, scores: HeldoutScores, late: bool) -> str:
         """Find LoRAs that help alike, whichever document they are of, at several evaluations."""
         own, alone = scores.answers["document"].loss, scores.answers["none"].loss
-        alike = late and own < alone and scores.gap < LEAST_ERRORS * scores.gap_error
-        self._without_gap = self._without_gap + 1 if alike else 0
+        self._count(late and own < alone and scores.gap < LEAST_ERRORS * scores.gap_error)
         if self._without_gap < PATIENCE:
             return ""
         return (
@@ -60,3 +81,7 @@ class ReadingGuard:
             f"LoRA); expected a gap of {LEAST_ERRORS:g} standard errors or more; do the answers depend on the documents, "
             "and does each question come with its own one?"
         )
+
+    def _count(self, alike: bool) -> None:
+        """Count evaluations in a row at which LoRAs helped alike."""
+        self._without_gap = self._without_gap + 1 if alike else 0

@@ -68,11 +68,12 @@ class Watch:
         self._heldout = [Heldout(trainer.model, rows, trainer.config) for rows in heldout]
         self._spikes, self._reading = SpikeGuard(), ReadingGuard()
         loss = f"{trainer.config.loss}{LOSS_SUFFIX}"
-        for record in read_metrics(folder / METRICS, TAIL)[
-            0
-        ]:  # of a run that goes on: what its next steps are compared with
+        steps, _ = read_metrics(folder / METRICS, TAIL)  # of a run that goes on: what its next steps are compared with
+        for record in steps:
             if {loss, "grad_norm", "stage"} <= record.keys():
                 self._spikes.observe(record[loss], record["grad_norm"], int(record["stage"]))
+        evaluations, _ = read_metrics(folder / EVALUATIONS)
+        self._reading.recall(evaluations, trainer.config.loss, trainer.config.warmup_steps)
         self.evaluation: dict[str, float] = {}  # of the last step, under `eval/`; empty where that was not evaluated
 
     def observe(self, metrics: StepMetrics) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +40,15 @@ def saved(folder: Path) -> list[int | None]:
 # The loop
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take Ctrl-C as in a terminal, also where the tests run behind `&`, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_stops_a_run_at_the_end_of_its_step_saved(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch

@@ -32,27 +32,29 @@ def less_time(monkeypatch: pytest.MonkeyPatch) -> None:
     why_not_bounded.cache_clear()
 
 
+TIME, MEMORY = "it did not end within 5 s of computing", "it needs more than 1,024 MiB"
+
+
 @pytest.mark.parametrize(
     ("hostile", "why"),
     [
-        (LOOPS, "it did not end within 5 s of computing"),
-        pytest.param(LETTERS, "it did not end within 5 s of computing", marks=pytest.mark.slow),
-        pytest.param("{{ 9 ** (9 ** 9) }}", "it did not end within 5 s of computing", marks=pytest.mark.slow),
-        ("{{ 'a' * 10**10 }}", "it needs more than 1,024 MiB"),
-        (DOUBLED, "it needs more than 1,024 MiB"),
-        ("{{ 'a' * 20000000 }}", "it writes more than 10,000,000 characters"),
+        (LOOPS, {TIME}),
+        pytest.param(LETTERS, {TIME}, marks=pytest.mark.slow),
+        pytest.param("{{ 9 ** (9 ** 9) }}", {TIME}, marks=pytest.mark.slow),
+        ("{{ 'a' * 10**10 }}", {MEMORY}),
+        (DOUBLED, {TIME, MEMORY}),  # a busy machine needs more than this test's second for a GiB
+        ("{{ 'a' * 20000000 }}", {"it writes more than 10,000,000 characters"}),
     ],
 )
 @pytest.mark.usefixtures("less_time")
-def test_a_template_that_does_not_end_is_refused(hostile: str, why: str) -> None:
+def test_a_template_that_does_not_end_is_refused(hostile: str, why: set[str]) -> None:
     chat = chat_format(generic, template=CHATML + hostile)
     started = time.monotonic()
     with pytest.raises(ModelError) as caught:
         chat.encode([QUESTION, ANSWER])
-    assert str(caught.value).splitlines() == [
-        f"the chat template cannot be used: {why}, for a question with its answer",
-        "pass another template: --set chat_template=FILE",
-    ]
+    first, *rest = str(caught.value).splitlines()
+    assert first in {f"the chat template cannot be used: {it}, for a question with its answer" for it in why}
+    assert rest == ["pass another template: --set chat_template=FILE"]
     assert time.monotonic() - started < 40
     with pytest.raises(ModelError):  # known by now
         chat.context_affixes()

@@ -25,6 +25,14 @@ TEMPLATE = Path(__file__).with_name("run_page.html")
 FINDINGS = ("fail", "crash", "warn")
 DETAILS = ("expected", "actual", "remedy")
 INK = "#010203"  # stands for the page's own colour of text while matplotlib draws
+FIRST_STEP = {
+    **dict.fromkeys(loss_keys(), "loss"),
+    "grad_norm": "gradient norm",
+    "context_tokens": "document tokens",
+    "seconds": "seconds",
+    "cuda_peak_gib": "peak on the GPU in GiB",
+    "resident_peak_gib": "peak on the host in GiB",
+}
 SCORES = {"exact": "exact match", "f1": "F1", "rouge_l": "ROUGE-L", "perplexity": "perplexity"}
 
 
@@ -67,6 +75,8 @@ def _summary(history: RunHistory, now: float) -> list[tuple[str, str]]:
     for label, values in (("loss", series(history.records, loss_keys())), ("tokens a second", speeds(history.records))):
         if values:
             rows.append((label, f"{values[-1][1]:,.4g} (first {values[0][1]:,.4g})"))
+    if history.first_step:
+        rows.append(("first step", _first_step(history.first_step)))
     seconds = [value for _, value in series(history.records, ["seconds"])]
     if seconds:
         rows.append(("time in steps", clock(sum(seconds))))
@@ -77,6 +87,17 @@ def _summary(history: RunHistory, now: float) -> list[tuple[str, str]]:
     if history.damaged:
         rows.append(("lines of metrics that cannot be read", str(history.damaged)))
     return rows
+
+
+def _first_step(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """Write what was measured of the first step, each with what was predicted."""
+    measured, predicted = (figures.get(name, {}) for name in ("measured", "predicted"))
+    return "; ".join(
+        f"{label} {_number(measured.get(key))}"
+        + (f" (predicted {_number(predicted[key])})" if key in predicted else "")
+        for key, label in FIRST_STEP.items()
+        if key in measured or key in predicted
+    )
 
 
 def _outcomes(preflight: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -122,6 +122,7 @@ def status_facts(history: "RunHistory", now: float) -> dict[str, Any]:
         "checkpoint": None if newest is None else str(newest.folder),
         "written_seconds_ago": history.age(now),
         "damaged_lines": history.damaged,
+        "first_step": history.first_step or None,
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,6 +35,7 @@ from d2l.train.stopping import Interrupted, StopRequest, stop_on_signals
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from checks.result import Report
     from d2l.config.schema import RunConfig
     from d2l.train.start import Start
 
@@ -187,7 +188,7 @@ def _check_and_train(
             "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check", err=True
         )
         raise typer.Exit(REFUSED)
-    return _train(config, compared, report.to_json(), screen, stop)
+    return _train(config, compared, report, screen, stop)
 
 
 @contextmanager
@@ -287,13 +288,12 @@ def _nothing_to_do(start: "Start", max_steps: int) -> str:
     )
 
 
-def _train(
-    config: "RunConfig", start: "Start", preflight: Mapping[str, Any], screen: "Console", stop: StopRequest
-) -> str | None:
+def _train(config: "RunConfig", start: "Start", report: "Report", screen: "Console", stop: StopRequest) -> str | None:
     """Train with a bar on a terminal and lines elsewhere, then print the last metrics and where the run lies.
 
     Returns what the run was stopped by; None where all steps are taken.
     """
+    from checks.predictions import predicted_by
     from d2l.train.run import train
 
     if start.checkpoint is not None:
@@ -306,7 +306,15 @@ def _train(
             steps, tokens, last = steps + 1, tokens + record["tokens"], dict(record)
             show(record)
 
-        stopped_by = train(config, start, preflight=preflight, on_step=on_step, on_tokenize=on_tokenize, stop=stop)
+        stopped_by = train(
+            config,
+            start,
+            preflight=report.to_json(),
+            prediction=predicted_by(report),
+            on_step=on_step,
+            on_tokenize=on_tokenize,
+            stop=stop,
+        )
     rows = {"steps of this run": str(steps)} | {key: f"{last[key]:.6g}" for key in METRICS if key in last}
     if steps:
         rows["tokens"] = f"{tokens:,.0f}"

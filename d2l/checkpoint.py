@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from d2l.errors import CheckpointError
 from d2l.io.atomic import remove_folder, remove_leftovers, require_new_folder, write_new_folder
-from d2l.io.run_folder import MANIFEST, checkpoints_folder, is_checkpoint, step_folders
+from d2l.io.run_folder import MANIFEST, STATE, checkpoints_folder, is_checkpoint, step_folders
 
-_HYPERNET, _TRAINER, _STATE = "hypernet.safetensors", "trainer.safetensors", "state.json"
+_HYPERNET, _TRAINER = "hypernet.safetensors", "trainer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def write_snapshot(folder: Path, snapshot: Checkpoint) -> None:
     with write_new_folder(folder, "checkpoint") as partial:
         save_file(dict(snapshot.hypernet), partial / _HYPERNET)
         save_file(dict(snapshot.trainer), partial / _TRAINER)
-        (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1, allow_nan=False), encoding="utf-8")
-        names = (_HYPERNET, _TRAINER, _STATE)
+        (partial / STATE).write_text(json.dumps(snapshot.state, indent=1, allow_nan=False), encoding="utf-8")
+        names = (_HYPERNET, _TRAINER, STATE)
         manifest = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in names
         }
@@ -108,7 +108,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(
             hypernet=load_file(folder / _HYPERNET),
             trainer=load_file(folder / _TRAINER),
-            state=json.loads((folder / _STATE).read_text(encoding="utf-8")),
+            state=json.loads((folder / STATE).read_text(encoding="utf-8")),
         )
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
@@ -139,7 +139,7 @@ def _find_damage(folder: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         return f"{path} cannot be read: {error}"
-    for name in (_HYPERNET, _TRAINER, _STATE):
+    for name in (_HYPERNET, _TRAINER, STATE):
         if name not in expected:
             return f"{path} does not list {name}"
     for name, (size, digest) in expected.items():

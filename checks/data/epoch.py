@@ -41,6 +41,7 @@ class EpochReading:
     questions: int = 0
     tokens: int = 0
     label_tokens: int = 0
+    context_tokens: int = 0
     longest: tuple[int, int] = (0, 0)  # tokens of questions and of documents in a batch
     data: "ExpectedData | None" = None
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

@@ -65,6 +65,7 @@ def _read(subject: "Subject", run: TightRun, tokenized: "Tokenized") -> EpochRea
         reading.batches += 1
         lengths = batch.input_ids.shape[1], batch.ctx_ids.shape[1]
         reading.longest = max(reading.longest[0], lengths[0]), max(reading.longest[1], lengths[1])
+        reading.context_tokens += lengths[1]
         chunks = _segments(batch.ctx_position_ids, sum(batch.n_ctx_chunks))
         asked = _segments(batch.position_ids, sum(batch.n_queries))
         for problem in size_problems(batch, chunks, asked, run.config, run.base_limit, affixes):

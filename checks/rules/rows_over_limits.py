@@ -48,7 +48,9 @@ def check(subject: "Subject") -> Result:
     if finding := _just_fitting(subject):
         return finding
     batches = sum(reading.batches for reading in found)
-    evidence = {"batches": batches, "longest": list(own.longest), "faults": problems.examples}
+    evidence: dict[str, Any] = {"batches": batches, "longest": list(own.longest), "faults": problems.examples}
+    if own.batches:
+        evidence["context_tokens_per_row"] = own.context_tokens / own.batches
     if problems.count:
         return Fail(
             message=f"limits are exceeded {problems.count:,} times in {batches:,} batches",

@@ -18,7 +18,7 @@ from pathlib import Path
 RUN, CONFIG, PREFLIGHT = "run.json", "config.yaml", "preflight.json"
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluation.jsonl", "events.jsonl"
 AUTOPSY_FOLDER, LOCK = "autopsy", ".lock"
-MANIFEST = "manifest.json"  # of a checkpoint: its presence makes the folder one
+MANIFEST, STATE = "manifest.json", "state.json"  # of a checkpoint; the manifest's presence makes the folder one
 _STEP = re.compile(r"step-([0-9]+)")
 
 

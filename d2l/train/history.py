@@ -16,8 +16,20 @@ import yaml
 
 from d2l.config.schema import LossName
 from d2l.errors import DataError
-from d2l.io.run_folder import CONFIG, EVALUATIONS, LOCK, MANIFEST, METRICS, PREFLIGHT, is_run, step_folders, step_of
+from d2l.io.run_folder import (
+    CONFIG,
+    EVALUATIONS,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    PREFLIGHT,
+    STATE,
+    is_run,
+    step_folders,
+    step_of,
+)
 from d2l.train.events import Event, read_events, was_autopsied
+from d2l.train.first_step import FIRST_STEP
 from d2l.train.metrics import LOSS_SUFFIX, PEAK_SUFFIX
 
 Record = Mapping[str, Any]
@@ -50,6 +62,7 @@ class RunHistory:
         damaged: lines of metrics.jsonl that could not be read.
         evaluations: lines of evaluation.jsonl, likewise.
         checkpoints: complete ones, the newest last.
+        first_step: figures predicted and measured, as the newest checkpoint keeps them; empty where it has none.
         events: resumes, superseded checkpoints, autopsies, by time.
         written: when the run last wrote, in seconds since 1970; None where it wrote nothing.
         locked: whether a process holds the run's lock; None where there is no lock.
@@ -62,6 +75,7 @@ class RunHistory:
     damaged: int
     evaluations: Sequence[Record]
     checkpoints: Sequence[CheckpointEntry]
+    first_step: Mapping[str, Record]
     events: Sequence[Event]
     written: float | None
     locked: bool | None
@@ -152,6 +166,7 @@ def read_history(folder: Path, *, newest: bool = False) -> RunHistory:
         damaged=damaged,
         evaluations=read_metrics(folder / EVALUATIONS, TAIL if newest else None)[0],
         checkpoints=checkpoints,
+        first_step=_read_first_step(checkpoints),
         events=read_events(folder),
         written=max((it for it in times if it is not None), default=None),
         locked=_is_locked(folder / LOCK),
@@ -243,6 +258,17 @@ def _read_checkpoints(folder: Path) -> list[CheckpointEntry]:
         if step is not None and written is not None:
             found.append(CheckpointEntry(step, place, sum(map(_size, place.glob("*"))), written))
     return found
+
+
+def _read_first_step(checkpoints: Sequence[CheckpointEntry]) -> dict[str, Record]:
+    """Return the finite figures of the first step in the newest checkpoint, by `predicted` and `measured`."""
+    found = _read_mapping(checkpoints[-1].folder / STATE).get(FIRST_STEP) if checkpoints else None
+    parts = {name: found.get(name) for name in ("predicted", "measured")} if isinstance(found, dict) else {}
+    return {
+        name: {key: value for key, value in part.items() if _is_finite(value)}
+        for name, part in parts.items()
+        if isinstance(part, dict)
+    }
 
 
 def _is_locked(path: Path) -> bool | None:

@@ -274,6 +274,10 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
     """
     config, main = trainer.config, trainer.processes.is_main_process
     loss = partial(batch_loss, trainer.model, config=config)
+
+    def checkpoint() -> Checkpoint:
+        return trainer.checkpoint(**evidence, **({} if watch is None else watch.evidence()))
+
     with (
         (folder / METRICS).open("a", encoding="utf-8") as metrics_file,
         autopsy_on_refusal(trainer, folder, loss),
@@ -282,7 +286,7 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
         if trainer.step_number == 0:
             trainer.require_sound_state()
             if main and not step_folder(folder, 0).exists():  # a resumed run has it
-                save_checkpoint(step_folder(folder, 0), trainer.checkpoint(**evidence))
+                save_checkpoint(step_folder(folder, 0), checkpoint())
         while trainer.step_number < config.max_steps:
             metrics = trainer.step()
             trainer.stop.wait_for_step()
@@ -296,7 +300,7 @@ def train_steps(trainer: Trainer, folder: Path, watch: Watch | None = None, **ev
             if last or metrics.step % config.save_steps == 0:
                 trainer.require_sound_state()
                 if main:
-                    saving.save(metrics.step, trainer.checkpoint(**evidence))
+                    saving.save(metrics.step, checkpoint())
             saving.settle(wait=last)
             yield metrics
             if stopping:

@@ -9,6 +9,7 @@ from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
 from d2l.train.events import note_event
+from d2l.train.first_step import FIRST_STEP, UNKNOWN, Prediction
 from d2l.train.folder import named_writes, prepare
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import StepMetrics
@@ -24,6 +25,7 @@ def train(
     start: Start,
     *,
     preflight: Mapping[str, Any],
+    prediction: Prediction = UNKNOWN,
     on_step: Callable[[Mapping[str, float]], None],
     on_tokenize: OnProgress = lambda done, total: None,
     stop: StopRequest | None = None,
@@ -33,6 +35,7 @@ def train(
     Args:
         start: a new folder, or the checkpoint that is resumed in the folder of its run.
         preflight: report of the preflight as JSON values, kept in the folder.
+        prediction: what that report says of the run's steps; checkpoints keep it beside the first step.
         on_step: called after every step with its metrics, as in metrics.jsonl, and the evaluation after it, under `eval/`.
         on_tokenize: called while the data is tokenized, with the number of records done, and of all.
         stop: the run stops, saved, at the end of the step in which this is made; in several processes, if it is in one.
@@ -58,7 +61,9 @@ def train(
                 note_event(start.folder, f"resumed after step {start.step:,}")
     this.wait_for_everyone()
     evidence = {"fingerprint": preflight["fingerprint"], "preflight": preflight["summary"], **start.evidence()}
-    watch = Watch(trainer, start.folder, heldout, [record.source for record in components.records])
+    sources = [record.source for record in components.records]
+    kept = None if start.checkpoint is None else start.checkpoint.state.get(FIRST_STEP)
+    watch = Watch(trainer, start.folder, heldout, sources, prediction, kept)
     taken = closing(_take_steps(trainer, start.folder, watch, evidence))  # closed: nothing is being saved any more
     with started_trackers(config, start.folder, trainer.step_number) as track, taken as steps:
         for metrics in steps:

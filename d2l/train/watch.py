@@ -7,9 +7,9 @@ that does not read its documents are named in a warning each, and among the run'
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from warnings import warn
 
 import torch
@@ -22,6 +22,7 @@ from d2l.hypernet.model import DocToLora
 from d2l.io.run_folder import EVALUATIONS, METRICS
 from d2l.train.curriculum import Curriculum
 from d2l.train.events import note_event
+from d2l.train.first_step import FIRST_STEP, UNKNOWN, Prediction, describe_first_step
 from d2l.train.heldout import Heldout
 from d2l.train.history import TAIL, read_metrics
 from d2l.train.losses import compute_loss
@@ -58,12 +59,21 @@ class Watch:
         folder: the run's.
         heldout: rows of the held-out documents, for each stage of the run, or for all; empty: there is no evaluation.
         sources: where each record stands, by its index; empty: records are named by their index alone.
+        prediction: of the run's steps, by its preflight.
+        first_step: its figures as a checkpoint kept them, of a run that goes on; None: there are none.
     """
 
     def __init__(
-        self, trainer: WatchedRun, folder: Path, heldout: Sequence[Sequence[Row]] = (), sources: Sequence[str] = ()
+        self,
+        trainer: WatchedRun,
+        folder: Path,
+        heldout: Sequence[Sequence[Row]] = (),
+        sources: Sequence[str] = (),
+        prediction: Prediction = UNKNOWN,
+        first_step: Mapping[str, Any] | None = None,
     ) -> None:
         self._trainer, self._folder, self._sources = trainer, folder, sources
+        self._prediction, self._first_step = prediction, first_step
         assert not heldout or trainer.config.eval_steps is not None, "held-out rows without eval_steps"
         self._heldout = [Heldout(trainer.model, rows, trainer.config) for rows in heldout]
         self._spikes, self._reading = SpikeGuard(), ReadingGuard()
@@ -87,8 +97,12 @@ class Watch:
             found = "; ".join(map(str, spikes))
             self._name(f"step {metrics.step:,} is far from those before it: {found}; {self._records()}")
         if metrics.step == 1:
-            self._compare_with_base(metrics)
+            self._look_at_first_step(metrics)
         self.evaluation = self.evaluate(metrics.step) if self._is_due(metrics.step) else {}
+
+    def evidence(self) -> dict[str, Any]:
+        """Return what every checkpoint keeps of what was seen, as JSON values: the first step's figures, once it is taken."""
+        return {} if self._first_step is None else {FIRST_STEP: self._first_step}
 
     def _is_due(self, step: int) -> bool:
         config = self._trainer.config
@@ -118,9 +132,11 @@ class Watch:
             self._name(f"step {step:,}: {found}")
         return {f"{EVALUATED}{key}": value for key, value in values.items() if key not in ("step", "stage")}
 
-    def _compare_with_base(self, metrics: StepMetrics) -> None:
-        """Compare the loss of the first step with that of the base without a LoRA, on the same rows."""
-        base = self._base_loss()
+    def _look_at_first_step(self, metrics: StepMetrics) -> None:
+        """Keep its figures, and compare its loss with that of the base without a LoRA, on the same rows."""
+        base, inputs = self._base_loss(), self._trainer.inputs
+        assert inputs is not None, "no step was taken"
+        self._first_step = describe_first_step(metrics, inputs, base, self._prediction)
         if abs(metrics.task_loss - base) <= FIRST_LOSS_BOUND * max(abs(base), 1.0):
             return
         self._name(

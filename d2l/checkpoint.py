@@ -6,7 +6,7 @@ unpickled.
     step-000020/
         hypernet.safetensors    trained parameters (the reference's names)
         trainer.safetensors     optimizer moments and RNG states
-        state.json              step, data position, scheduler, resolved config, fingerprint, versions
+        state.json              step, data position, scheduler, resolved config, fingerprint, versions, first step's figures
         manifest.json           file → bytes and sha256; its presence makes the folder a checkpoint
 """
 

@@ -21,6 +21,7 @@ from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
 from commands.console import LOADING, libraries_to_stderr, load_libraries
 from d2l.errors import ConfigError, NonFiniteError
+from d2l.train.first_step import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +42,7 @@ class World:
     rules: list = field(default_factory=list)
     loaded: list = field(default_factory=list)
     trained: list = field(default_factory=list)
+    predictions: list = field(default_factory=list)
     records: list = field(default_factory=list)
     load_error: Exception | None = None
     train_error: Exception | None = None
@@ -77,7 +79,8 @@ class World:
         assert identity == "hashes"
         return SimpleNamespace(**vars(start) | {"notes": (*start.notes, "torch is another")})
 
-    def train(self, config, start, *, preflight, on_step, on_tokenize, stop):
+    def train(self, config, start, *, preflight, prediction, on_step, on_tokenize, stop):
+        self.predictions.append(prediction)
         self.trained.append((preflight, start.folder, start.checkpoint))
         for done in (1, 1200):
             on_tokenize(done, 1200)
@@ -486,6 +489,12 @@ tokens             1,500
 run folder         runs/toy
 """
     )
+
+
+def test_train_is_told_what_the_preflight_predicts(world):
+    world.rules[:] = [rule("DAT305", Pass("fine", {"context_tokens_per_row": 61.5}))]
+    assert d2l("train", "x.yaml").exit_code == 0
+    assert world.predictions == [Prediction(context_tokens_per_row=61.5)]
 
 
 def test_train_takes_a_new_folder(world):

@@ -26,6 +26,10 @@ from d2l.io.run_folder import EVALUATIONS
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & é'
+FIRST_STEP = {
+    "predicted": {"ce_loss": 6.9375, "context_tokens": 123.0, "cuda_peak_gib": 27.25},
+    "measured": {"ce_loss": 7.5, "grad_norm": 0.25, "context_tokens": 118, "seconds": 0.5, "resident_peak_gib": 0.625},
+}
 HEADINGS = [
     *("Preflight", "Curves", "Sample", "Evaluation", "Memory", "Checkpoints", "Events", "Versions", "Configuration")
 ]
@@ -67,6 +71,7 @@ def run(tmp_path: Path) -> Path:
     judged = {"data": EVIL, "versions": "torch 2.13.0"}
     preflight = {"version": "0.2.0", "outcomes": outcomes, "judged": judged}
     (folder / "preflight.json").write_text(json.dumps(preflight), encoding="utf-8")
+    (folder / "checkpoints" / "step-000004" / "state.json").write_text(json.dumps({"first_step": FIRST_STEP}))
     scores = {
         condition: {
             score: {"value": 0.25, "low": 0.2, "high": 0.3} for score in ("exact", "f1", "rouge_l", "perplexity")
@@ -111,6 +116,8 @@ def test_a_page_holds_everything_and_loads_nothing(run: Path, tmp_path: Path) ->
         "reckoned peak 61 GB",
         "torch 2.13.0",
         "0.25 [0.2, 0.3]",
+        "loss 7.5 (predicted 6.938); gradient norm 0.25; document tokens 118 (predicted 123); seconds 0.5; "
+        "peak on the GPU in GiB - (predicted 27.25); peak on the host in GiB 0.625",
     ):
         assert any(words in cell for cell in (*page.text["td"], *page.text["p"])), words
     assert '<th scope="row">step-000004</th>' in text

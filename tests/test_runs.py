@@ -76,6 +76,7 @@ def test_json_has_numbers_and_none_where_nothing_is_known(tmp_path: Path) -> Non
         "checkpoint": str(tmp_path / "run" / "checkpoints" / "step-000004"),
         "written_seconds_ago": 0,
         "damaged_lines": 0,
+        "first_step": None,
     }
     assert 0 <= run["written_seconds_ago"] < 60
     assert empty == dict.fromkeys(run) | {

@@ -63,6 +63,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
             found = {key: value for key, value in ours.items() if key not in MEASURED}
             assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     trained = load_checkpoint(step_folder(folder, 3))
+    first, expected = (load_checkpoint(step_folder(it, 3)).state["first_step"] for it in (folder, tmp_path))
+    assert first["predicted"] == pytest.approx(expected["predicted"], rel=1e-4)
+    assert first["measured"]["context_tokens"] == expected["measured"]["context_tokens"]
     for name, value in alone.model.hypernet.state_dict().items():
         torch.testing.assert_close(trained.hypernet[name], value, rtol=1e-5, atol=1e-5, msg=name)
 

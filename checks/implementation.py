@@ -107,6 +107,15 @@ class Implementation(Protocol):
     ) -> "Tokenized":
         """Return the same as `rows`, through the cache that lies in this folder, in as many files as records where it can."""
 
+    def divided(
+        self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]
+    ) -> "tuple[Sequence[Row], Sequence[Sequence[Row]]]":
+        """Return the rows that training packs, and those of held-out documents, one of each, for every stage of the run.
+
+        Args:
+            config: with `eval_steps`.
+        """
+
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
         """Pack the rows of one epoch."""
 

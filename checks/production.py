@@ -87,6 +87,12 @@ class Production:
         limits = Limits.of(config, fitted_base_config(config, chat.tokenizer))
         return cached_rows(records, chat, limits, config.seed, folder, per_shard=1)
 
+    def divided(
+        self, config: RunConfig, chat: ChatFormat, records: Sequence[Record]
+    ) -> tuple[Sequence[Row], Sequence[Sequence[Row]]]:
+        components = Components(config, records=records, chat=chat)
+        return components.rows, components.heldout
+
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return epoch_batches(config, rows, epoch=0)
 

@@ -41,6 +41,7 @@ class Components:
         on_tokenize: called while the data is tokenized, with the records that are done and all of them.
         records: documents to take instead of those that the configuration names.
         processes: those over which a base is sharded that the configuration wants so; by default it is whole.
+        chat: chat format to take, with its tokenizer, instead of those that the configuration names.
 
     Raises:
         ModelError: by a component: the base model, its tokenizer or its chat template cannot be used.
@@ -53,8 +54,10 @@ class Components:
         on_tokenize: OnProgress = lambda done, total: None,
         records: Sequence[Record] | None = None,
         processes: int | None = None,
+        chat: ChatFormat | None = None,
     ) -> None:
         self.config = config
+        self._chat = chat
         self._processes = processes
         self._on_tokenize = on_tokenize
         self._records = records
@@ -62,12 +65,14 @@ class Components:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the configuration names, else the base model's own."""
+        if self._chat is not None:
+            return self._chat.tokenizer
         return load_tokenizer(self.config.tokenizer_name_or_path or self.config.model_name_or_path)
 
     @cached_property
     def chat(self) -> ChatFormat:
         """How conversations are written and supervised."""
-        return build_chat(self.config, self.tokenizer)
+        return build_chat(self.config, self.tokenizer) if self._chat is None else self._chat
 
     @cached_property
     def base_config(self) -> PreTrainedConfig:

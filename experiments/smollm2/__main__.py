@@ -29,7 +29,7 @@ from experiments.smollm2.evaluation import evaluate
 from experiments.smollm2.facts import fact_records
 from experiments.smollm2.fetch import fetch
 from experiments.smollm2.folder import Folder, Report
-from experiments.smollm2.material import stage_records, teach, write_once
+from experiments.smollm2.material import single_words, stage_records, teach, write_once
 from experiments.smollm2.page import write_page
 from experiments.smollm2.teacher import TOP_K, certain
 from experiments.smollm2.training import Plan, train
@@ -101,11 +101,13 @@ def make_data(folder: Folder, report: Report) -> list[Path]:
         return files
     passages = find_passages()
     report(f"{len(passages):,} passages of real text")
-    for stage in (*recipe.HELDOUT, recipe.WATCHED):
-        make_heldout = fact_records(passages, stage.shape, stage.documents, recipe.SEED, "heldout")
-        write_once(folder.data(stage.name), lambda made=make_heldout: made)
-    write_once(texts, lambda: unrelated_texts(passages))
     base = base_alone(folder)
+    words = single_words(passages, base.chat)
+    report(f"{len(words):,} words of one token, the rarest of them {words[-1]!r}")
+    for stage in (*recipe.HELDOUT, recipe.WATCHED):
+        heldout = fact_records(passages, stage.shape, stage.documents, recipe.SEED, "heldout", words)
+        write_once(folder.data(stage.name), lambda made=heldout: certain(made, base.chat))  # watched under both losses
+    write_once(texts, lambda: unrelated_texts(passages))
     own = [passage for passage in passages if passage.split == "train"]
     write_once(folder.data("taught"), lambda: teach(base, own, recipe.SEED, report))
     with_teacher = folder.place / "data" / "taught-logprobs.jsonl"
@@ -114,16 +116,16 @@ def make_data(folder: Folder, report: Report) -> list[Path]:
         d2l("data", "teacher", folder.config, *arguments, log=folder.place / "teacher.log")
     taught = read_records([with_teacher])
     for stage, file in zip(recipe.STAGES, files, strict=True):
-        write_once(file, lambda it=stage: make_stage(passages, it, taught, base))
+        write_once(file, lambda it=stage: make_stage(passages, words, it, taught, base))
         report(f"data of stage {stage.name}")
     return files
 
 
 def make_stage(
-    passages: Sequence[Passage], stage: recipe.Stage, taught: Sequence[Record], base: TrainedModel
+    passages: Sequence[Passage], words: Sequence[str], stage: recipe.Stage, taught: Sequence[Record], base: TrainedModel
 ) -> list[Record]:
     """Make the documents of a stage; with teacher logprobs where real text has them."""
-    records = stage_records(passages, stage, recipe.SEED)
+    records = stage_records(passages, stage, recipe.SEED, words)
     if not stage.taught:
         return records
     mixed = certain(records, base.chat) + [taught[place % len(taught)] for place in range(stage.taught)]

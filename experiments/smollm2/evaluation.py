@@ -2,11 +2,11 @@
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2l.data.records import read_records
+from d2l.data.records import Record, read_records
 from d2l.evaluation.scores import CONDITIONS
 from d2l.inference.load import TrainedModel, load_model
 from d2l.io.atomic import replace_file
@@ -16,42 +16,47 @@ from experiments.smollm2.folder import Folder, Report
 from experiments.smollm2.harm import measure_harm
 from experiments.smollm2.page import Findings, Shown, named_share
 from experiments.smollm2.parity import peft_answers
-from experiments.smollm2.training import metrics
+from experiments.smollm2.training import metrics, progress_of
+
+Place = tuple[str, int, int]  # of a question: held-out documents, record, query
 
 
 def evaluate(folder: Folder, questions: Path | None, threads: int, report: Report) -> Findings:
-    """Evaluate what is not evaluated yet, and gather the findings."""
-    facts = {}
-    for stage in recipe.HELDOUT:
-        facts[stage.name.removeprefix("heldout-")] = run_eval(folder, stage.name, folder.data(stage.name), threads)
-        report(f"evaluated {stage.name}")
-    real = None
-    if questions is not None:
-        real = run_eval(folder, "real", questions, threads, "--limit", recipe.REAL_DOCUMENTS)
-        report("evaluated real questions")
+    """Evaluate what is not evaluated yet of the run's newest checkpoint, and gather the findings."""
+    step, _ = progress_of(folder.run)
+    results = folder.results(step)
+    results.mkdir(parents=True, exist_ok=True)
+
+    def run_eval(name: str, data: Path, *more: object) -> Any:
+        file = results / f"{name}.json"
+        if not file.exists():
+            arguments = ("--data", data, "-o", file, "--max-new-tokens", recipe.ANSWER_TOKENS, *more)
+            d2l("eval", folder.run, *arguments, log=file.with_suffix(".log"), threads=threads)
+        report(f"evaluated {name}")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    names = {stage.name.removeprefix("heldout-"): folder.data(stage.name) for stage in recipe.HELDOUT}
+    facts = {name: run_eval(name, file) for name, file in names.items()}
+    real = None if questions is None else run_eval("real", questions, "--limit", recipe.REAL_DOCUMENTS)
+    records = {name: read_records([file]) for name, file in names.items()}
     trained = load_model(folder.run)
-    records = read_records([folder.data(recipe.HELDOUT[1].name)])[: recipe.HARM_DOCUMENTS]
-    texts = [record.context for record in read_records([folder.data("texts")])]
-    harm = kept(folder.harm, lambda: measure_harm(trained, records, texts[: len(records)]).to_json())
-    report("measured harm")
-    expected = {name: expected_answers(folder.data(f"heldout-{name}")) for name in facts}
+    drawn, asked = pick(records)
+    peft = kept(results / "peft.json", lambda: peft_answers(trained, asked))
     return Findings(
         facts=facts,
         real=real,
-        harm=harm,
-        named={name: named_share(facts[name], expected[name]) for name in facts},
+        harm=kept(results / "harm.json", lambda: harm_of(folder, trained, records["medium"])),
+        named={name: named_share(facts[name], expected_answers(records[name])) for name in facts},
         training=describe_training(folder, trained),
-        shown=pick(folder, facts, trained),
+        shown=[show(facts, records, *it) for it in zip(drawn, peft, strict=True)],
     )
 
 
-def run_eval(folder: Folder, name: str, data: Path, threads: int, *more: object) -> Any:
-    """Run `d2l eval` unless its result is there."""
-    file = folder.evaluation(name)
-    if not file.exists():
-        arguments = ("--data", data, "-o", file, "--max-new-tokens", recipe.ANSWER_TOKENS, *more)
-        d2l("eval", folder.run, *arguments, log=file.with_suffix(".log"), threads=threads)
-    return json.loads(file.read_text(encoding="utf-8"))
+def harm_of(folder: Folder, trained: TrainedModel, records: Sequence[Record]) -> Any:
+    """Measure what the LoRAs of some documents do to other texts."""
+    texts = [record.context for record in read_records([folder.data("texts")])]
+    some = records[: recipe.HARM_DOCUMENTS]
+    return measure_harm(trained, some, texts[: len(some)]).to_json()
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:
@@ -63,37 +68,31 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def expected_answers(file: Path) -> dict[tuple[int, int], str]:
-    """Return the answers of a file's questions by (record, query)."""
+def expected_answers(records: Sequence[Record]) -> dict[tuple[int, int], str]:
+    """Return the answers of the records' questions by (record, query)."""
     return {
         (index, query): response
-        for index, record in enumerate(read_records([file]))
+        for index, record in enumerate(records)
         for query, response in enumerate(record.responses)
     }
 
 
-def pick(folder: Folder, facts: Mapping[str, Any], trained: TrainedModel) -> list[Shown]:
-    """Draw questions of all held-out documents by seed, with their answers."""
-    records = {name: read_records([folder.data(f"heldout-{name}")]) for name in facts}
-    places = [
-        (name, index, query)
-        for name, all_ in records.items()
-        for index, it in enumerate(all_)
-        for query in range(len(it.prompts))
-    ]
+def pick(records: Mapping[str, Sequence[Record]]) -> tuple[list[Place], list[tuple[Record, str]]]:
+    """Draw questions of all held-out documents by seed."""
+    places = [(name, *it) for name, made in records.items() for it in expected_answers(made)]
     drawn = random.Random(f"{recipe.SEED} shown").sample(places, recipe.SHOWN)
-    asked = [(records[name][index], records[name][index].prompts[query]) for name, index, query in drawn]
-    peft = kept(folder.peft, lambda: peft_answers(trained, asked))
-    shown = []
-    for (name, index, query), (record, question), other in zip(drawn, asked, peft, strict=True):
-        answers = {
-            it["condition"]: it["answer"]
-            for it in facts[name]["answers"]
-            if (it["record"], it["query"]) == (index, query)
-        }
-        by_condition = {condition: answers[condition] for condition in CONDITIONS}
-        shown.append(Shown(record.context, question, record.responses[query], by_condition, other))
-    return shown
+    return drawn, [(records[name][index], records[name][index].prompts[query]) for name, index, query in drawn]
+
+
+def show(facts: Mapping[str, Any], records: Mapping[str, Sequence[Record]], place: Place, peft: str) -> Shown:
+    """Gather the answers to one question."""
+    name, index, query = place
+    record = records[name][index]
+    answers = {
+        it["condition"]: it["answer"] for it in facts[name]["answers"] if (it["record"], it["query"]) == (index, query)
+    }
+    by_condition = {condition: answers[condition] for condition in CONDITIONS}
+    return Shown(record.prompts[query], record.responses[query], by_condition, peft)
 
 
 def describe_training(folder: Folder, trained: TrainedModel) -> list[str]:

@@ -10,111 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d2l.data.records import Record
+from d2l.errors import DataError
 from experiments.smollm2.documents import HELDOUT_SHARE, Passage, Split
 
 WORDS_PER_TOKEN = 0.75  # of SmolLM2's tokenizer on this prose, about
 
-_HEADS = [
-    "Ald",
-    "Bren",
-    "Cor",
-    "Dun",
-    "Els",
-    "Far",
-    "Gal",
-    "Hol",
-    "Ing",
-    "Jor",
-    "Kar",
-    "Lin",
-    "Mor",
-    "Nor",
-    "Orm",
-    "Pel",
-    "Quin",
-    "Ros",
-    "Sel",
-    "Tor",
-    "Ulv",
-    "Ver",
-    "Wyn",
-    "Yar",
-    "Zel",
-]
-_TAILS = [
-    "bury",
-    "dale",
-    "estad",
-    "field",
-    "gate",
-    "ham",
-    "ford",
-    "vik",
-    "wick",
-    "moor",
-    "sund",
-    "leigh",
-    "worth",
-    "ton",
-    "by",
-    "stow",
-    "mere",
-    "ridge",
-]
-_GIVEN = [
-    "Anna",
-    "Boris",
-    "Clara",
-    "David",
-    "Elena",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Irene",
-    "James",
-    "Karen",
-    "Louis",
-    "Maria",
-    "Nora",
-    "Oscar",
-    "Paula",
-    "Ralph",
-    "Sarah",
-    "Thomas",
-    "Wendy",
-]
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-_GOODS = [
-    "wool",
-    "salt",
-    "copper",
-    "amber",
-    "timber",
-    "honey",
-    "barley",
-    "linen",
-    "glass",
-    "cheese",
-    "apples",
-    "silver",
-    "tea",
-    "pepper",
-    "cotton",
-    "rice",
-]
+MOST_DRAWS = 10_000
+
+_HEADS = "Ald Bren Cor Dun Els Far Gal Hol Ing Jor Kar Lin Mor Nor Orm Pel Quin Ros Sel Tor Ulv Ver Wyn Yar Zel"
+_TAILS = "bury dale estad field gate ham ford vik wick moor sund leigh worth ton by stow mere ridge"
+_GIVEN = (
+    "Anna Boris Clara David Elena Frank Grace Henry Irene James Karen Louis Maria Nora Oscar Paula Ralph Sarah Thomas"
+)
+_MONTHS = "January February March April May June July August September October November December"
+_GOODS = "wool salt copper amber timber honey barley linen glass cheese apples silver tea pepper cotton rice"
 
 Draw = Callable[[random.Random], str]
 
@@ -128,12 +37,16 @@ class Template:
     value: Draw
 
 
+def _pick(generator: random.Random, words: str) -> str:
+    return generator.choice(words.split())
+
+
 def _place(generator: random.Random) -> str:
-    return generator.choice(_HEADS) + generator.choice(_TAILS)
+    return _pick(generator, _HEADS) + _pick(generator, _TAILS)
 
 
 def _person(generator: random.Random) -> str:
-    return f"{generator.choice(_GIVEN)} {_place(generator)}"
+    return f"{_pick(generator, _GIVEN)} {_place(generator)}"
 
 
 def _number(generator: random.Random) -> str:
@@ -145,11 +58,11 @@ def _year(generator: random.Random) -> str:
 
 
 def _day(generator: random.Random) -> str:
-    return f"{generator.randint(1, 28)} {generator.choice(_MONTHS)}"
+    return f"{generator.randint(1, 28)} {_pick(generator, _MONTHS)}"
 
 
 def _goods(generator: random.Random) -> str:
-    return " and ".join(generator.sample(_GOODS, 2))
+    return " and ".join(generator.sample(_GOODS.split(), 2))
 
 
 TEMPLATES = (
@@ -180,6 +93,14 @@ TEMPLATES = (
 )
 
 
+WORD_TEMPLATES = (  # in quotes a word is the same token as at the beginning of an answer
+    ('The password in {name} is "{value}".', ("What is the password in {name}?",)),
+    ('The inn of {name} is called "{value}".', ("What is the inn of {name} called?",)),
+    ('On the gate of {name} stands "{value}".', ("What stands on the gate of {name}?",)),
+    ('The ship from {name} bears the name "{value}".', ("Which name does the ship from {name} bear?",)),
+)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Documents of one stage: the range of their tokens (about), and of their facts.
@@ -187,27 +108,46 @@ class Shape:
     Attributes:
         tokens: fewest and most tokens of real text around the facts; 0 and 0: facts alone.
         facts: fewest and most facts.
+        words: share of the facts whose value is a single word.
     """
 
     tokens: tuple[int, int]
     facts: tuple[int, int]
+    words: float = 0.0
 
 
-def fact_records(passages: Sequence[Passage], shape: Shape, documents: int, seed: int, split: Split) -> list[Record]:
-    """Make documents of one split; the same arguments give the same records."""
+def fact_records(
+    passages: Sequence[Passage], shape: Shape, documents: int, seed: int, split: Split, words: Sequence[str] = ()
+) -> list[Record]:
+    """Make documents of one split; the same arguments give the same records.
+
+    Args:
+        words: single words of both splits, some of which are values.
+
+    Raises:
+        DataError: too few words are of this split.
+    """
     generator = random.Random(f"{seed} {split} {shape}")
     own = [passage for passage in passages if passage.split == split]
-    return [_record(own, shape, generator, split, number) for number in range(documents)]
+    templates = [Template(*it, lambda draw: draw.choice(words)) for it in WORD_TEMPLATES]
+    return [_record(own, shape, generator, split, number, templates) for number in range(documents)]
 
 
-def _record(passages: Sequence[Passage], shape: Shape, generator: random.Random, split: Split, number: int) -> Record:
+def _record(
+    passages: Sequence[Passage],
+    shape: Shape,
+    generator: random.Random,
+    split: Split,
+    number: int,
+    of_words: Sequence[Template],
+) -> Record:
     sentences = _real_sentences(passages, shape, generator)
     names: set[str] = set()
     prompts, responses = [], []
     for _ in range(generator.randint(*shape.facts)):
         # half of the facts share the template of the fact before, so that the question's kind does not tell the answer
         if not prompts or generator.random() < 0.5:
-            template = generator.choice(TEMPLATES)
+            template = generator.choice(of_words if generator.random() < shape.words else TEMPLATES)
         name = draw(_place, generator, split, names)
         value = draw(template.value, generator, split, names)
         names |= {name, value}
@@ -231,11 +171,16 @@ def _real_sentences(passages: Sequence[Passage], shape: Shape, generator: random
 
 
 def draw(make: Draw, generator: random.Random, split: Split, taken: set[str]) -> str:
-    """Draw a string that belongs to the split and is not taken yet."""
-    while True:
+    """Draw a string that belongs to the split and is not taken yet.
+
+    Raises:
+        DataError: there seems to be none.
+    """
+    for _ in range(MOST_DRAWS):
         text = make(generator)
         if split_of(text) == split and text not in taken:
             return text
+    raise DataError(f"no free string of the split {split} in {MOST_DRAWS:,} draws, such as {text!r}: it has too few")
 
 
 def split_of(text: str) -> Split:

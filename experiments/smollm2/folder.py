@@ -13,12 +13,12 @@ class Folder:
         self.place = place
         self.gguf, self.base = place / "base.gguf", place / "base"
         self.config, self.run = place / "config.yaml", place / "run"
-        self.recipe, self.harm, self.peft = place / "recipe.json", place / "harm.json", place / "peft.json"
+        self.recipe = place / "recipe.json"
 
     def data(self, name: str) -> Path:
         """Return the file of a stage's documents."""
         return self.place / "data" / f"{name}.jsonl"
 
-    def evaluation(self, name: str) -> Path:
-        """Return the file of an evaluation."""
-        return self.place / f"evaluation-{name}.json"
+    def results(self, step: int) -> Path:
+        """Return the folder of what was measured of the checkpoint of a step."""
+        return self.place / "results" / f"step-{step:06d}"

@@ -1,11 +1,13 @@
 """The experiment's data files: documents with facts for every stage, and real text that the base itself is asked about."""
 
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record, read_records, write_records
 from d2l.evaluation.run import generate_answers
 from d2l.inference.load import TrainedModel
@@ -16,17 +18,25 @@ from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES, Stage
 RECITE = "Repeat the text."
 ASK = "{text}\n\nWrite one short question that this text answers."
 OTHER_QUESTIONS = ("What is this text about?", "Summarize the text in one sentence.")
-PASSAGE_TOKENS = (30, 100)
+PASSAGE_TOKENS = (30, 100)  # of the real text that the base is asked about
+WORD = re.compile(r"\b[a-z]{4,10}\b")
+MOST_WORDS = 2000
 TOGETHER = 8  # prompts of one length that are answered in one batch
 
 
-def stage_records(passages: Sequence[Passage], stage: Stage, seed: int) -> list[Record]:
+def stage_records(passages: Sequence[Passage], stage: Stage, seed: int, words: Sequence[str]) -> list[Record]:
     """Make the documents with facts of a training stage."""
     generator = random.Random(f"{seed} {stage.name}")
     return [
         recited(record) if generator.random() < stage.recited else record
-        for record in fact_records(passages, stage.shape, stage.documents, seed, "train")
+        for record in fact_records(passages, stage.shape, stage.documents, seed, "train", words)
     ]
+
+
+def single_words(passages: Sequence[Passage], chat: ChatFormat) -> list[str]:
+    """Return words of the text that are one token each at the beginning of an answer, the most frequent first."""
+    counts = Counter(word for passage in passages for it in passage.sentences for word in WORD.findall(it))
+    return [word for word, _ in counts.most_common() if len(chat.encode_contents(word)) == 1][:MOST_WORDS]
 
 
 def recited(record: Record) -> Record:

@@ -16,7 +16,6 @@ GOALS = (
 class Shown:
     """A question with the expected answer, the answers under all conditions, and that of the adapter in PEFT."""
 
-    document: str
     question: str
     expected: str
     answers: Mapping[Condition, str]

@@ -1,0 +1,97 @@
+"""Documents that a run is evaluated on are two or more, usable, and not among those that it trains on.
+
+What it does
+------------
+Divides the run's records as a run with `eval_steps` does: into rows to train on, and a row of each held-out document for
+every stage. Where the run does not evaluate itself, it is looked at as if it did.
+
+Why it matters
+--------------
+An evaluation on documents of training measures memory: it rises with the training loss, early stopping and the choice of
+a checkpoint follow it, and documents that were never seen are answered as badly as before. With one document there is no
+control with another one's LoRA. A `val_ds_names` that cannot be used ends the run after it has loaded its base.
+
+How it is detected
+------------------
+The tokens of held-out documents, all of their chunks, are compared with those of every row of training. What refuses the
+held-out data, such as a KL loss without a teacher's logprobs in it, refuses it here.
+
+How to fix
+----------
+Name files with other documents in `val_ds_names`, or leave it out: then some of the run's own are kept out of training.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from checks.faults import override
+from checks.implementation import Implementation
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import changed
+from d2l.errors import DataError
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+    from d2l.data.tokenize import Row
+
+    Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
+
+REMEDY = "keep held-out documents, whatever records have them, out of the rows of training; name others in val_ds_names"
+STEPS = 100  # of a run that does not evaluate itself; any number divides its records alike
+
+
+def check(subject: "Subject") -> Result:
+    """Compare held-out documents with each other and with those of training."""
+    if subject.tokenizer is None or subject.records is None:
+        return Skip(subject.tokenizer_absent or subject.records_absent)
+    evaluated = subject.config.eval_steps is not None
+    config = subject.config if evaluated else changed(subject.config, eval_steps=STEPS)
+    try:
+        trained, stages = subject.implementation.divided(config, subject.chat, subject.records)
+    except DataError as error:
+        if evaluated:
+            raise
+        return Pass(f"the run does not evaluate itself, and could not: {str(error).splitlines()[0]}")
+    seen = {hash(row.chunks) for row in trained}  # of a million rows the tokens themselves would fill the memory
+    both = [row for rows in stages for row in rows if hash(row.chunks) in seen]
+    fewest = min((len({row.chunks for row in rows}) for rows in stages), default=0)
+    evidence = {"stages": len(stages), "held_out": sum(map(len, stages)), "trained_on": len(both), "fewest": fewest}
+    if both or fewest < 2:
+        found = f"{len(both):,} of {evidence['held_out']:,} in training too" if both else f"{fewest:,} in a stage"
+        return Fail(
+            message="documents that the run is evaluated on are trained on" if both else "too few held-out documents",
+            expected="two or more held-out documents in every stage, none of which training reads",
+            actual=found,
+            remedy=REMEDY,
+            evidence=evidence,
+        )
+    said = "" if evaluated else "; the run does not evaluate itself (eval_steps)"
+    return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
+
+
+def _with_heldout(healthy: Implementation, config: Any, chat: Any, records: Any) -> "Divided":
+    """Train on everything, also on what is held out."""
+    trained, stages = healthy.divided(config, chat, records)
+    return [*trained, *(row for rows in stages for row in rows)], stages
+
+
+def _one(healthy: Implementation, config: Any, chat: Any, records: Any) -> "Divided":
+    """Hold out one document, again and again."""
+    trained, stages = healthy.divided(config, chat, records)
+    return trained, [[rows[0]] * len(rows) for rows in stages]
+
+
+RULE = Rule(
+    code="DAT309",
+    name="heldout-trained-on",
+    stage="data",
+    severity="error",
+    sources=("https://scikit-learn.org/stable/common_pitfalls.html#data-leakage",),
+    requires=("LBL101", "DAT301"),
+    check=check,
+    faults=(
+        Fault("heldout-in-training", "training reads the held-out documents too", override(divided=_with_heldout)),
+        Fault("one-document", "the same document stands for all that are held out", override(divided=_one)),
+    ),
+)

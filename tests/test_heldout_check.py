@@ -1,4 +1,4 @@
-"""DAT309 on held-out documents that cannot be used, or that training reads, and on runs that do not evaluate themselves."""
+"""DAT310 on held-out documents that cannot be used, or that training reads, and on runs that do not evaluate themselves."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def subject_of(folder: Path, trained: list[str], heldout: list[str], **changes: 
 
 
 def judge(subject: Subject) -> Outcome:
-    (outcome,) = run_checks(subject, RULES, select=("DAT309",)).outcomes
+    (outcome,) = run_checks(subject, RULES, select=("DAT310",)).outcomes
     return outcome
 
 

@@ -83,7 +83,7 @@ def _one(healthy: Implementation, config: Any, chat: Any, records: Any) -> "Divi
 
 
 RULE = Rule(
-    code="DAT309",
+    code="DAT310",
     name="heldout-trained-on",
     stage="data",
     severity="error",

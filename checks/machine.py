@@ -1,5 +1,6 @@
-"""Libraries, free memory and disk of this machine, and how fast that is, as a run would find them."""
+"""Libraries, processes, free memory and disk of this machine, and how fast that is, as a run would find them."""
 
+import os
 import shutil
 import time
 from importlib import metadata
@@ -32,6 +33,11 @@ def _installed(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def started_processes() -> int:
+    """Return how many processes the launcher started; without a launcher one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def gpu() -> str | None:

@@ -1,4 +1,4 @@
-"""What a shell offers behind an option: codes of checks, stages, cards."""
+"""What a shell offers behind an option: codes of checks and their stages."""
 
 from collections.abc import Iterator
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -161,7 +161,7 @@ def preflight(
         from d2l.plan.cards import find_card
 
         chosen.append(f"device_memory={find_card(gpu).memory}")
-    options = {"model": model, "tokenizer": tokenizer, "data": data}
+    options: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "data": data}
     resolved = read_config(config, chosen, **options)
     load_libraries()  # takes seconds: mistakes above are reported at once
 
@@ -174,13 +174,9 @@ def preflight(
     report = replace(report, seconds=waited())
     if fix and config is not None and isinstance(report, Report):
         from checks.report import print_report
-        from commands.fix import fix as fix_found
-        from d2l.config.load import load_config
 
-        read = partial(load_config, overrides=pairs("--set", chosen), model=model, tokenizer=tokenizer, data=data)
         print_report(report, console(stderr=True), fail_level, detail)
-        proven = fix_found(config, report, read, lambda patched: _judge(patched, requested), write=write)
-        report = proven if proven is not None and write else report
+        report = _fix(config, report, requested, {"overrides": pairs("--set", chosen), **options}, write=write)
     else:
         _deliver(report, output_format, output, fail_level, detail)
     raise typer.Exit(report.exit_code(fail_level))
@@ -216,6 +212,21 @@ def _judge(config: "RunConfig", asked: _Request) -> Report:
             observe=observe,
             seconds=asked.timeout,
         )
+
+
+def _fix(config: Path, report: Report, asked: _Request, options: Mapping[str, Any], *, write: bool) -> Report:
+    """Print the patch for what a report found; return the report that the command ends with.
+
+    Args:
+        options: of `load_config`, from the command line.
+        write: put the patch into the file.
+    """
+    from commands.fix import fix
+    from d2l.config.load import load_config
+
+    read = partial(load_config, **options)
+    proven = fix(config, report, read, lambda patched: _judge(patched, asked), write=write)
+    return proven if proven is not None and write else report
 
 
 def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":

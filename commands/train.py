@@ -1,10 +1,7 @@
 """The command that trains: the preflight as a gate, then the loop with its progress. Heavy imports come late."""
 
 import os
-import shlex
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,9 +25,10 @@ from commands.console import (
 )
 from commands.preflight import checks_progress
 from commands.progress import METRICS, steps_progress
+from commands.stopped import STOPPED, end_at_once, nothing_to_do, to_go_on, told, write_at_once
 from d2l.errors import DataError
 from d2l.io.run_folder import CONFIG, PREFLIGHT
-from d2l.train.stopping import Interrupted, StopRequest, stop_on_signals
+from d2l.train.stopping import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from d2l.config.schema import RunConfig
     from d2l.train.start import Start
 
-REFUSED, STOPPED = 10, 12  # exit codes
+REFUSED = 10  # exit code
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="Configuration (YAML); with --resume, default: that of the run.")
@@ -109,8 +107,8 @@ def train(
     """
     reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
     first = os.environ.get("RANK", "0") == "0"  # one of several processes prints, each one checks
-    stop = StopRequest(max_minutes, announce=_write_at_once if first else lambda text: None)
-    with stop_on_signals(_end_at_once):
+    stop = StopRequest(max_minutes, announce=write_at_once if first else lambda text: None)
+    with stop_on_signals(end_at_once):
         config = _config_file(config, resume, output)
         options = {"model": model, "tokenizer": tokenizer, "data": data, "max_steps": max_steps, "output": output}
         resolved = read_config(config, settings or (), **options)
@@ -126,16 +124,16 @@ def train(
         numbered = output is None
         with (
             process_group(),
-            _told(resume, ignore or ()),
+            told(resume, ignore or ()),
             start_resumed(resolved, resume, changes) if resume else start_new(resolved, numbered=numbered) as start,
-            _told(start.folder, ignore or ()),
+            told(start.folder, ignore or ()),
         ):
             own = start.folder / PREFLIGHT if resume else None
             earlier = preflight or (own if own is not None and own.exists() else None)
             stopped_by = _check_and_train(resolved, str(config), start, reasons, earlier, stop, quiet=not first)
         if stopped_by is not None:
             if first:
-                typer.echo(f"Stopped by {stopped_by}, saved; {_to_go_on(start.folder, ignore or ())}", err=True)
+                typer.echo(f"Stopped by {stopped_by}, saved; {to_go_on(start.folder, ignore or ())}", err=True)
             raise typer.Exit(STOPPED)
 
 
@@ -171,7 +169,7 @@ def _check_and_train(
     screen = console(quiet=quiet)
     _print_notes(start.notes, quiet=quiet)
     if start.checkpoint is not None and start.step >= config.max_steps:
-        screen.out(_nothing_to_do(start, config.max_steps), highlight=False)
+        screen.out(nothing_to_do(start, config.max_steps), highlight=False)
         return None
     with checks_progress() as (observe, on_tokenize), one_thread():
         subject = make_subject(config, name, on_tokenize)
@@ -189,51 +187,6 @@ def _check_and_train(
         )
         raise typer.Exit(REFUSED)
     return _train(config, compared, report, screen, stop)
-
-
-@contextmanager
-def _told(run: Path | None, ignored: Sequence[str]) -> Iterator[None]:
-    """Where a signal ends the run before its first step is taken, say what it leaves behind.
-
-    Args:
-        run: the run's folder; None: there is none yet.
-
-    Raises:
-        typer.Exit: a signal did.
-    """
-    try:
-        yield
-    except Interrupted as error:
-        from d2l.io.run_folder import is_checkpoint, step_folders
-
-        saved = run is not None and (step_folders(run) or is_checkpoint(run))
-        left = f"; {_to_go_on(run, ignored)}" if run and saved else ", and nothing was saved: start it again"
-        typer.echo(f"{_rank()}Stopped by {error} before a step was taken{left}", err=True)
-        raise typer.Exit(STOPPED) from None
-
-
-def _end_at_once(number: int) -> None:
-    """End while libraries are loaded, whose half imported modules no exception should pass through."""
-    name = signal.Signals(number).name
-    _write_at_once(f"{_rank()}Stopped by {name} before anything was read or written: start it again")
-    os._exit(STOPPED)
-
-
-def _rank() -> str:
-    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-
-
-def _to_go_on(run: Path, ignored: Sequence[str]) -> str:
-    """Return the command that continues a run."""
-    options = shlex.join(["train", "--resume", str(run), *(word for text in ignored for word in ("--ignore", text))])
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return f"to go on, start all processes as before: {options}"
-    return f"to go on: d2l {options}"
-
-
-def _write_at_once(text: str) -> None:
-    """Write to stderr from a signal's handler, which may have interrupted a print."""
-    os.write(2, f"{text}\n".encode())
 
 
 def _print_notes(notes: Sequence[str], *, quiet: bool) -> None:
@@ -278,14 +231,6 @@ def _config_file(config: Path | None, resume: Path | None, output: str | None) -
             f"{resume} holds no config.yaml of a run: name the configuration, d2l train CONFIG --resume DIR"
         )
     return config or own  # type: ignore[return-value]
-
-
-def _nothing_to_do(start: "Start", max_steps: int) -> str:
-    """Return why nothing is done, and how the run goes on."""
-    return (
-        f"nothing to do: {start.folder} is at step {start.step}, and max_steps is {max_steps}\n"
-        f"to go on: --resume {start.folder} --max-steps N, with N above {start.step}"
-    )
 
 
 def _train(config: "RunConfig", start: "Start", report: "Report", screen: "Console", stop: StopRequest) -> str | None:

@@ -9,11 +9,14 @@ os.environ.update(ENVIRONMENT)
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from support import golden  # noqa: E402
+
+if TYPE_CHECKING:
+    from d2l.inference.load import TrainedModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)  # where a plugin imported torch first
@@ -44,6 +47,22 @@ def _every_report_follows_its_schema() -> Iterator[None]:
 
 def _then(method: Any, look: Any) -> Any:
     return lambda self, *arguments, **named: look(method(self, *arguments, **named))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of one step on the tiny GPT-OSS."""
+    from support.tiny_run import make_run  # here: few tests need a run
+
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained(run_folder: Path) -> "TrainedModel":
+    """Return the model of that run."""
+    from d2l.inference.load import load_model
+
+    return load_model(run_folder)
 
 
 @pytest.fixture

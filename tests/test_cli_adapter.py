@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import BASES
-from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
@@ -23,11 +22,6 @@ from d2l.io.run_folder import MANIFEST, step_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = "The ferry to Brennick leaves at nine."
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
@@ -19,23 +18,13 @@ from commands.console import LOADING
 from d2l.errors import DataError
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import ask, internalize
-from d2l.inference.load import TrainedModel, load_model
+from d2l.inference.load import TrainedModel
 from d2l.inference.merge import merge_documents
 from d2l.inference.streaming import AnswerStreamer
 from d2l.io.run_folder import step_folder
 
 TEXTS = {"ferry.md": "The ferry to Brennick leaves at nine.", "harbour.md": "The harbour master is called Ilse."}
 ASK = "d2l.inference.generate.ask"
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def trained(run_folder: Path) -> TrainedModel:
-    return load_model(run_folder)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tiny_run import make_run
 from typer.testing import CliRunner, Result
 
 import cli
@@ -13,11 +12,6 @@ from d2l.data.needles import needle_records
 from d2l.data.records import Record, write_records
 from d2l.evaluation.scores import LABELS
 from d2l.io.run_folder import step_folder
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.run_folders import make_folder
-from support.tiny_model import base_config, random_rows, run_config, tiny_model
+from support.tiny_model import random_rows, run_config, tiny_model
+from support.tiny_run import SHALLOW, needle_config
 from torch.nn import functional
 from typer.testing import CliRunner
 
@@ -36,28 +37,12 @@ from d2l.train.watch import Watch
 
 PREFLIGHT = {"fingerprint": "abc", "summary": {}}
 PREDICTION = Prediction(context_tokens_per_row=61.5, cuda_peak_gib=27.25)
-SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """Three steps of two packed rows over needles, on a base of two layers that lies in a file."""
-    (tmp_path / "base.json").write_text(base_config(vocab_size=1024, **SHALLOW).to_json_string(use_diff=False))
-    return run_config(
-        model_name_or_path=str(tmp_path / "base.json"),
-        tokenizer_name_or_path="configs/models/tiny_gpt_oss",
-        train_ds_names=("needle",),
-        needle_documents=3,
-        needle_pairs=1,
-        needle_filler_words=0,
-        max_packed_inp_len=80,
-        max_packed_ctx_len=80,
-        save_steps=1,
-        save_total_limit=9,
-        lr_scheduler_type="constant_with_warmup",
-        max_steps=3,
-        output_dir=str(tmp_path / "run"),
-    )
+    """Three steps of two packed rows."""
+    return needle_config(tmp_path, save_total_limit=9)
 
 
 def go(config: RunConfig, place: Path | None = None, prediction: Prediction = PREDICTION) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support import golden
 from support.golden import assert_close, load_case
-from support.tiny_run import make_run
 from test_end_to_end import build
 from torch import Tensor
 
@@ -30,16 +29,6 @@ SHORT = "The ferry to Brennick leaves at nine."
 LONG = " ".join(f"On day {day} the ferry leaves at {day % 12}." for day in range(12))
 
 TURN = "<|start|>assistant<|channel|>final<|message|>"
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def trained(run_folder: Path) -> TrainedModel:
-    return load_model(run_folder)
 
 
 def supervised(trained: TrainedModel, supervision: Any) -> TrainedModel:

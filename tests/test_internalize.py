@@ -19,7 +19,7 @@ from d2l.inference.batch import Internalizer, Outcome
 from d2l.inference.cards import Index, open_index, read_card
 from d2l.inference.documents import Document
 from d2l.inference.generate import internalize
-from d2l.inference.load import TrainedModel, load_model
+from d2l.inference.load import TrainedModel
 from d2l.inference.reading import trained_bounds
 from d2l.inference.servers import AdapterForm
 from d2l.io.run_folder import step_folder
@@ -27,16 +27,6 @@ from d2l.io.run_folder import step_folder
 WEIGHTS = "adapter_model.safetensors"
 SENTENCES = [f"On day {day:03} the ferry leaves at {day % 8 + 1}." for day in range(40)]
 LONG = " ".join(SENTENCES[:12])  # in 4 chunks
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def trained(run_folder: Path) -> TrainedModel:
-    return load_model(run_folder)
 
 
 def d2l(*arguments: object) -> Result:

@@ -10,27 +10,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.tiny_run import make_run
 from test_internalize import LONG, SENTENCES, contents, d2l, write
 
 from d2l.hypernet.lora import bind
 from d2l.inference import reading
 from d2l.inference.cards import read_card
 from d2l.inference.generate import encode_prompt, internalize
-from d2l.inference.load import TrainedModel, load_model
+from d2l.inference.load import TrainedModel
 from d2l.inference.merge import merge_documents
 
 TEXTS = {"bus": "The bus to Brennick leaves at ten.", "ferry": LONG, "harbour": "The harbour master is called Ilse."}
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def trained(run_folder: Path) -> TrainedModel:
-    return load_model(run_folder)
 
 
 @pytest.fixture

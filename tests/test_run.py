@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from support.tiny_model import base_config, run_config
+from support.tiny_model import run_config
+from support.tiny_run import needle_config
 
 from d2l.checkpoint import load_checkpoint, save_checkpoint
 from d2l.config.load import load_config
@@ -32,24 +33,8 @@ PREFLIGHT = {"fingerprint": "abc", "summary": {"pass": 3, "note": "ü"}, "findin
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """Four steps over needles, on a base of two layers that lies in a file."""
-    shallow = base_config(vocab_size=1024, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    (tmp_path / "base.json").write_text(shallow.to_json_string(use_diff=False))
-    return run_config(
-        model_name_or_path=str(tmp_path / "base.json"),
-        tokenizer_name_or_path="configs/models/tiny_gpt_oss",
-        train_ds_names=("needle",),
-        needle_documents=3,
-        needle_pairs=1,
-        needle_filler_words=0,
-        max_packed_inp_len=80,
-        max_packed_ctx_len=80,
-        gradient_accumulation_steps=1,
-        save_steps=1,
-        lr_scheduler_type="constant_with_warmup",
-        max_steps=3,
-        output_dir=str(tmp_path / "run"),
-    )
+    """Three steps of one packed row."""
+    return needle_config(tmp_path, gradient_accumulation_steps=1)
 
 
 def go(config: RunConfig, place: Path | None = None, **reasons: str) -> list[Mapping[str, float]]:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -227,6 +228,21 @@ def test_tokens_of_one_character_stand_together_and_every_text_is_whole(monkeypa
     monkeypatch.setattr(sample, "MOST_TOKENS", 2)
     short = read_batch(chat, collate([Row(0, (tuple(ids),), (Query(tuple(ids), labels),))])).chunks[0]
     assert (len(short.tokens), short.length) == (2, len(ids))
+
+
+def test_a_character_in_part_supervised_is_shown_by_its_tokens() -> None:
+    """A token that is supervised does not stand under the same mark as one that is not."""
+    chat = chat_format(load_tokenizer("configs/models/tiny_gpt_oss"))
+    ids = chat.encode_text("🦉")
+    assert len(ids) > 2, "the character must have several tokens"
+    for mask in product([False, True], repeat=len(ids) - 1):
+        supervised = (False, *mask)  # nothing predicts the first
+        labels = tuple(token if on else IGNORE_INDEX for token, on in zip(ids, supervised, strict=True))
+        row = read_batch(chat, collate([Row(0, (tuple(ids),), (Query(tuple(ids), labels),))]))
+        (question,) = row.questions
+        assert tuple(token.supervised for token in question.tokens for _ in token.ids) == supervised
+        assert question.n_labels == sum(mask)
+        assert [token.text for token in row.chunks[0].tokens] == ["🦉"]
 
 
 def test_the_first_records_are_enough(tmp_path: Path) -> None:

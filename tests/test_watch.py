@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_model import base_config, random_rows, run_config, tiny_model
+from support.tiny_model import random_rows, run_config, tiny_model
+from support.tiny_run import SHALLOW, needle_config
 from torch.nn import functional
 
 from d2l.build import Components, load_records
@@ -37,28 +38,21 @@ from d2l.train.start import start_new, start_resumed
 from d2l.train.watch import Watch
 
 PREFLIGHT = {"fingerprint": "abc", "summary": {}, "findings": []}
-SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """Four steps over needles of two stages, on a base of two layers that lies in a file."""
-    (tmp_path / "base.json").write_text(base_config(vocab_size=1024, **SHALLOW).to_json_string(use_diff=False))
+    """Four steps over needles of two stages, with held-out documents."""
     stage = {"digits": 1, "passing": 0.0001, "documents": 4}
-    return run_config(
-        model_name_or_path=str(tmp_path / "base.json"),
-        tokenizer_name_or_path="configs/models/tiny_gpt_oss",
-        train_ds_names=("needle",),
+    return needle_config(
+        tmp_path,
         curriculum=tuple(CurriculumStage(pairs=pairs, **stage) for pairs in (1, 2)),
         max_packed_inp_len=160,
         max_packed_ctx_len=100,
         gradient_checkpointing=True,
-        save_steps=1,
         save_total_limit=9,
-        lr_scheduler_type="constant_with_warmup",
         eval_documents=3,
         max_steps=4,
-        output_dir=str(tmp_path / "run"),
     )
 
 

@@ -53,8 +53,10 @@ class DatasetCounts:
     def table(self, tokenized: "Tokenized") -> list[dict[str, Any]]:
         """Return the counts of each data set by name, with those of its records that no batch shows."""
         dropped: list[Counter[str]] = [Counter() for _ in self._names]
+        kept = np.ones(len(self._records), dtype=bool)  # documents, whatever became of their questions
         for drop in tokenized.dropped:
             dropped[self._of_record[drop.record]][drop.kind] += 1
+            kept[drop.record] &= drop.query is not None
         documents = np.array([hash(record.context) for record in self._records], dtype=np.int64)
         whole = np.array([hash((it.context, it.prompts, it.responses)) for it in self._records], dtype=np.int64)
         questions = np.bincount(self._of_record, [len(it.prompts) for it in self._records], len(self._names))
@@ -63,7 +65,7 @@ class DatasetCounts:
             "records": np.ones(len(self._records), dtype=bool),
             "packed_records": in_rows > 0,
             "split_records": in_rows > 1,
-            "documents_without_questions": in_rows == 0,
+            "documents_without_questions": kept & (in_rows == 0),
             "duplicates": _repeated(whole),
             "repeated_documents": _repeated(documents),
         }

@@ -21,10 +21,10 @@ Raise `gradient_accumulation_steps`, which takes time and no memory; or `max_pac
 """
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 from checks.faults import configure
+from checks.machine import started_processes
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 
@@ -39,7 +39,7 @@ NEEDLES = ("needle",)  # generated, not read
 def check(subject: "Subject") -> Result:
     """Compare the most document tokens of a step with the paper's."""
     config = subject.config
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = started_processes()
     micro_batches = config.gradient_accumulation_steps * processes
     tokens = config.max_packed_ctx_len * micro_batches
     text = f"at most {tokens:,} document tokens a step; the paper had over {PAPER:,}"

@@ -25,11 +25,11 @@ How to fix
 `max_packed_ctx_len`, set `gradient_checkpointing: true`, or take a larger GPU.
 """
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import configure, override
+from checks.machine import started_processes
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.trained_values import trained_values
@@ -58,7 +58,7 @@ def check(subject: "Subject") -> Result:
         load = plan_load(subject.config, subject.base_config, "cuda", HOPPER)
         free = None if named is None else sized_card(named).usable
     trained, kept = trained_values(subject)
-    model = Model(subject.base_config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    model = Model(subject.base_config, processes=started_processes())
     sizes = replace(model.sizes_of(subject.config, load), trained=trained, optimizer=kept)
     rows = _rows(subject)
     memory = memory_plan(sizes, rows.shapes(subject.config))

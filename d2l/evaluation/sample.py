@@ -121,12 +121,11 @@ def _part(chat: ChatFormat, piece: _Piece, whole: bool) -> Part:
     ids, supervised = piece.ids, piece.supervised
     tokens, start = [], 0
     while start < (len(ids) if whole else min(len(ids), MOST_TOKENS)):
-        ends = [
-            end
-            for end in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1)
-            if supervised[end - 1] == supervised[start]
-        ]
-        end = next((end for end in ends if _INCOMPLETE not in chat.decode(ids[start:end])), start + 1)
+        most = min(start + _LONGEST_CHARACTER, len(ids))
+        alike = next((end for end in range(start + 1, most) if supervised[end] != supervised[start]), most)
+        end = next(
+            (end for end in range(start + 1, alike + 1) if _INCOMPLETE not in chat.decode(ids[start:end])), start + 1
+        )
         tokens.append(Token(chat.decode(ids[start:end]), tuple(ids[start:end]), start, supervised[start]))
         start = end
     return Part(tuple(tokens), len(ids), piece.record, piece.start)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from cli import _exit_code
-from commands.train import STOPPED
+from commands.stopped import STOPPED
 from d2l.build import Components
 from d2l.errors import D2LError
 from d2l.fingerprint import run_fingerprint

@@ -135,20 +135,21 @@ def test_trackers_get_every_step_from_where_the_run_continues_and_a_resume_is_no
     told: list[Any] = []
 
     @contextmanager
-    def trackers(config: RunConfig, folder: Path, step: int) -> Iterator[Any]:
-        told.append((config, folder, step))
+    def trackers(config: RunConfig, folder: Path, identity: str, step: int) -> Iterator[Any]:
+        told.append((config, folder, identity, step))
         yield told.append
         told.append("finished")
 
     monkeypatch.setattr("d2l.train.run.started_trackers", trackers)
     folder = Path(config.output_dir)
     records = go(config)
-    assert told == [(config, folder, 0), *records, "finished"]
+    run = json.loads((folder / "run.json").read_text())["id"]
+    assert told == [(config, folder, run, 0), *records, "finished"]
     assert read_events(folder) == []
     told.clear()
     longer = config.model_copy(update={"max_steps": 4, "report_to": ("wandb",), "logging_steps": 2})
     records = go(longer, folder)
-    assert told == [(longer, folder, 3), *records, "finished"]
+    assert told == [(longer, folder, run, 3), *records, "finished"]
     assert [event.text for event in read_events(folder)] == ["resumed after step 3"]
 
 

@@ -1,10 +1,13 @@
 """Trackers: what they get, when, and that none of them ends a run; TensorBoard's own files where it is installed."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, MLflowTracker, WandBTracker
 from support.tiny_model import random_rows, run_config, tiny_model
 
 from d2l.config.schema import RunConfig
@@ -14,6 +17,8 @@ from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import MEASURED
 from d2l.train.processes import processes
 from d2l.train.trackers import require_trackers, started_trackers
+
+IDENTITY = "5f0c" * 8
 
 
 class Notebook(GeneralTracker):
@@ -69,7 +74,7 @@ def train(config: RunConfig, folder: Path, step: int = 0) -> list[dict[str, floa
         tiny_model(config, num_hidden_layers=2, layer_types=["full_attention"] * 2), random_rows(), config
     )
     records = []
-    with started_trackers(config, folder, step) as track:
+    with started_trackers(config, folder, IDENTITY, step) as track:
         for metrics in train_steps(trainer, folder):
             records.append(metrics.to_json())
             track(records[-1])
@@ -83,7 +88,8 @@ def test_every_tracker_gets_the_settings_and_every_so_many_steps_and_the_last(
     records = train(config, tmp_path)
     first, second = notebooks
     assert (first.run, first.settings) == ("tensorboard", {"logging_dir": tmp_path, "purge_step": None})
-    assert (second.run, second.settings) == ("d2l", {"dir": str(tmp_path), "name": tmp_path.name})
+    run = {"name": tmp_path.name, "id": IDENTITY, "resume": "allow"}
+    assert (second.run, second.settings) == ("d2l", {"dir": str(tmp_path), **run})
     for notebook in notebooks:
         assert [method for method, _, _ in notebook.events] == ["start", "store", *["log"] * 3, "finish"]
         assert notebook.steps() == [2, 4, 5]
@@ -97,7 +103,7 @@ def test_every_tracker_gets_the_settings_and_every_so_many_steps_and_the_last(
 
 def test_an_evaluated_step_is_reported_whatever_its_number(tmp_path: Path, notebooks: list[Notebook]) -> None:
     config = run_config(max_steps=9, logging_steps=4, report_to=("tensorboard",))
-    with started_trackers(config, tmp_path, 0) as track:
+    with started_trackers(config, tmp_path, IDENTITY, 0) as track:
         for step in range(1, 8):
             track({"step": step, "ce_loss": 1.0} | ({"eval/lora_distance": 0.5} if step == 6 else {}))
     assert notebooks[0].steps() == [4, 6]
@@ -139,7 +145,7 @@ def test_the_others_go_on_where_one_fails(
 
 
 def test_trackers_are_finished_when_a_run_stops_on_an_error(tmp_path: Path, notebooks: list[Notebook]) -> None:
-    with pytest.raises(NonFiniteError), started_trackers(run_config(report_to=("wandb",)), tmp_path, 0):
+    with pytest.raises(NonFiniteError), started_trackers(run_config(report_to=("wandb",)), tmp_path, IDENTITY, 0):
         raise NonFiniteError("step 3")
     assert notebooks[0].events[-1][0] == "finish"
 
@@ -151,7 +157,7 @@ def test_a_tracker_that_does_not_start_is_a_refusal_and_the_started_ones_are_fin
     config = run_config(report_to=("tensorboard", "wandb"))
     with (
         pytest.raises(ConfigError, match="report_to: wandb does not start: OSError: start met a full disk"),
-        started_trackers(config, tmp_path, 0),
+        started_trackers(config, tmp_path, IDENTITY, 0),
     ):
         pass
     assert [method for method, _, _ in notebooks[0].events] == ["start", "finish"]
@@ -163,6 +169,125 @@ def test_only_the_main_process_reports(
     monkeypatch.setattr(trackers, "processes", lambda: type("Other", (), {"is_main_process": False}))
     train(run_config(max_steps=1, report_to=("wandb",)), tmp_path)
     assert notebooks == []
+
+
+class FakeMlflow(ModuleType):
+    """A server of MLflow: it draws the ids of runs, knows no others, and lets no parameter change."""
+
+    utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100))
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.runs, self.metrics = dict[str, Any](), list[tuple[str, int]]()
+
+    def search_experiments(self, filter_string: str) -> list[Any]:
+        return [SimpleNamespace(experiment_id="7")]
+
+    def search_runs(self, *, filter_string: str, **settings: Any) -> list[Any]:
+        assert settings == {"search_all_experiments": True, "max_results": 1, "output_format": "list"}
+        wanted = dict([filter_string.removeprefix("tags.").replace("'", "").split(" = ")])
+        return [run for run in self.runs.values() if wanted.items() <= run.data.tags.items()][:1]
+
+    def start_run(self, *, run_id: str | None, run_name: str, **settings: Any) -> Any:
+        new = SimpleNamespace(
+            info=SimpleNamespace(run_id=f"drawn-{len(self.runs)}", run_name=run_name),
+            data=SimpleNamespace(tags={}, params={}),
+        )
+        self.active = self.runs[run_id] if run_id else self.runs.setdefault(new.info.run_id, new)
+        return self.active
+
+    def set_tag(self, key: str, value: str) -> None:
+        self.active.data.tags[key] = value
+
+    def log_params(self, values: dict[str, Any]) -> None:
+        params = self.active.data.params
+        changed = [key for key in values if params.get(key, values[key]) != values[key]]
+        assert not changed, "Changing param values is not allowed"
+        params.update(values)
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.metrics.append((self.active.info.run_id, step))
+
+    def end_run(self) -> None:
+        del self.active
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
+    """A server under accelerate's own class."""
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", MLflowTracker)
+    monkeypatch.setitem(sys.modules, "mlflow", FakeMlflow())
+    return sys.modules["mlflow"]  # type: ignore[return-value]
+
+
+def track_one(folder: Path, identity: str, step: int, **changes: Any) -> None:
+    """Start the trackers of a run after a step, and hand them the next one."""
+    with started_trackers(run_config(**changes), folder, identity, step) as track:
+        track({"step": step + 1, "ce_loss": 1.0})
+
+
+def test_a_resumed_run_goes_on_in_its_run_in_mlflow_which_keeps_the_settings_of_its_start(
+    tmp_path: Path, mlflow: FakeMlflow
+) -> None:
+    track_one(tmp_path, "a" * 32, 0, max_steps=5, report_to=("mlflow",))
+    track_one(tmp_path, "b" * 32, 0, max_steps=6, report_to=("mlflow",))
+    track_one(tmp_path, "a" * 32, 1, max_steps=9, report_to=("mlflow",))
+    assert mlflow.metrics == [("drawn-0", 1), ("drawn-1", 1), ("drawn-0", 2)]
+    assert [run.data.params["max_steps"] for run in mlflow.runs.values()] == [5, 6]
+    assert {run.info.run_name for run in mlflow.runs.values()} == {tmp_path.name}
+
+
+def test_mlflow_takes_the_run_that_its_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: FakeMlflow
+) -> None:
+    theirs = mlflow.start_run(run_id=None, run_name="theirs")
+    theirs.data.params["max_steps"] = 5
+    monkeypatch.setenv("MLFLOW_RUN_ID", theirs.info.run_id)
+    track_one(tmp_path, IDENTITY, 0, max_steps=6, report_to=("mlflow",))
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    track_one(tmp_path, IDENTITY, 1, max_steps=6, report_to=("mlflow",))
+    assert mlflow.metrics == [("drawn-0", 1), ("drawn-0", 2)]
+    assert theirs.data.params["max_steps"] == 5
+    assert theirs.data.params["lora_r"] == run_config().lora_r
+
+
+def test_a_server_of_mlflow_that_is_down_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: FakeMlflow
+) -> None:
+    def down(**settings: Any) -> list[Any]:
+        raise ConnectionError("max retries exceeded")
+
+    monkeypatch.setattr(mlflow, "search_runs", down)
+    with pytest.raises(ConfigError, match="report_to: mlflow does not start: ConnectionError: max retries exceeded"):
+        track_one(tmp_path, IDENTITY, 0, report_to=("mlflow",))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {"id": IDENTITY, "resume": "allow"}),
+        ({"WANDB_RUN_ID": "mine", "WANDB_RESUME": "must"}, {"id": "mine", "resume": "must"}),
+    ],
+)
+def test_wandb_is_started_with_the_id_of_the_run_or_that_of_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: dict[str, str]
+) -> None:
+    started: list[dict[str, Any]] = []
+    ignore: Callable[..., None] = lambda *values, **settings: None  # noqa: E731 - one for three methods
+    run = SimpleNamespace(log=ignore, finish=ignore)
+    wandb = SimpleNamespace(
+        init=lambda **settings: started.append(settings) or run, config=SimpleNamespace(update=ignore)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", WandBTracker)
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for step in (0, 1):
+        track_one(tmp_path, IDENTITY, step, report_to=("wandb",))
+    assert started == [{"project": "d2l", "dir": str(tmp_path), "name": tmp_path.name, **expected}] * 2
 
 
 def test_trackers_that_are_not_installed_are_named_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +323,9 @@ def test_tensorboard_reads_back_what_the_run_wrote_and_steps_taken_again_once(
         values = read.Scalars(key)
         assert [value.step for value in values] == [1, 2, 3]
         assert [value.value for value in values] == pytest.approx([record[key] for record in records], rel=1e-6)
-    with started_trackers(config, tmp_path, 1) as track:  # continued from step 1: steps 2 and 3 are taken again
+    with started_trackers(
+        config, tmp_path, IDENTITY, 1
+    ) as track:  # continued from step 1: steps 2 and 3 are taken again
         track(records[1] | {"lr": 0.5})
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(value.step, value.value) for value in read.Scalars("lr")] == [

@@ -65,7 +65,8 @@ def train(
     kept = None if start.checkpoint is None else start.checkpoint.state.get(FIRST_STEP)
     watch = Watch(trainer, start.folder, heldout, sources, prediction, kept)
     taken = closing(_take_steps(trainer, start.folder, watch, evidence))  # closed: nothing is being saved any more
-    with started_trackers(config, start.folder, trainer.step_number) as track, taken as steps:
+    tracked = started_trackers(config, start.folder, start.identity.id, trainer.step_number)
+    with tracked as track, taken as steps:
         for metrics in steps:
             record = metrics.to_json() | watch.evaluation
             track(record)

@@ -9,6 +9,7 @@ FOLDER/
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -80,7 +81,7 @@ def require_place_for_one(folder: Path, name: str) -> None:
     Raises:
         CheckpointError: the message says what it holds.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
     card = read_card(folder)
     if card is None:
@@ -98,7 +99,7 @@ def require_place_for_many(folder: Path) -> None:
     Raises:
         CheckpointError: the message names what to do.
     """
-    if folder.exists() and not (folder / INDEX).is_file():
+    if os.path.lexists(folder) and not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} exists and is never written over: remove it or choose another folder (one with {INDEX}, which an "
             "earlier `d2l internalize` of several documents wrote, is gone on with)"

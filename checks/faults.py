@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,11 @@ class Override:
 
     methods: Mapping[str, Callable[..., Any]]
     unless: Callable[[Subject], str]
+    configured: Mapping[str, Any] = field(default_factory=dict)
+
+    def under(self, **values: Any) -> "Override":
+        """Return the same fault in a run with these values of the configuration, where alone it shows."""
+        return replace(self, configured=values)
 
     @property
     def replaces(self) -> frozenset[str]:
@@ -42,7 +47,8 @@ class Override:
         if reason := self.unless(subject) or "; ".join(missing):
             raise NotApplicable(reason)
         methods = {name: partial(method, healthy) for name, method in self.methods.items()}
-        return replace(subject, implementation=_Overlay(healthy, methods))
+        config = changed(subject.config, **self.configured) if self.configured else subject.config
+        return replace(subject, config=config, implementation=_Overlay(healthy, methods))
 
 
 def override(unless: Callable[[Subject], str] = lambda subject: "", **methods: Callable[..., Any]) -> Override:

@@ -43,6 +43,11 @@ class Fault:
         """Name the implementation's methods that are all this fault changes; empty where it may change anything."""
         return getattr(self.plant, "replaces", frozenset())
 
+    @property
+    def configures(self) -> frozenset[str]:
+        """Name the fields of the configuration that this fault sets beside; see `checks.faults.Override.under`."""
+        return frozenset(getattr(self.plant, "configured", ()))
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -161,7 +161,7 @@ def _concerns(rule: Rule, fault: Fault, planted: "Subject", subject: "Subject", 
     if rule.code not in used:
         return True
     if fault.replaces:
-        return bool(used[rule.code].methods & fault.replaces)
+        return bool(used[rule.code].methods & fault.replaces or used[rule.code].fields & fault.configures)
     if only_records_differ(planted, subject):
         return rule.stage == "data"
     fields = changed_fields(planted, subject)

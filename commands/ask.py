@@ -265,7 +265,7 @@ def _read_questions() -> Iterator[tuple[int, str]]:
             question = line.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"stdin, line {number}: expected text in UTF-8, found byte 0x{line[error.start]:02x}"
+                f"stdin, line {number}: expected text in UTF-8, found byte 0x{error.object[error.start]:02x}"
             ) from None
         if question:
             yield number, question

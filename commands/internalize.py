@@ -101,7 +101,7 @@ def _internalize_one(
     checkpoint: Path, document: Document, output: Path, model: str | None, form: AdapterForm, pack: int | None
 ) -> None:
     """Write the adapter of one document, or of a merged one, to a folder of its own, or bring it up to date."""
-    require_place_for_one(output, document.name)
+    require_place_for_one(output, document)
     with libraries_to_stderr():
         from d2l.inference.batch import Internalizer
 

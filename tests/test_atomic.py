@@ -58,6 +58,15 @@ def test_a_new_file_is_never_written_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_to_nothing_is_something(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("absent")
+    with pytest.raises(DataError, match="never written over"), write_new_file(tmp_path / "link"):
+        pytest.fail("the block was entered")
+    with pytest.raises(CheckpointError, match="never written over"), write_new_folder(tmp_path / "link", "adapter"):
+        pytest.fail("the block was entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     with pytest.raises(DataError, match=r"cannot write .*scores\.json: No space left"), write_new_file(path):

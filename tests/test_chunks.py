@@ -7,12 +7,12 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES
 from support.tiny_run import tiny_config
 
-from checks.oracles.chunks import joined
+from checks.oracles.chunks import equal_pieces, joined, sentence_pieces
 from d2l.build import Components
 from d2l.data.chat.format import ChatFormat, chat_format
 from d2l.data.chat.tokenizer import load_tokenizer
@@ -75,6 +75,54 @@ def test_no_drawn_number_of_chunks_makes_one_too_short() -> None:
     limits = {"max_ctx_chunk_len": 40, "min_ctx_chunk_len": 10 + AFFIXES, "num_chunk_probs": {3: 1.0}}
     assert [len(piece) for piece in cut(32, seed=0, **limits)] == [11, 11, 10]
     assert [len(piece) for piece in cut(31, seed=0, **limits)] == [16, 15]  # three would be 11, 11 and 9
+
+
+# The oracle of DAT309
+
+
+def test_the_oracle_on_paper() -> None:
+    assert lengths(equal_pieces(101, 25, 0)) == [21, 21, 21, 21, 17]
+    assert equal_pieces(101, 101, 5) == [(0, 101)]
+    assert equal_pieces(10, 6, 2) == [(0, 4), (2, 8), (6, 10)]  # four new tokens of six, so three pieces
+    assert equal_pieces(10, 99, 3, count=4) == [(0, 3), (0, 6), (3, 9), (6, 10)]
+    sentences, words = [5, 10, 15, 20, 25, 30], [2, 5, 8, 10, 15, 18, 20, 25, 30]
+    assert lengths(sentence_pieces(sentences, words, 29, 0)) == [15, 15]
+    assert lengths(sentence_pieces(sentences, words, 29, 0, count=3)) == [10, 10, 10]
+    assert lengths(sentence_pieces([12, 13, 20, 26, 28, 36], [36], 13, 0)) == [13, 13, 10]
+    assert sentence_pieces(sentences, words, 22, 2) == [(0, 15), (13, 30)]  # tokens, as no word ends
+    assert sentence_pieces(sentences, words, 22, 3, count=3) == [(0, 10), (8, 20), (18, 30)]  # a word
+    assert sentence_pieces(sentences, words, 22, 6, count=3) == [(0, 10), (5, 20), (15, 30)]  # a sentence
+
+
+def lengths(pieces: Sequence[tuple[int, int]]) -> list[int]:
+    return [stop - start for start, stop in pieces]
+
+
+@quick
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 20), st.none() | st.integers(1, 9))
+def test_equal_chunks_with_overlaps_are_those_of_the_oracle(
+    length: int, room: int, overlap: int, n: int | None
+) -> None:
+    limit = room + overlap if n is None else length
+    probs = None if n is None else {n: 1.0}
+    assume(n is None or (n <= length and overlap < length))
+    found = cut(length, seed=0, max_ctx_chunk_len=limit + AFFIXES, chunk_overlap=overlap, num_chunk_probs=probs)
+    assert [(piece.start, piece.stop) for piece in found] == equal_pieces(length, limit, overlap, n)
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.sets(st.integers(1, 70)),
+    st.integers(9, 40),
+    st.integers(0, 9),
+)
+def test_chunks_of_sentences_are_those_of_the_oracle(steps: list[int], more: set[int], room: int, overlap: int) -> None:
+    sentences = [sum(steps[:i]) for i in range(1, len(steps) + 1)]
+    words = sorted({*(it for it in more if it < sentences[-1]), *sentences})
+    limit = room + overlap
+    found = cut(sentences[-1], (sentences, words), max_ctx_chunk_len=limit + AFFIXES, chunk_overlap=overlap)
+    assert [(piece.start, piece.stop) for piece in found] == sentence_pieces(sentences, words, limit, overlap)
 
 
 # Where sentences end

@@ -142,11 +142,13 @@ def test_another_base(run_folder: Path, document: Path, tmp_path: Path) -> None:
 def test_nothing_is_written_over(run_folder: Path, document: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "file").write_text("precious")
-    for place in ("mine", "file"):
+    (tmp_path / "link").symlink_to("absent")
+    for place in ("mine", "file", "link"):
         refused(d2l("internalize", run_folder, document, "-o", tmp_path / place), "never written over")
         refused(d2l("import-reference", tmp_path / "file", "-o", tmp_path / place), "never written over")
     assert (tmp_path / "file").read_text() == "precious"
     assert not list((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "absent").exists()
 
 
 def test_files_that_are_not_checkpoints_of_the_reference(document: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import cli
+import commands.ask
 from commands.ask import _answer_lines, _converse, _Session, _split
 from commands.console import LOADING
 from d2l.errors import DataError
@@ -94,8 +95,47 @@ def test_a_pipe_gets_a_line_for_each_question(
     else:
         facts = [json.loads(line) for line in result.stdout.splitlines()]
         assert facts == [{"documents": documents, "question": it, "answer": f"{it}!\nReally."} for it in asked]
+        assert "Wo f\u00e4hrt sie?" in result.stdout  # for people too: no escapes
     assert result.exit_code == 0
     assert result.stderr.splitlines()[-1] == "reading questions from stdin, one a line"
+
+
+@pytest.mark.parametrize("stdin_is_terminal", [True, False])
+@pytest.mark.parametrize("stdout_is_terminal", [True, False])
+def test_questions_are_asked_for_only_where_both_ends_are_a_terminal(
+    stdin_is_terminal: bool,
+    stdout_is_terminal: bool,
+    trained: TrainedModel,
+    documents: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt in a file is no answer, and a pipe answers no prompt."""
+    ways: list[str] = []
+    monkeypatch.setattr(commands.ask, "read_checkpoint", lambda place, model: trained)
+    monkeypatch.setattr(commands.ask, "_converse", lambda session: ways.append("converse"))
+    monkeypatch.setattr(commands.ask, "_answer_lines", lambda session: ways.append("lines"))
+    terminal = StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: stdin_is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(commands.ask, "console", lambda: screen(StringIO(), stdout_is_terminal))
+    commands.ask.ask(Path("run"), documents[:1], None, 8, "text")
+    assert ways == ["converse" if stdin_is_terminal and stdout_is_terminal else "lines"]
+
+
+def test_an_answer_on_a_terminal_goes_to_stdout_and_what_libraries_say_meanwhile_does_not(
+    run_folder: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(trained: object, lora: object, question: str, n: int, show: Callable[[str], None]) -> str:
+        print("a library has something to say")  # noqa: T201
+        show("At")
+        print("and goes on")  # noqa: T201
+        return "At nine."
+
+    monkeypatch.setattr(ASK, chatty)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    result = d2l("ask", run_folder, documents[0], "When?")
+    assert result.stdout == "At nine.\n"
+    assert result.stderr.splitlines()[-2:] == ["a library has something to say", "and goes on"]
 
 
 def test_answers_come_before_the_next_question_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +155,11 @@ def test_answers_come_before_the_next_question_is_read(monkeypatch: pytest.Monke
 
 
 def session(output: StringIO, *, terminal: bool = True, trained: Any = None, lora: Any = None) -> _Session:
-    screen = Console(file=output, force_terminal=terminal, highlight=False, markup=False, emoji=False, width=20)
-    return _Session(trained, lora, ("ferry.md",), 8, "text", screen)
+    return _Session(trained, lora, ("ferry.md",), 8, "text", screen(output, terminal))
+
+
+def screen(output: StringIO, is_terminal: bool) -> Console:
+    return Console(file=output, force_terminal=is_terminal, highlight=False, markup=False, emoji=False, width=20)
 
 
 def typed(*lines: str | BaseException | type[BaseException]) -> Callable[[str], str]:
@@ -194,6 +237,16 @@ def test_the_prompt_and_halves_of_characters_are_not_streamed() -> None:
     assert texts == ["h", "h\u00e9", "h\u00e9!"]
 
 
+def test_as_many_bytes_as_a_character_has_are_waited_for() -> None:
+    """Some decoders write a mark for every byte of a character that is not complete, not one for all."""
+    texts: list[str] = []
+    owl = "\U0001f989".encode()
+    streamer = AnswerStreamer(lambda ids: owl.decode() if len(ids) == len(owl) else "\ufffd" * len(ids), texts.append)
+    for token in (0, *owl):  # the first is the prompt
+        streamer.put(torch.tensor([token]))
+    assert texts == ["\U0001f989"]
+
+
 # Which argument is what, and what is refused
 
 
@@ -204,6 +257,8 @@ def test_the_last_argument_is_the_question_unless_a_file_has_that_name(documents
     assert _split([one, two]) == ([one, two], None)
     assert _split([one]) == ([one], None)
     assert _split([one, "-"]) == ([one, "-"], None)
+    Path("notes").symlink_to("absent")
+    assert _split([one, "notes"]) == ([one, "notes"], None)  # reading it says that it leads nowhere
     assert _split([]) == ([], None)
     for question in ("owl", "1.5", "Who is in ferry.md", "a/b?", "What does main.py do?", "e.g.", "x" * 5000, "a\0b"):
         assert _split([one, question]) == ([one], question)
@@ -233,8 +288,9 @@ def test_documents_and_questions_that_cannot_be_used(run_folder: Path, documents
         "; documents come first, the question last": ("Who", one, two),
         "Is a directory": (".", "Who?"),
         "ferry.md and ferry.md are the same document; pass it once": (one, one, "Who?"),
-        "ferry.md and copy.md are the same document": (one, two, "copy.md", "Who?"),
+        "ferry.md and copy.md are the same document": (two, one, "copy.md", "Who?"),
         "no question: stdin holds the document": ("-",),
+        "stdin holds the document, so pass the question as the last argument, in quotes": (two, "-"),
         "the question: expected text in UTF-8": (one, "\udcff"),
     }
     for words, arguments in cases.items():
@@ -249,6 +305,8 @@ def test_a_document_of_several_that_is_too_long_is_named(run_folder: Path, docum
 def test_stdin_without_a_question(run_folder: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ASK, echo)
     refused(d2l("ask", run_folder, documents[0], stdin=b" \n\n"), "no question: stdin is empty")
-    result = d2l("ask", run_folder, documents[0], stdin=b"When?\n\n\xff\xfe\nWho?\n")
+    result = d2l("ask", run_folder, documents[0], stdin=b"When?\n\nWh\xe4t\xff?\nWho?\n")
     assert (result.exit_code, result.stdout) == (2, "When?! Really.\n")
-    assert "stdin, line 3: expected text in UTF-8, found byte 0xff" in result.stderr
+    assert "stdin, line 3: expected text in UTF-8, found byte 0xe4" in result.stderr
+    behind_a_mark = d2l("ask", run_folder, documents[0], stdin=b"\xef\xbb\xbfWh\xe4t?")
+    assert "stdin, line 1: expected text in UTF-8, found byte 0xe4" in behind_a_mark.stderr

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from checks.faults import changed_fields, configure, inherit, only_records_differ, override, use_of
+from checks.faults import Used, changed_fields, configure, inherit, only_records_differ, override, use_of
 from checks.production import make_subject
+from checks.rule import Fault
+from checks.rules import RULES
 from checks.rules.stale_token_cache import _exchange
+from checks.selftest import _concerns
 from checks.subject import Subject, changed
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
@@ -62,6 +65,26 @@ class TestDifferences:
     def test_records_alone(self, subject: Subject) -> None:
         assert only_records_differ(replace(subject, records=()), subject)
         assert not only_records_differ(subject, subject)
+
+
+class TestFaultsThatShowInAnotherRun:
+    def test_the_implementation_and_the_named_fields_differ(self, subject: Subject) -> None:
+        lost = override(batches=lambda healthy, config, rows: [])
+        fault = Fault("lost", "no batch in a run with a rank of 3", lost.under(lora_r=3))
+        planted = fault.plant(subject)
+        assert (planted.config.lora_r, planted.implementation.batches(planted.config, subject.rows.rows)) == (3, [])
+        assert replace(planted, config=subject.config, implementation=subject.implementation) == subject
+        assert (fault.replaces, fault.configures) == ({"batches"}, {"lora_r"})
+        assert lost(subject).config == subject.config
+        assert Fault("lost", "no batch", lost).configures == set()
+
+    def test_what_uses_a_replaced_method_or_reads_a_named_field_is_concerned(self, subject: Subject) -> None:
+        rule = next(rule for rule in RULES if rule.code == "DAT309")
+        fault = Fault("lost", "no batch", override(batches=lambda healthy, config, rows: []).under(lora_r=3))
+        planted = fault.plant(subject)
+        for methods, fields, expected in (("batches", "seed", True), ("rows", "lora_r", True), ("rows", "seed", False)):
+            used = {rule.code: Used(frozenset({methods}), frozenset({fields}))}
+            assert _concerns(rule, fault, planted, subject, used) == expected
 
 
 class TestInheritance:

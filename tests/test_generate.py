@@ -140,6 +140,8 @@ def test_documents_are_utf8_text() -> None:
     for data, expected in (
         (b"\x89PNG\r\n", "byte 0x89 at 0"),
         ("Fähre".encode("latin-1"), "byte 0xe4 at 1"),
+        (b"a \xe4t \xff", "byte 0xe4 at 2;"),  # the first of several
+        (b"\xef\xbb\xbfF\xe4hre", "byte 0xe4 at 4;"),  # behind a byte order mark, which the codec does not count
         (b"PK\x03\x04\0\0", "zero byte at 4"),
         (b"", "empty"),
         (b" \n\t", "empty"),

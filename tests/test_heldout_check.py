@@ -16,7 +16,9 @@ from d2l.config.load import load_config
 
 
 def write(file: Path, names: list[str]) -> str:
-    records = [{"context": f"The {it} is blue.", "prompts": [f"How is the {it}?"], "responses": ["blue"]} for it in names]
+    records = [
+        {"context": f"The {it} is blue.", "prompts": [f"How is the {it}?"], "responses": ["blue"]} for it in names
+    ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(file)
 

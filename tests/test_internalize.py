@@ -208,7 +208,9 @@ def test_packed_chunks_are_the_same_up_to_rounding(trained: TrainedModel, tmp_pa
 def test_folders_of_others_are_refused(run_folder: Path, trained: TrainedModel, tmp_path: Path) -> None:
     docs = write(tmp_path / "docs", a="The ferry leaves at nine.", b="The bus leaves at ten.")
     (tmp_path / "mine").mkdir()
-    for place, words in (("mine", "never written over"), ("docs/out", "is inside"), ("docs", "never written over")):
+    (tmp_path / "link").symlink_to("absent")
+    never = "never written over"
+    for place, words in (("mine", never), ("link", never), ("docs", never), ("docs/out", "is inside")):
         result = d2l("internalize", run_folder, docs, "-o", tmp_path / place)
         assert result.exit_code == 2
         assert words in result.stderr
@@ -222,7 +224,11 @@ def test_folders_of_others_are_refused(run_folder: Path, trained: TrainedModel, 
     d2l("internalize", run_folder, docs / "a.md", "-o", tmp_path / "one")
     assert "another checkpoint or base" in d2l("internalize", other, docs / "a.md", "-o", tmp_path / "one").stderr
     (tmp_path / "out" / "b" / "d2l.json").unlink()  # somebody else's adapter now
-    assert "is no adapter with a card" in d2l("internalize", run_folder, docs, "-o", tmp_path / "out").stdout
+    shutil.rmtree(tmp_path / "out" / "a")
+    (tmp_path / "out" / "a").symlink_to("absent")
+    again = d2l("internalize", run_folder, docs, "-o", tmp_path / "out").stdout
+    for id_ in "ab":
+        assert f"{tmp_path / 'out' / id_} exists, is no adapter with a card" in again
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,30 @@ def test_a_changed_part_is_read_anew_and_other_documents_are_another_adapter(
     for others in ([docs / "bus.md", docs / "ferry.md", "--merge"], [docs / "ferry.md"]):
         result = d2l("internalize", run_folder, *others, "-o", out)
         assert result.exit_code == 2
-        assert "holds the adapter of bus.md + ferry.md + harbour.md and is never written over" in result.stderr
+        assert "bus.md + ferry.md + harbour.md (3 documents, merged) and is never written over" in result.stderr
     assert contents(out) == before
+
+
+def test_a_single_file_of_the_name_that_several_have_together_is_another_document(
+    run_folder: Path, docs: Path, tmp_path: Path
+) -> None:
+    """In either order, and for the parts of two merged adapters as well."""
+    bus, ferry, harbour = (docs / f"{name}.md" for name in sorted(TEXTS))
+    single = write(tmp_path / "more", **{"bus.md + ferry": "Another text."}) / "bus.md + ferry.md"
+    pair = write(tmp_path / "more", **{"ferry.md + harbour": "A third one."}) / "ferry.md + harbour.md"
+    orders = {
+        "merged": ([bus, ferry, "--merge"], [single]),
+        "single": ([single], [bus, ferry, "--merge"]),
+        "parts": ([single, harbour, "--merge"], [bus, pair, "--merge"]),
+    }
+    for name, (first, second) in orders.items():
+        out = tmp_path / name
+        assert d2l("internalize", run_folder, *first, "-o", out).exit_code == 0
+        before = contents(out)
+        refused = d2l("internalize", run_folder, *second, "-o", out)
+        assert refused.exit_code == 2, refused.output
+        assert "and is never written over with another document's" in refused.stderr
+        assert contents(out) == before
 
 
 def test_nothing_is_merged_of_fewer_documents_than_were_named(run_folder: Path, docs: Path, tmp_path: Path) -> None:

@@ -117,7 +117,15 @@ def test_what_does_not_belong_together_is_refused() -> None:
     one, other = documents(chunks, bias, [1, 1])
     assert bias is not None
     foreign = merge_chunks(chunks[1], [1], bias._map(lambda x: x + 1))
-    for wrong in (foreign, replace(other, scale=1.0), replace(other, bias_rank=0), merge_chunks(chunks[1], [1])):
+    foreign_A, foreign_B = replace(other, A=foreign.A), replace(other, B=foreign.B)
+    for wrong in (
+        foreign,
+        foreign_A,
+        foreign_B,
+        replace(other, scale=1.0),
+        replace(other, bias_rank=0),
+        merge_chunks(chunks[1], [1]),
+    ):
         with pytest.raises(ValueError, match=r"document 2 .* of another checkpoint"):
             merge_documents([one, wrong])
     fewer = Lora({"q_proj": other.A["q_proj"]}, {"q_proj": other.B["q_proj"]}, other.scale, other.bias_rank)

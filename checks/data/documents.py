@@ -50,7 +50,7 @@ class DocumentReader:
         ids = self.form.encode_contents(document) if overlap else []
         texts = []
         for prefix, suffix in self.form.affixes:
-            cut = [_without(chunk, prefix, suffix) for chunk in chunks]
+            cut = [without_affixes(chunk, prefix, suffix) for chunk in chunks]
             if None in cut:
                 continue
             joined = chunk_oracle.joined([piece or [] for piece in cut], ids, overlap)
@@ -78,7 +78,7 @@ class DocumentReader:
     def _affix_problem(self, chunks: list[list[int]]) -> str:
         """Name the first chunk that does not stand between the template's tokens."""
         prefix, suffix = self.form.affixes[0]
-        number = next((at for at, chunk in enumerate(chunks) if _without(chunk, prefix, suffix) is None), 0)
+        number = next((at for at, chunk in enumerate(chunks) if without_affixes(chunk, prefix, suffix) is None), 0)
         around = f"{self.form.decode(chunks[number][:8])!r} … {self.form.decode(chunks[number][-4:])!r}"
         wanted = f"{self.form.decode(prefix[:8])!r} … {self.form.decode(suffix[-4:])!r}"
         return f"chunk {number} of {len(chunks)} is no user's message: {around} instead of {wanted}"
@@ -99,7 +99,7 @@ class DocumentReader:
         return self.reading.documents, "the chunk is not the user's message that the template renders"
 
 
-def _without(chunk: list[int], prefix: list[int], suffix: list[int]) -> list[int] | None:
+def without_affixes(chunk: list[int], prefix: list[int], suffix: list[int]) -> list[int] | None:
     """Return a chunk without its affixes; None where they are not there."""
     stop = len(chunk) - len(suffix)
     if stop < len(prefix) or chunk[: len(prefix)] != prefix or chunk[stop:] != suffix:

@@ -208,7 +208,7 @@ RULE = Rule(
     stage="data",
     severity="error",
     sources=("stale cache", "failure mode 5", "failure mode 36", "failure mode C24"),
-    requires=("LBL101", "DAT301", "DAT308", "LBL301", "DAT302", "DAT303", "DAT304", "DAT305"),
+    requires=("LBL101", "DAT301", "DAT308", "LBL301", "DAT302", "DAT303", "DAT304", "DAT305", "DAT309"),
     check=check,
     faults=(
         Fault("key-without-template", "another chat template meets the old rows", _key_without("template")),

@@ -15,7 +15,8 @@ def decode_document(data: bytes, source: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        found = f"byte 0x{data[error.start]:02x} at {error.start:,}"
+        start = len(data) - len(error.object) + error.start  # the codec counts from behind a byte order mark
+        found = f"byte 0x{data[start]:02x} at {start:,}"
         raise DataError(f"{source}: expected text in UTF-8, found {found}; convert it to a .txt or .md file") from None
     if "\0" in text:
         raise DataError(

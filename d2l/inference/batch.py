@@ -3,6 +3,7 @@
 At most one document's chunks are in memory, or those of some packs; the documents are never held together.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,7 +142,7 @@ class Internalizer:
         if card is not None and self._is_right(card, folder, digest):
             return Outcome(document, "kept", card, duplicate_of=duplicate)
         try:
-            if folder.exists() and card is None:
+            if card is None and os.path.lexists(folder):
                 raise CheckpointError(f"{folder} exists, is no adapter with a card, and is never written over")
             if card is not None and not self._is_alike(card):
                 raise CheckpointError(

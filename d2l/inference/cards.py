@@ -9,6 +9,7 @@ FOLDER/
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d2l.errors import CheckpointError
-from d2l.inference.documents import RESERVED
+from d2l.inference.documents import RESERVED, Document
 from d2l.io.atomic import make_folders, remove_leftovers, replace_file
 from d2l.io.lock import lock_folder
 
@@ -74,21 +75,24 @@ def read_card(folder: Path) -> Card | None:
     return card
 
 
-def require_place_for_one(folder: Path, name: str) -> None:
-    """Refuse a folder for one adapter that holds anything but an adapter of the same document.
+def require_place_for_one(folder: Path, document: Document) -> None:
+    """Refuse a folder for one adapter that holds anything but an adapter of the same document, or of the same ones merged.
 
     Raises:
         CheckpointError: the message says what it holds.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
     card = read_card(folder)
     if card is None:
         raise CheckpointError(f"{folder} exists and is never written over: remove it or choose another folder")
-    if card.document.get("name") != name:
+    parts = sorted(str(part["name"]) for part in card.parts)
+    # a single file may have the name that several have together
+    if (card.document.get("name"), parts) != (document.name, sorted(part.name for part in document.parts)):
+        merged = f" ({len(parts)} documents, merged)" if parts else ""
         raise CheckpointError(
-            f"{folder} exists, holds the adapter of {card.document.get('name')} and is never written over with another "
-            "document's: choose another folder"
+            f"{folder} exists, holds the adapter of {card.document.get('name')}{merged} and is never written over with "
+            "another document's: choose another folder"
         )
 
 
@@ -98,7 +102,7 @@ def require_place_for_many(folder: Path) -> None:
     Raises:
         CheckpointError: the message names what to do.
     """
-    if folder.exists() and not (folder / INDEX).is_file():
+    if os.path.lexists(folder) and not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} exists and is never written over: remove it or choose another folder (one with {INDEX}, which an "
             "earlier `d2l internalize` of several documents wrote, is gone on with)"

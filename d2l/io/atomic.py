@@ -25,12 +25,12 @@ _writing: set[Path] = set()  # what this process is writing
 
 
 def require_new_folder(folder: Path) -> None:
-    """Refuse a path that exists, empty folders included.
+    """Refuse a path that exists, empty folders and links to nothing included.
 
     Raises:
         CheckpointError: the path exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists and is never written over: remove it or choose another folder")
 
 
@@ -83,14 +83,14 @@ def _write_folder(folder: Path, what: str, *, replaces: bool) -> Iterator[Path]:
 
 
 def require_new_file(path: Path) -> None:
-    """Refuse a path that exists, or whose folder does not.
+    """Refuse a path that exists, links to nothing included, or whose folder does not.
 
     Raises:
         DataError: the message names which of the two; or the path is `-`, which would become a file of that name.
     """
     if str(path) == "-":
         raise DataError("the output goes to a file, not to standard output: name one")
-    if path.exists():
+    if os.path.lexists(path):
         raise DataError(f"{path} exists and is never written over: remove it or choose another name")
     if not path.parent.is_dir():
         raise DataError(f"{path}: the folder {path.parent} does not exist: make it or choose another name")

@@ -103,8 +103,7 @@ def experiments() -> tuple[Experiment, Experiment]:
         "values",
         "More and longer values",
         "Trained on up to eight pairs of four digits between filler, in chunks of up to two pairs or sentences. Rows are "
-        "pairs × digits. Chunks are of equal length: where sentences do not fill them, boundaries split pairs, which the "
-        "last columns count separately.",
+        "pairs × digits. Chunks are of ten words, the last of what is left, so that no boundary splits a pair.",
         {
             "curriculum": (
                 *FIRST_STAGES,

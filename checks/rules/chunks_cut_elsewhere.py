@@ -25,6 +25,7 @@ Cut n chunks of ⌈length / n⌉ new tokens each, the last of what is left, n as
 each as near as possible to an equal share of what is left; let every further chunk begin with the overlap.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ from checks.oracles.conversations import ConversationFormat
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
+from d2l.errors import D2LError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -79,18 +81,12 @@ def check(subject: "Subject") -> Result:
     form, chunking = conversation_format(subject), subject.config.chunking
     document = _document(subject, form, " ".join(SENTENCES) if chunking == "sentences" else _text(subject, form))
     if document is None:
-        return Skip("a document of one chunk is not the template's tokens around those of the document alone")
+        return Skip(f"a text of {TOKENS} tokens and more is not one chunk: its own tokens between the template's")
+    rule = _rule(form, document, chunking)
+    if rule is None:
+        return Skip("the tokenizer does not tell where sentences of plain English end")
+    cut, new = rule
     length = len(document.ids)
-    cut: Cut | None = partial(equal_pieces, length)
-    # chunks of ⌈length / n⌉ tokens and those that differ by one at most are not the same if two tokens are left over
-    count = next((n for n in COUNTS if -length % n > 1), COUNTS[0])
-    new = -(-length // (count - 1)) - 1  # the most new tokens of a chunk, if so many chunks are needed
-    if chunking == "sentences":
-        ends = [_ends(form, document.ids, parts) for parts in (SENTENCES, " ".join(SENTENCES).split())]
-        if len(ends[0]) < len(SENTENCES):
-            return Skip("the tokenizer does not tell where sentences of plain English end")
-        cut = partial(sentence_pieces, *ends)
-        new = max(new, *(stop - start for start, stop in zip([0, *ends[0]], ends[0], strict=False)))
     overlap = min(subject.config.chunk_overlap, new // 2)
     evidence: dict[str, Any] = {"chunking": chunking, "overlap": overlap, "tokens": length, "chunks": {}}
     for name, room, drawn in _cases(length, new + overlap):
@@ -109,6 +105,24 @@ def check(subject: "Subject") -> Result:
     return Pass(f"a document of {length:,} tokens is cut where the rule says, under {number} limits", evidence)
 
 
+def _rule(form: ConversationFormat, document: _Document, chunking: str) -> tuple[Cut, int] | None:
+    """Return the oracle for a document, and the most new tokens of a chunk for the case of several chunks.
+
+    None where the tokenizer does not tell where sentences end.
+    """
+    length = len(document.ids)
+    # chunks of ⌈length / n⌉ tokens and those that differ by one at most are not the same if two tokens are left over
+    count = next((n for n in COUNTS if -length % n > 1), COUNTS[0])
+    new = -(-length // (count - 1)) - 1
+    if chunking == "equal":
+        return partial(equal_pieces, length), new
+    sentences, words = (_ends(form, document.ids, parts) for parts in (SENTENCES, " ".join(SENTENCES).split()))
+    if len(sentences) < len(SENTENCES):
+        return None
+    longest = max(stop - start for start, stop in zip([0, *sentences], sentences, strict=False))
+    return partial(sentence_pieces, sentences, words), max(new, longest)
+
+
 def _cases(length: int, room: int) -> Iterator[tuple[str, int, int | None]]:
     """Yield what is tried: its name, the most tokens of a chunk without the template's, and the number that is drawn."""
     yield f"{length:,} tokens that just fit", length, None
@@ -120,11 +134,8 @@ def _cases(length: int, room: int) -> Iterator[tuple[str, int, int | None]]:
 def _text(subject: "Subject", form: ConversationFormat) -> str:
     """Return a text of the run, long enough to be cut."""
     assert subject.records is not None
-    start = subject.records[next(iter(subject.rows.rows)).record].context.strip()[:LETTERS]
-    text = start
-    while len(form.encode_contents(text)) < TOKENS:
-        text = f"{text} {start}"
-    return text
+    text = subject.records[next(iter(subject.rows.rows)).record].context.strip()[:LETTERS]
+    return " ".join([text] * math.ceil(TOKENS / max(len(form.encode_contents(text)), 1)))
 
 
 def _rows(subject: "Subject", text: str, **limits: Any) -> Sequence[Any]:
@@ -137,8 +148,11 @@ def _rows(subject: "Subject", text: str, **limits: Any) -> Sequence[Any]:
 
 
 def _document(subject: "Subject", form: ConversationFormat, text: str) -> _Document | None:
-    """Read a text as a single chunk; None where the document's tokens are not to be told from the template's."""
-    chunks = _rows(subject, text)
+    """Read a text as a single chunk; None where it is none, or its tokens are not to be told from the template's."""
+    try:
+        chunks = _rows(subject, text)
+    except D2LError:
+        return None
     ids = form.encode_contents(text)
     for prefix, suffix in form.affixes:
         if len(chunks) == 1 and without_affixes(list(chunks[0]), prefix, suffix) == ids:

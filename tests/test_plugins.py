@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from d2l.io.resources import resource
 EXAMPLE = Path(__file__).parent / "plugin_example"
 RULE = (EXAMPLE / "team_checks/rank_above_ours.py").read_text(encoding="utf-8")
 
+OURS = cache(read_catalogue)  # not anew for every case
+
 Write = Callable[..., None]
 
 
@@ -46,8 +49,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def write(site: Path) -> Write:
+def write(site: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Return what installs a distribution of one module: its text, and the entry point's attribute."""
+    monkeypatch.setattr("checks.plugins.read_catalogue", OURS)
 
     def install(name: str, text: str, attribute: str = ":RULE", version: str = "1.0") -> None:
         module = name.replace("-", "_")

@@ -21,6 +21,7 @@ from support import golden
 
 EXPECTED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+@pytest.mark.golden  # in a worker too
 def test_environment():
     code = f"import os; assert os.environ.items() >= {EXPECTED}.items()"
     assert os.environ.items() >= EXPECTED.items()
@@ -50,8 +51,8 @@ def bare_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_without_any_variable_set_a_worker_has_one_thread_and_no_network(tmp_path: Path) -> None:
-    result = bare_pytest(tmp_path, "-n", "1", "-rs")
+def test_without_any_variable_set_there_is_one_thread_and_no_network(tmp_path: Path) -> None:
+    result = bare_pytest(tmp_path, "-rs")
     assert result.returncode == 0, result.stdout
     assert "1 passed, 2 skipped" in result.stdout
     assert "needs the oracle data in" in result.stdout
@@ -60,7 +61,7 @@ def test_without_any_variable_set_a_worker_has_one_thread_and_no_network(tmp_pat
 def test_golden_cases_fail_where_their_folder_is_absent(tmp_path: Path) -> None:
     result = bare_pytest(tmp_path, "-m", "golden")
     assert result.returncode == 1
-    assert "2 errors" in result.stdout
+    assert "1 passed, 2 errors" in result.stdout
     assert f"needs the oracle data in {Path('..', 'shared')}" in result.stdout
 
 
@@ -73,7 +74,7 @@ def test_a_golden_file_that_nothing_is_compared_with_fails(tmp_path: Path) -> No
     result = bare_pytest(tmp_path, "-m", "golden", "-n", "1")
     assert result.returncode == 1
     assert "loaded and not compared: only_loaded" in result.stdout
-    assert "1 failed, 1 passed" in result.stdout
+    assert "1 failed, 2 passed" in result.stdout
     assert "golden: 6 values compared: 6 in 1 files of components, 0 in 0 files of whole models" in result.stdout
     assert "golden: FAILED, compared by no test: only_loaded, unread" in result.stdout
 

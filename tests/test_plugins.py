@@ -1,11 +1,12 @@
 """Checks of other distributions: a real package, installed and run; and what is refused of broken ones."""
 
+import importlib
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,54 +25,62 @@ from checks.runner import run_checks
 from cli import app
 from d2l.io.resources import resource
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = Path(__file__).parent / "plugin_example"
 RULE = (EXAMPLE / "team_checks/rank_above_ours.py").read_text(encoding="utf-8")
+
+OURS = cache(read_catalogue)  # not anew for every case
 
 Write = Callable[..., None]
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Return what installs a distribution of one module: its text, and the entry point's attribute."""
-    monkeypatch.syspath_prepend(tmp_path)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder of installed distributions, whose modules are forgotten behind the test."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
     before = set(sys.modules)
+    load_plugins.cache_clear()
+    yield folder
+    load_plugins.cache_clear()
+    for module in set(sys.modules) - before:
+        if Path(getattr(sys.modules[module], "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[module]
+
+
+@pytest.fixture
+def write(site: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Return what installs a distribution of one module: its text, and the entry point's attribute."""
+    monkeypatch.setattr("checks.plugins.read_catalogue", OURS)
 
     def install(name: str, text: str, attribute: str = ":RULE", version: str = "1.0") -> None:
         module = name.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
+        (site / f"{module}.py").write_text(text, encoding="utf-8")
+        info = site / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(f"[d2l.checks]\nown = {module}{attribute}\n")
         load_plugins.cache_clear()
 
-    yield install
-    load_plugins.cache_clear()
-    for module in set(sys.modules) - before:
-        if Path(getattr(sys.modules[module], "__file__", None) or "/").is_relative_to(tmp_path):
-            del sys.modules[module]
+    return install
 
 
 def renamed(text: str, code: str, name: str) -> str:
     return text.replace("TEM101", code).replace("rank-above-ours", name)
 
 
-def test_an_installed_package_is_listed_judged_and_named(tmp_path: Path) -> None:
-    """The example, by pip, and the command in a process of its own: red where its check is, with its origin."""
-    site = tmp_path / "site"
+def test_an_installed_package_is_listed_judged_and_named(site: Path) -> None:
+    """The example, by pip: red where its check is, with its origin."""
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", *offline, "--target", str(site), str(EXAMPLE)],
         check=True,
         capture_output=True,
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
+    importlib.invalidate_caches()
     command = ["preflight", "--select", "TEM,PLG101", "--set", "lora_r=64", "--format", "json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1, done.stderr
     report = json.loads(done.stdout)
     assert re.fullmatch(r"team-checks 1\.0 \(code [0-9a-f]{12}\)", report["judged"]["plugins"])
     assert [(it["code"], it["outcome"], it["plugin"]) for it in report["outcomes"]] == [
@@ -140,6 +149,11 @@ def test_what_is_incomplete_is_refused_by_name_and_fails_the_gate(text: str, wor
     assert good.problems == ()
     found = plugin_not_loaded.check(SimpleNamespace(implementation=SimpleNamespace(plugins=load_plugins)))  # type: ignore[arg-type]
     assert found.message == "installed checks are not judged: broken-checks 1.0 cannot be loaded"  # type: ignore[union-attr]
+
+
+def test_the_command_says_what_it_leaves_out_and_lists_the_others(write: Write) -> None:
+    write("broken-checks", "OTHER = 1\n")
+    write("good-checks", renamed(RULE, "GOO101", "rank-too-high"))
     noted = CliRunner().invoke(app, ["checks", "--format", "json"])
     assert "checks of broken-checks 1.0 are left out" in noted.stderr
     assert "GOO101" in {it["code"] for it in json.loads(noted.stdout)}

@@ -76,8 +76,16 @@ SPOILT = {"ATT101", "GRD204", "SAV201", "LBL301"}
 
 
 def test_planted_faults_turn_only_their_check_red() -> None:
-    """One for each kind of fault; `make fuzz` plants all, and the fuzz of `make test` looks at their own checks alone."""
-    some = [replace(rule, faults=rule.faults[:1] if rule.code in SPOILT else ()) for rule in RULES]
+    """One for each kind of fault, before those checks and all that they require.
+
+    `make fuzz` plants all before all checks, and the fuzz of `make test` looks at the faults' own checks alone.
+    """
+    needed = SPOILT
+    for rule in reversed(RULES):  # each stands after those that it requires
+        needed = needed | set(rule.requires) if rule.code in needed else needed
+    some = [
+        replace(rule, faults=rule.faults[:1] if rule.code in SPOILT else ()) for rule in RULES if rule.code in needed
+    ]
     selftest = run_selftest(make_subject(load_config()), some)
     assert selftest.exit_code() == 0, plain_text(selftest)
     assert {trial.code for trial in selftest.trials} == SPOILT
@@ -156,12 +164,13 @@ def test_what_takes_no_float32_is_compared_in_bfloat16(monkeypatch: pytest.Monke
     assert outcome.evidence["logits"] > 0.1
 
 
-def test_a_lost_term_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_lost_term_is_seen_in_bfloat16(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_differs_on_device, "FLASH_4", "packed_flex")
-    subject = on_device({"attn_implementation": "packed_flex"})
-    for fault in attention_differs_on_device.RULE.faults[:2]:
-        (outcome,) = run_checks(fault.plant(subject), RULES, select=("ATT401",)).outcomes
-        assert outcome.found_fault, fault.name
+    fault = attention_differs_on_device.RULE.faults[index]
+    planted = fault.plant(on_device({"attn_implementation": "packed_flex"}))
+    (outcome,) = run_checks(planted, RULES, select=("ATT401",)).outcomes
+    assert outcome.found_fault, fault.name
 
 
 # The documented faults that a configuration can express, written into the real model's; F4 and F6 are planted in code.
@@ -182,15 +191,18 @@ DOCUMENTED: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-QUICK = {"F7 reentrant"}  # a run of the twin; the others take 9 s each
-
-
-@pytest.mark.parametrize(
-    "fault", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DOCUMENTED]
-)
+@pytest.mark.parametrize("fault", DOCUMENTED)
 def test_a_documented_fault_in_the_real_config_is_red_with_its_code(fault: str) -> None:
     overrides, code = DOCUMENTED[fault]
-    report = run_checks(make_subject(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER)), RULES)
+    (outcome,) = preflight(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER), code).outcomes
+    assert (outcome.outcome, outcome.severity) == ("fail", "error"), outcome.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", DOCUMENTED)
+def test_a_documented_fault_in_the_real_config_is_red_with_no_other_code(fault: str) -> None:
+    overrides, code = DOCUMENTED[fault]
+    report = preflight(load_config(REAL, overrides, tokenizer=TINY_TOKENIZER))
     red = {outcome.code for outcome in report.outcomes if outcome.found_fault}
     # that config is warned of its q_proj alone and its 1,024 document tokens a step in any case, and of a slow disk
     assert red - {"CTX101", "TGT102", "DSK402"} == {code}, plain_text(report)

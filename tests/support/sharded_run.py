@@ -2,8 +2,8 @@
 
 python -m torch.distributed.run --standalone --nproc-per-node N tests/support/sharded_run.py FOLDER SETTINGS
 
-SETTINGS is JSON, a list of runs: `name`, `family` of the base, `base` (of its config) and `config` (of the run). Each
-process leaves a note as RANK.json.
+SETTINGS is JSON, a list of runs: `name`, `family` of the base, `base` (of its config), `config` (of the run) and
+`faults` to plant behind its last step. Each process leaves a note as RANK.json.
 """
 
 import ctypes
@@ -36,7 +36,6 @@ from d2l.train.watch import Watch
 from support.tiny_model import around_base, base_config, random_rows, run_config
 
 HELDOUT = [random_rows(5, seed=9)]
-FAULTS = ("record", "gradient", "weight")
 RARE = 20  # a token that the document of record 5 alone holds
 STEPS = {"max_steps": 3, "save_steps": 100, "eval_steps": 2, "expert_weights": "dequantize"}
 
@@ -86,7 +85,7 @@ def train(run: dict[str, Any], folder: Path, kind: str) -> dict[str, Any]:
     note |= {"share": share(base), "whole": [whole_layers(base), after_reading(trainer.model, batch)]}
     weights = {name: it.clone() for name, it in trainer.model.hypernet.state_dict().items()}
     torch.save(weights, place / f"{processes().process_index}.pt")
-    note["refused"] = {fault: refused(trainer, place / fault, fault) for fault in FAULTS}
+    note["refused"] = {fault: refused(trainer, place / fault, fault) for fault in run.get("faults", ())}
     return note
 
 
@@ -109,7 +108,7 @@ def after_reading(model: DocToLora, batch: PackedBatch) -> list[int]:
 
 
 def refused(trainer: Trainer, folder: Path, fault: str) -> str:
-    """Plant a fault of `FAULTS`, and return what the next step says."""
+    """Plant a fault, and return what the next step says."""
     folder.mkdir(exist_ok=True)
     place = trainer.epoch, trainer.position
     loss = partial(batch_loss, trainer.model, config=trainer.config)

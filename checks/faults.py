@@ -1,7 +1,7 @@
 """Planted faults: a changed configuration, or an implementation with methods replaced; and which checks use those."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from checks.implementation import Implementation
 from checks.result import NotApplicable
 from checks.subject import Subject, changed
+from checks.training.steps import light_base
 from d2l.config.schema import RunConfig
 
 
@@ -101,6 +102,13 @@ _COMPUTED: dict[str, set[str]] = {
     "chat": {"chat"},
     "rows": {"chat", "rows"},
 }
+
+
+def compute_ahead(subject: Subject) -> None:
+    """Compute what `inherit` hands on, for the processes that are forked from this one."""
+    for compute in (*(partial(getattr, subject, name) for name in _COMPUTED), partial(light_base, subject)):
+        with suppress(Exception):  # the checks that need it say why there is none
+            compute()
 
 
 def inherit(planted: Subject, subject: Subject, replaced: frozenset[str]) -> None:

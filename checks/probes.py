@@ -115,12 +115,16 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
-def gradients(model: "Model", loss: Tensor) -> dict[str, Tensor]:
-    """Compute the gradient of a scalar by each hypernetwork parameter; zeros where none arrives."""
+def gradients(model: "Model", loss: Tensor, keep_graph: bool = False) -> dict[str, Tensor]:
+    """Compute the gradient of a scalar by each hypernetwork parameter; zeros where none arrives.
+
+    Args:
+        keep_graph: whether another scalar of the same forward pass follows.
+    """
     named = dict(model.hypernet.named_parameters())
     if not loss.requires_grad:
         return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    values = torch.autograd.grad(loss, list(named.values()), retain_graph=keep_graph, allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if value is None else value
         for (name, parameter), value in zip(named.items(), values, strict=True)

@@ -107,8 +107,12 @@ def run_selftest(
     stages = stages or STAGES_WITHOUT_DEVICE
     chosen = choose(rules, stages, select).rules
     present = choose(rules, stages, ()).rules
-    clean = {outcome.code: outcome for outcome in examine(subject, present, {}, observe)}
-    used = _uses(subject, present) if hasattr(subject, "twin") else {}
+    alone, used = _measure_alone(subject, present) if hasattr(subject, "twin") else ({}, {})
+    known = {outcome.code: outcome for outcome in alone}
+    outcomes = examine(
+        subject, present, {}, observe, known=lambda judged, rule: known.get(rule.code) if judged is subject else None
+    )
+    clean = {outcome.code: outcome for outcome in outcomes}
     trials = tuple(_trials(subject, chosen, present, clean, used, observe))
     return Selftest(
         version=installed_version(),
@@ -120,15 +124,21 @@ def run_selftest(
     )
 
 
-def _uses(subject: "Subject", rules: Sequence[Rule]) -> "dict[str, Used]":
-    """Find what each rule uses, by code: a fault in anything else cannot change its outcome."""
-    from checks.faults import use_of  # here: it imports torch
+def _measure_alone(subject: "Subject", rules: Sequence[Rule]) -> "tuple[list[Outcome], dict[str, Used]]":
+    """Run each rule by itself on the clean subject; return its outcome, and by its code what it uses.
 
-    def use(index: int) -> "Used":
-        return use_of(subject, lambda fresh: examine(fresh, [rules[index]], {}, lambda _: None))
+    A fault in anything else cannot change its outcome.
+    """
+    from checks.faults import compute_ahead, use_of  # here: they import torch
 
-    found = in_processes(use, len(rules), available_cores())
-    return {rule.code: used for rule, used in zip(rules, found, strict=True)}
+    def measure(index: int) -> "tuple[Outcome, Used]":
+        outcomes: list[Outcome] = []
+        used = use_of(subject, lambda fresh: outcomes.extend(examine(fresh, [rules[index]], {}, lambda _: None)))
+        return outcomes[0], used
+
+    compute_ahead(subject)
+    found = list(in_processes(measure, len(rules), available_cores()))
+    return [outcome for outcome, _ in found], {outcome.code: used for outcome, used in found}
 
 
 def _trials(

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from checks.faults import Used, changed_fields, configure, inherit, only_records_differ, override, use_of
+from checks import selftest
+from checks.faults import Used, changed_fields, compute_ahead, configure, inherit, only_records_differ, override, use_of
 from checks.production import make_subject
-from checks.rule import Fault
+from checks.result import Fail, Pass, Result
+from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.rules.stale_token_cache import _exchange
 from checks.selftest import _concerns
@@ -106,6 +108,26 @@ class TestInheritance:
         ):
             inherit(planted, subject, frozenset())
             assert "rows" not in vars(planted)
+
+    def test_what_is_handed_on_is_computed_ahead_where_it_can_be(self, subject: Subject) -> None:
+        without = replace(subject, tokenizer=None, records=None)
+        compute_ahead(without)
+        assert {"plan", "_twin_base"} <= vars(without).keys()
+        assert "light_base" in vars(without)["_shared"]
+        assert not {"chat", "rows"} & vars(without).keys()
+
+
+def test_a_selftest_runs_a_check_once_on_the_clean_subject(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: list[int] = []
+
+    def check(judged: Subject) -> Result:
+        ranks.append(judged.config.lora_r)
+        return Fail(message="three", expected="8", actual="3", remedy="none") if judged.config.lora_r == 3 else Pass("")
+
+    monkeypatch.setattr(selftest, "available_cores", lambda: 1)
+    rule = Rule("TOY101", "toy", "static", "error", (), check, faults=(Fault("three", "", configure(lora_r=3)),))
+    assert selftest.run_selftest(subject, [rule]).exit_code() == 0
+    assert ranks == [subject.config.lora_r, 3]
 
 
 def test_files_of_a_cache_are_exchanged_or_cut(tmp_path: Path) -> None:

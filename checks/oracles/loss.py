@@ -49,10 +49,8 @@ def divergence(
     for place, ts, ids in zip(places, vals, indices, strict=True):
         row = logits[place - 1].double()
         normalizer = torch.logsumexp(row, dim=0)
-        terms = [
-            torch.tensor(t, dtype=torch.float64).exp() * (row[i] - normalizer) for t, i in zip(ts, ids, strict=True)
-        ]
-        losses.append(-torch.stack(terms).sum())
+        likely = torch.tensor(ts, dtype=torch.float64).exp()
+        losses.append(-(likely * (row[list(ids)] - normalizer)).sum())
     return torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64)
 
 

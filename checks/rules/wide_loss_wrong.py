@@ -3,8 +3,8 @@
 What it does
 ------------
 Gives the light twin a head of 65,536 tokens, so wide that an implementation which computes the loss in slices does so, and
-takes the task loss and its gradient over rows of one label, of many, of one with a row that has none, and with
-logits in the hundreds. Cross-entropy, and KL over many labels, are compared with the formulas.
+takes the task loss and the hypernetwork's gradient over rows of one label, of many, of one with a row that has none, and
+with logits in the hundreds. Cross-entropy, and KL over many labels, are compared with the formulas.
 
 Why it matters
 --------------
@@ -14,7 +14,8 @@ fits into one slice, so nothing else sees it. Unshifted or large logits overflow
 
 How it is detected
 ------------------
-Losses and gradients must agree to 1e-4 of the largest value. `-100` is not a token: it adds nothing.
+In float32 losses and gradients must agree to 1e-3 of the largest value; a label that is lost, doubled or without a gradient
+changes them by 0.1 and more. `-100` is not a token: it adds nothing.
 
 How to fix
 ----------
@@ -22,7 +23,6 @@ Leave out places without a label before slicing, let slices be disjoint and comp
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from checks.faults import override
 from checks.implementation import Implementation
 from checks.oracles import loss
-from checks.probes import difference
+from checks.probes import difference, flat, gradients
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.steps import TEACHER, TOLERANCE, light_config, still_model
+from checks.training.steps import TEACHER, light_config, light_model
 from d2l.data.packing import collate
 from d2l.data.tokenize import Query, Row
 
@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 WIDE = 2**16
+TOLERANCE = 1e-3  # float32, for the sake of time: logits in the hundreds are rounded by 1e-5, and so is their softmax
 SLICE = 32  # rows of logits of this width, which are 8 MiB in float32
-LABELS = 36  # of the longest question: more than a slice
+LABELS = 33  # of the longest question: more than a slice
 LOSSES = ("ce", "kl")  # KL with many labels only: the rest is the same code
 # Supervised tokens of each context's question, and what the logits are multiplied by then.
 PROBES: dict[str, tuple[tuple[int, ...], float]] = {
-    "many labels": ((LABELS, 5), 1.0),
+    "many labels": ((LABELS, 1), 1.0),
     "one label, and a question without any": ((1, 0), 1.0),
     "large logits": ((3, 2), 200.0),
 }
@@ -56,14 +57,15 @@ REMEDY = "slice rows of logits that have a label, each once, and take their log-
 
 
 def check(subject: "Subject") -> Result:
-    """Compare loss and gradient by the head's inputs with the formulas."""
+    """Compare loss and gradient by the hypernetwork with the formulas."""
     evidence: dict[str, float] = {}
     model = _widened(subject)
     for name, (labels, scale) in PROBES.items():
-        rows = _rows(subject, labels)
-        model.base.get_output_embeddings().weight.data.mul_(scale)
-        for kind in LOSSES if labels[0] == LABELS else LOSSES[:1]:
-            evidence[f"{name}, {kind}"] = _error(subject, model, rows, kind)
+        if scale != 1:
+            model.base.get_output_embeddings().weight.data.mul_(scale)
+        kinds = LOSSES if labels[0] == LABELS else LOSSES[:1]
+        errors = _errors(subject, model, _rows(subject, labels), kinds)
+        evidence |= {f"{name}, {kind}": error for kind, error in zip(kinds, errors, strict=True)}
     worst = max(evidence, key=lambda key: evidence[key])
     if not evidence[worst] <= TOLERANCE:
         return Fail(
@@ -80,12 +82,12 @@ def check(subject: "Subject") -> Result:
 
 
 def _widened(subject: "Subject") -> Any:
-    """Return a copy of the light twin with a wide head, whose weights take gradients."""
-    model: Any = deepcopy(still_model(subject))
+    """Return the light twin in float32 with a wide head, each row of which is the one before, moved on by one value."""
+    model: Any = light_model(subject, dtype=torch.float32)
     hidden = model.base.config.hidden_size
-    head = nn.Linear(hidden, WIDE, bias=False, dtype=torch.float64)
-    values = torch.randn(WIDE, hidden, generator=torch.Generator().manual_seed(0))
-    head.weight.data.copy_(values / hidden**0.5)
+    values = torch.randn(WIDE + hidden - 1, generator=torch.Generator().manual_seed(0))
+    head = nn.Linear(hidden, WIDE, bias=False, device="meta")
+    head.weight = nn.Parameter((values / hidden**0.5).unfold(0, hidden, 1).contiguous(), requires_grad=False)
     model.base.set_output_embeddings(head)
     return model
 
@@ -110,17 +112,18 @@ def _rows(subject: "Subject", labels: Sequence[int]) -> list[Row]:
     return [Row(record=index, chunks=(ids(3, vocabulary),), queries=(query(it),)) for index, it in enumerate(labels)]
 
 
-def _error(subject: "Subject", model: Any, rows: Sequence[Row], kind: str) -> float:
-    """Return the larger error of loss and gradient by the head's weights, over the largest value."""
-    batch, weight = collate(rows), model.base.get_output_embeddings().weight
-    config = light_config(subject, loss=kind)
-    task, _ = subject.implementation.loss(model, [batch], config)
-    with torch.no_grad():
-        lora = model.lora(batch)
-    logits = iter(model.logits(batch, lora).split(list(batch.contexts.lengths)))
-    expected = loss.token_mean([[_formula(kind, next(logits).unbind(), row.queries[0])] for row in rows])
-    values = [task, *torch.autograd.grad(task, weight)], [expected, *torch.autograd.grad(expected, weight)]
-    return max(difference(actual.detach(), right.detach()) for actual, right in zip(*values, strict=True))
+def _errors(subject: "Subject", model: Any, rows: Sequence[Row], kinds: Sequence[str]) -> list[float]:
+    """Return for each loss the larger error of its value and its gradient by the hypernetwork, over the largest value."""
+    batch = collate(rows)
+    logits = model.logits(batch, model.lora(batch)).split(list(batch.contexts.lengths))
+    errors = []
+    for kind in kinds:
+        task, _ = subject.implementation.loss(model, [batch], light_config(subject, loss=kind))
+        losses = [[_formula(kind, own.unbind(), row.queries[0])] for own, row in zip(logits, rows, strict=True)]
+        expected = loss.token_mean(losses)
+        found, wanted = (flat(gradients(model, it, keep_graph=True)) for it in (task, expected))
+        errors.append(max(difference(task.detach(), expected.detach()), difference(found, wanted)))
+    return errors
 
 
 def _formula(kind: str, logits: Sequence[Tensor], query: Query) -> Tensor:

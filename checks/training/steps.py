@@ -89,7 +89,7 @@ def light_model(
 ) -> "Model":
     """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
     config = light_config(subject) if config is None else config
-    base = deepcopy(shared(subject, "light_base", lambda: _light_base(subject)))
+    base = deepcopy(light_base(subject))
     model = build_drawn(subject.implementation, base, config, seed)
     for part in (model.base, model.hypernet):
         part.to(dtype)
@@ -123,11 +123,15 @@ def loss_step(subject: "Subject", **values: Any) -> Observed:
     return shared(subject, f"loss_step {sorted(values.items())}", take)
 
 
-def _light_base(subject: "Subject") -> "PreTrainedModel":
-    """Make the base of the light twin."""
-    base_config = _light_base_config(subject.twin_base_config)
-    plan = plan_on_cpu(subject.implementation, light_config(subject), base_config)
-    return subject.implementation.build_base(base_config, plan, seed=0)
+def light_base(subject: "Subject") -> "PreTrainedModel":
+    """Return the base of the light twin, to be copied; made once for all checks."""
+
+    def make() -> "PreTrainedModel":
+        base_config = _light_base_config(subject.twin_base_config)
+        plan = plan_on_cpu(subject.implementation, light_config(subject), base_config)
+        return subject.implementation.build_base(base_config, plan, seed=0)
+
+    return shared(subject, "light_base", make)
 
 
 def _light_base_config(config: "PreTrainedConfig") -> "PreTrainedConfig":

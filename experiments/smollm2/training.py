@@ -14,12 +14,13 @@ import yaml
 from d2l.checkpoint import find_checkpoint
 from d2l.io.run_folder import CONFIG, METRICS, is_run, step_of
 from experiments.prove import d2l
-from experiments.smollm2.recipe import Stage
+from experiments.smollm2.recipe import TRAINING, Stage
 
 STOPPED = 12  # exit code of `d2l train` where --max-minutes have passed
 START_MINUTES = 1.5  # of every stage: libraries, preflight, tokenization
 TOLERANCE = 0.5  # minutes by which a stage may end early
-DECIDED = "the last stage decays the learning rate over the time that is left"
+DECIDED = "the next stage of the recipe"
+RATES = ("learning_rate", "muon_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ def train(config: Path, run: Path, plan: Plan, threads: int, report: Callable[[s
 
 def next_stage(run: Path, stage: Stage, taken: int, spent: float, end: float) -> dict[str, Any]:
     """Return what a stage changes in the run's configuration."""
+    changes: dict[str, Any] = {name: TRAINING[name] / stage.slower for name in RATES}
     if not stage.decays:
-        return {}
+        return changes
+    changes["loss"] = "kl"
     if planned_steps(run) > taken and saved_config(run)["decay_steps"] > 0:
-        return {"loss": "kl"}  # this stage was stopped in its middle: its length is decided
+        return changes  # this stage was stopped in its middle: its length is decided
     steps = max(1, round((end - spent) * 60 / seconds_per_step(run)))
-    return {"loss": "kl", "max_steps": taken + steps, "decay_steps": steps}
+    return changes | {"max_steps": taken + steps, "decay_steps": steps}
 
 
 def progress_of(run: Path) -> tuple[int, float]:

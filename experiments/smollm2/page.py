@@ -11,6 +11,24 @@ GOALS = (
     "that with the document in the prompt; perplexity of unrelated text within 2%."
 )
 
+# Pilots of the same hypernetwork, one seed each, by the evaluations of their own runs on held-out documents of the same kind
+TRIED = """\
+| documents of training | targets | learning rates (Muon, AdamW) | step | loss, own LoRA | another's | gap | exact match |
+|---|---|---|---|---|---|---|---|
+| 1 to 3 facts | `v_proj` | 5.6e-3, 7e-4 | 60 | 2.21 | 2.37 | 0.16 ± 0.08 | .00 |
+| 1 to 3 facts, 30% also recited | `v_proj` | 5.6e-3, 7e-4 | 60 | 2.20 | 2.41 | 0.18 ± 0.10 | .00 |
+| | | | 120 | 2.14 | 2.26 | 0.11 ± 0.05 | .00 |
+| | `v_proj` | 1.6e-2, 1.5e-3 | 30 | 2.43 | 2.56 | 0.13 ± 0.06 | .00 |
+| 1 fact, 30% also recited | `o_proj` | 1.6e-2, 1.5e-3 | 25 | 2.40 | 2.53 | 0.13 ± 0.04 | .00 |
+| | `down_proj` | 1.6e-2, 1.5e-3 | 25 | 2.16 | 2.27 | 0.10 ± 0.03 | .00 |
+| 1 fact whose value is a single word | `down_proj` | 1.6e-2, 1.5e-3 | 50 | 2.82 | 6.81 | 3.99 ± 0.28 | .00 |
+| | | | 100 | 2.22 | 9.01 | 6.79 ± 0.50 | .16 |
+
+Values of several tokens (years, numbers, names) stay at what all answers have in common: the loss under another document's
+LoRA is nearly as low. Values of one token are read within 50 steps of 28 documents, also words that training never had. From
+such a checkpoint, documents of all kinds at the same learning rates undid it in five steps (loss 0.6 to 6); hence a quarter of
+them in the later stages."""
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -66,6 +84,8 @@ def write_page(findings: Findings, curve: str) -> str:
         "## Training",
         "\n".join(f"* {line}" for line in findings.training),
         f"![Loss and other curves over the steps]({curve})",
+        "## What was tried before",
+        TRIED,
         "## Facts of the held-out split, whose names and values never occur in training",
         _facts_table(findings),
         _real(findings.real),

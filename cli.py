@@ -28,6 +28,7 @@ from commands import (  # noqa: E402
     runs,
     train,
 )
+from commands.refusals import tell_refusal  # noqa: E402
 from d2l.errors import D2LError, NonFiniteError, ProcessError  # noqa: E402
 
 # Exit codes; README has all of them. 10 and 12 are those of `d2l train`, 14 of `d2l internalize`: some documents failed.
@@ -42,7 +43,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except D2LError as error:
-            typer.echo("\n".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
+            tell_refusal(str(error), getattr(error, "__notes__", ()))
             raise typer.Exit(_exit_code(error)) from None
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)

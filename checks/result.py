@@ -163,6 +163,11 @@ class Report:
         return tuple(outcome for outcome in self.outcomes if outcome.outcome in ("fail", "crash"))
 
     @property
+    def not_run(self) -> frozenset[str]:
+        """The codes of checks that could not run."""
+        return frozenset(outcome.code for outcome in self.outcomes if outcome.outcome in ("skip", "blocked"))
+
+    @property
     def datasets(self) -> tuple[dict[str, Any], ...]:
         """The counts of each data set, from the evidence of `DATASETS_FROM`; empty where it has none."""
         tables = (it.evidence.get("datasets", ()) for it in self.outcomes if it.code == DATASETS_FROM)
@@ -183,8 +188,7 @@ class Report:
             return 1
         if fail_level == "warn" and (self.unused_ignores or self.expired_ignores):
             return 1
-        not_run = {outcome.code for outcome in self.outcomes if outcome.outcome in ("skip", "blocked")}
-        return 4 if not_run & self.required else 0
+        return 4 if self.not_run & self.required else 0
 
     def to_json(self, fail_level: FailLevel = "error") -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -13,6 +13,7 @@ import typer
 
 from checks.result import UsageError
 from commands.completion import complete_checks
+from d2l.train.ranks import are_several, is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +114,8 @@ def print_refused_plugins() -> None:
 
 
 def _print_remarks(config: "RunConfig") -> None:
-    for remark in config.remarks:
+    """Print what was noted about the keys, once where several processes read them."""
+    for remark in () if are_several() and not is_first() else config.remarks:
         typer.echo(f"Note: {remark}", err=True)
 
 

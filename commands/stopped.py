@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from d2l.train.ranks import are_several
 from d2l.train.stopping import Interrupted
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def write_at_once(text: str) -> None:
 def to_go_on(run: Path, ignored: Sequence[str]) -> str:
     """Return the command that continues a run."""
     options = shlex.join(["train", "--resume", str(run), *(word for text in ignored for word in ("--ignore", text))])
-    if _is_shared():
+    if are_several():
         return f"to go on, start all processes as before: {options}"
     return f"to go on: d2l {options}"
 
@@ -69,9 +70,4 @@ def nothing_to_do(start: "Start", max_steps: int) -> str:
 
 
 def _rank() -> str:
-    return f"rank {os.environ['RANK']}: " if _is_shared() else ""
-
-
-def _is_shared() -> bool:
-    """Tell whether a launcher started more processes than this one."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"rank {os.environ['RANK']}: " if are_several() else ""

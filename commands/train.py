@@ -1,6 +1,5 @@
 """The command that trains: the preflight as a gate, then the loop with its progress. Heavy imports come late."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,11 @@ from commands.console import (
 )
 from commands.preflight import checks_progress
 from commands.progress import METRICS, steps_progress
+from commands.refusals import tell_refusal
 from commands.stopped import STOPPED, end_at_once, nothing_to_do, to_go_on, told, write_at_once
 from d2l.errors import DataError
 from d2l.io.run_folder import CONFIG, PREFLIGHT
+from d2l.train.ranks import is_first
 from d2l.train.stopping import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def train(
     12 stopped by a signal or --max-minutes, 13 another process of the run is gone or differs.
     """
     reasons, changes = pairs("--ignore", ignore or ()), _changes(allow_change, resume)
-    first = os.environ.get("RANK", "0") == "0"  # one of several processes prints, each one checks
+    first = is_first()  # one of several processes prints, each one checks
     stop = StopRequest(max_minutes, announce=write_at_once if first else lambda text: None)
     with stop_on_signals(end_at_once):
         config = _config_file(config, resume, output)
@@ -182,11 +183,18 @@ def _check_and_train(
     report = replace(report, seconds=waited())
     print_report(report, screen)
     if report.exit_code() != 0:
-        typer.echo(
-            "Error: training refused by preflight, nothing was written; `d2l explain CODE` explains a check", err=True
-        )
+        _tell_findings(report)
         raise typer.Exit(REFUSED)
     return _train(config, compared, report, screen, stop)
+
+
+def _tell_findings(report: "Report") -> None:
+    """Tell that the preflight refuses the run; in another process than the first, whose report is printed, with its own."""
+    against = [it for it in report if it in report.failures or it.code in report.required & report.not_run]
+    findings = [] if is_first() else [f"  {it.code} {it.name}: {it.message}" for it in against]
+    codes = ", ".join(it.code for it in against)
+    refusal = f"training refused by preflight, nothing was written: {codes}; `d2l explain CODE` explains a check"
+    tell_refusal(refusal, findings)
 
 
 def _print_notes(notes: Sequence[str], *, quiet: bool) -> None:

@@ -558,9 +558,22 @@ def test_train_stopped_on_a_non_finite_value_is_11(world):
 
 
 def test_one_process_of_several_speaks(world):
-    world.records = RECORDS
-    assert d2l("train", "x.yaml", RANK="1").stdout == ""
-    assert "step 1/2" in d2l("train", "x.yaml", RANK="0").stdout
+    world.records, world.remarks = RECORDS, ("a key has no effect",)
+    other = d2l("train", "x.yaml", RANK="1", WORLD_SIZE="2")
+    assert (other.stdout, other.stderr) == ("", "a library talks\n")
+    first = d2l("train", "x.yaml", RANK="0")
+    assert "step 1/2" in first.stdout
+    assert "Note: a key has no effect\n" in first.stderr
+
+
+def test_a_process_that_its_own_preflight_refuses_names_itself_and_the_findings(world):
+    world.rules[:] = [rule("TOY201", FAIL), rule("TOY202")]
+    result = d2l("train", "x.yaml", RANK="1", WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="False")
+    assert (result.exit_code, result.stdout) == (10, "")
+    refusal, finding, place = result.stderr.splitlines()[-3:]
+    assert refusal.startswith("Error: training refused by preflight, nothing was written: TOY201; `d2l explain CODE`")
+    assert (finding.split()[0], FAIL.message in finding) == ("TOY201", True)
+    assert place.startswith("in rank 1 of 2 on ")
 
 
 def test_a_warning_is_said_without_a_line_of_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """Processes that share each optimizer step, the device of this one, and how their group is left."""
 
-import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from torch import distributed
 
 from d2l.errors import CheckpointError, D2LError, ProcessError
+from d2l.train.ranks import process_name
 
 T = TypeVar("T")
 
@@ -61,11 +60,6 @@ def process_group() -> Iterator[None]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def process_name() -> str:
-    """Return which of several processes this is, and on which host."""
-    return f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
 
 
 def is_of_connection(error: Exception) -> bool:

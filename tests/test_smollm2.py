@@ -26,7 +26,6 @@ from experiments.smollm2.documents import Passage, clean_sentences, find_passage
 from experiments.smollm2.facts import Shape, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
-from experiments.smollm2.material import recited
 from experiments.smollm2.page import named_share
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
@@ -129,12 +128,6 @@ def test_the_kl_loss_of_a_certain_teacher_is_the_cross_entropy(trained: TrainedM
     kl, ce = (compute_loss(logits, batch, None, normalizer, loss=name).task for name in ("kl", "ce"))  # type: ignore[arg-type]
     torch.testing.assert_close(kl, ce)
     assert ce > 1
-
-
-def test_a_recited_document_is_an_answer_of_its_own() -> None:
-    record = recited(RECORD)
-    assert record.responses[-1] == record.context == RECORD.context
-    assert (record.prompts[:-1], record.responses[:-1]) == (RECORD.prompts, RECORD.responses)
 
 
 @torch.no_grad()

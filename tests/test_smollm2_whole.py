@@ -27,7 +27,9 @@ PASSAGES = [
 
 def small(stage: recipe.Stage, documents: int) -> recipe.Stage:
     tokens = (min(stage.shape.tokens[0], 20), min(stage.shape.tokens[1], 40))
-    return replace(stage, documents=documents, shape=Shape(tokens, (1, 2)), taught=4 if stage.taught else 0)
+    return replace(
+        stage, documents=documents, shape=Shape(tokens, (1, 2), stage.shape.words), taught=4 if stage.taught else 0
+    )
 
 
 @pytest.fixture

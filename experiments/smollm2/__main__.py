@@ -29,7 +29,7 @@ from experiments.smollm2.evaluation import evaluate
 from experiments.smollm2.facts import fact_records
 from experiments.smollm2.fetch import fetch
 from experiments.smollm2.folder import Folder, Report
-from experiments.smollm2.material import single_words, stage_records, teach, write_once
+from experiments.smollm2.material import single_words, teach, write_once
 from experiments.smollm2.page import write_page
 from experiments.smollm2.teacher import TOP_K, certain
 from experiments.smollm2.training import Plan, train
@@ -125,7 +125,7 @@ def make_stage(
     passages: Sequence[Passage], words: Sequence[str], stage: recipe.Stage, taught: Sequence[Record], base: TrainedModel
 ) -> list[Record]:
     """Make the documents of a stage; with teacher logprobs where real text has them."""
-    records = stage_records(passages, stage, recipe.SEED, words)
+    records = fact_records(passages, stage.shape, stage.documents, recipe.SEED, "train", words)
     if not stage.taught:
         return records
     mixed = certain(records, base.chat) + [taught[place % len(taught)] for place in range(stage.taught)]

@@ -4,7 +4,6 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from d2l.data.chat.format import ChatFormat
@@ -12,10 +11,8 @@ from d2l.data.records import Record, read_records, write_records
 from d2l.evaluation.run import generate_answers
 from d2l.inference.load import TrainedModel
 from experiments.smollm2.documents import Passage
-from experiments.smollm2.facts import fact_records
-from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES, Stage
+from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES
 
-RECITE = "Repeat the text."
 ASK = "{text}\n\nWrite one short question that this text answers."
 OTHER_QUESTIONS = ("What is this text about?", "Summarize the text in one sentence.")
 PASSAGE_TOKENS = (30, 100)  # of the real text that the base is asked about
@@ -24,24 +21,10 @@ MOST_WORDS = 2000
 TOGETHER = 8  # prompts of one length that are answered in one batch
 
 
-def stage_records(passages: Sequence[Passage], stage: Stage, seed: int, words: Sequence[str]) -> list[Record]:
-    """Make the documents with facts of a training stage."""
-    generator = random.Random(f"{seed} {stage.name}")
-    return [
-        recited(record) if generator.random() < stage.recited else record
-        for record in fact_records(passages, stage.shape, stage.documents, seed, "train", words)
-    ]
-
-
 def single_words(passages: Sequence[Passage], chat: ChatFormat) -> list[str]:
     """Return words of the text that are one token each at the beginning of an answer, the most frequent first."""
     counts = Counter(word for passage in passages for it in passage.sentences for word in WORD.findall(it))
     return [word for word, _ in counts.most_common() if len(chat.encode_contents(word)) == 1][:MOST_WORDS]
-
-
-def recited(record: Record) -> Record:
-    """Return a document that is asked for in full as well, so that every token of it is supervised."""
-    return replace(record, prompts=(*record.prompts, RECITE), responses=(*record.responses, record.context))
 
 
 def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> list[Record]:

@@ -26,8 +26,9 @@ TRIED = """\
 
 Values of several tokens (years, numbers, names) stay at what all answers have in common: the loss under another document's
 LoRA is nearly as low. Values of one token are read within 50 steps of 28 documents, also words that training never had. From
-such a checkpoint, documents of all kinds at the same learning rates undid it in five steps (loss 0.6 to 6); hence a quarter of
-them in the later stages."""
+such a checkpoint, a fifth of facts of the other kinds and a tenth of documents to recite undid it: exact match in training
+fell from .5 to .05 in 15 steps, at a quarter of the learning rates too. Muon's steps have one size, whatever the gradient's;
+the next idea is values of two tokens, then of three, as pairs came before digits on the tiny base."""
 
 
 @dataclass(frozen=True)

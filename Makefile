@@ -92,6 +92,7 @@ bench: install # ratios against named rules, on CUDA where there is one; writes 
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m benchmarks.watching
 	$(BIN)/python -m benchmarks.internalizing
 
 # What only a CUDA device shows, in minutes: its tests, the table of ratios, and steps of gpt-oss-20b's shapes on random

@@ -90,3 +90,24 @@ def test_saving_gives_shares_of_a_step(tmp_path: Path) -> None:
     assert trainer.step_number == 6
     assert all(value > 0 for value in (found.step, found.copy, found.whole, found.beside))
     assert found.size == sum(path.stat().st_size for path in step_folder(tmp_path, 5).glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_watching_gives_four_ratios_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watching = importlib.import_module("benchmarks.watching")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda suffix, prefix, dir: str(tmp_path / "made"))
+    (tmp_path / "made").mkdir()
+    monkeypatch.setenv("COLUMNS", "120")
+    watching.main([TINY, "--repeats", "1"])
+    rows = [line.split("│")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        ("guards", "1"),
+        ("metrics", "1"),
+        ("evaluation", "100"),
+        ("save", "20"),
+    ]
+    evaluation = rows[2]
+    assert min(float(evaluation[3]), float(evaluation[5])) > 1.5  # it reads documents three times over
+    assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ def test_the_checkpoint_gives_the_same_lora_and_logits() -> None:
     found = {"logits": logits} | {f"A.{k}": v for k, v in lora.A.items()} | {f"B.{k}": v for k, v in lora.B.items()}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert_close(found[name], value, 1e-6, name)
+        assert_close(found[name], value, 1e-5, name)  # processors add in different orders: 1.9e-6 was seen
 
 
 def test_the_run_goes_on_with_the_step_that_0_1_0_took(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from experiments.smollm2.documents import Passage, clean_sentences, find_passage
 from experiments.smollm2.facts import Shape, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
+from experiments.smollm2.material import single_words
 from experiments.smollm2.page import named_share
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
@@ -128,6 +129,26 @@ def test_the_kl_loss_of_a_certain_teacher_is_the_cross_entropy(trained: TrainedM
     kl, ce = (compute_loss(logits, batch, None, normalizer, loss=name).task for name in ("kl", "ce"))  # type: ignore[arg-type]
     torch.testing.assert_close(kl, ce)
     assert ce > 1
+
+
+def test_words_are_single_tokens_and_of_one_split(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = [Passage(("The user reads the tree and the user sees the final message.",), "train")]
+    with pytest.raises(DataError, match="at least 100 words of one token"):
+        single_words(passages, trained.chat)
+    monkeypatch.setattr("experiments.smollm2.material.FEWEST_WORDS", 1)
+    words = single_words(passages, trained.chat)
+    assert words
+    assert all(len(trained.chat.encode_contents(word)) == 1 for word in words)
+    many = [f"word{n}" for n in range(60)]
+    records = {
+        split: fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 80, 0, split, many)
+        for split in ("train", "heldout")
+    }
+    values = {split: {it.responses[0] for it in made} for split, made in records.items()}
+    assert values["train"] | values["heldout"] <= set(many)
+    assert values["train"].isdisjoint(values["heldout"])
+    with pytest.raises(DataError, match="no free string of the split"):
+        fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 1, 0, "heldout", [next(iter(values["train"]))])
 
 
 @torch.no_grad()

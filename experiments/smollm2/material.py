@@ -8,6 +8,7 @@ from pathlib import Path
 
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record, read_records, write_records
+from d2l.errors import DataError
 from d2l.evaluation.run import generate_answers
 from d2l.inference.load import TrainedModel
 from experiments.smollm2.documents import Passage
@@ -17,14 +18,24 @@ ASK = "{text}\n\nWrite one short question that this text answers."
 OTHER_QUESTIONS = ("What is this text about?", "Summarize the text in one sentence.")
 PASSAGE_TOKENS = (30, 100)  # of the real text that the base is asked about
 WORD = re.compile(r"\b[a-z]{4,10}\b")
-MOST_WORDS = 2000
+FEWEST_WORDS, MOST_WORDS = 100, 2000
 TOGETHER = 8  # prompts of one length that are answered in one batch
 
 
 def single_words(passages: Sequence[Passage], chat: ChatFormat) -> list[str]:
-    """Return words of the text that are one token each at the beginning of an answer, the most frequent first."""
+    """Return words of the text that are one token each at the beginning of an answer, the most frequent first.
+
+    Raises:
+        DataError: there are too few of them.
+    """
     counts = Counter(word for passage in passages for it in passage.sentences for word in WORD.findall(it))
-    return [word for word, _ in counts.most_common() if len(chat.encode_contents(word)) == 1][:MOST_WORDS]
+    words = [word for word, _ in counts.most_common() if len(chat.encode_contents(word)) == 1][:MOST_WORDS]
+    if len(words) < FEWEST_WORDS:
+        raise DataError(
+            f"expected at least {FEWEST_WORDS} words of one token in the text, found {len(words)}; install packages with "
+            "documentation, or take a base with a larger vocabulary"
+        )
+    return words
 
 
 def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> list[Record]:

@@ -46,7 +46,8 @@ def train(config: Path, run: Path, plan: Plan, threads: int, report: Callable[[s
     """
     for place, (stage, file, end) in enumerate(zip(plan.stages, plan.files, plan.ends(), strict=True)):
         taken, spent = progress_of(run)
-        if spent >= end - TOLERANCE or (stage.decays and taken and taken == planned_steps(run)):
+        is_over = spent >= end - TOLERANCE or (stage.decays and taken == planned_steps(run))
+        if is_run(run) and (place < stage_of(run, plan) or is_over):
             continue
         report(f"stage {stage.name}: {taken} steps taken, {end - spent:.0f} minutes of training to go")
         minutes = ("--max-minutes", f"{end - spent + START_MINUTES:.2f}")
@@ -59,6 +60,11 @@ def train(config: Path, run: Path, plan: Plan, threads: int, report: Callable[[s
         allowed = [it for key in ("data", "train_ds_names", *changes) for it in ("--allow-change", f"{key}={DECIDED}")]
         arguments = ("--resume", run, "--data", file, *minutes, *settings, *allowed)
         d2l("train", *arguments, log=log, accepted=(0, STOPPED), threads=threads)
+
+
+def stage_of(run: Path, plan: Plan) -> int:
+    """Return the place of the stage whose documents the run was last started with; it may have been stopped early."""
+    return [str(file) for file in plan.files].index(saved_config(run)["train_ds_names"][0])
 
 
 def next_stage(run: Path, stage: Stage, taken: int, spent: float, end: float) -> dict[str, Any]:

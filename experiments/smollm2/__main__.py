@@ -71,9 +71,11 @@ def run_experiment(folder: Folder, options: argparse.Namespace, report: Report) 
     train(folder.config, folder.run, Plan(recipe.STAGES, files, minutes), options.threads, report)
     report("evaluation")
     findings = evaluate(folder, options.questions, options.threads, report)
+    folder.curve.unlink(missing_ok=True)  # of a run that went on since
+    d2l("plot", folder.run, "-o", folder.curve, log=folder.place / "plot.log")
     curve = options.page.with_suffix(".svg")
-    curve.unlink(missing_ok=True)
-    d2l("plot", folder.run, "-o", curve, log=folder.place / "plot.log")
+    with replace_file(curve) as partial:
+        partial.write_bytes(folder.curve.read_bytes())
     with replace_file(options.page) as partial:
         partial.write_text(write_page(findings, curve.name), encoding="utf-8")
     report(f"wrote {options.page} and {curve}")

@@ -106,5 +106,5 @@ def describe_training(folder: Folder, trained: TrainedModel) -> list[str]:
         f"{len(steps):,} optimizer steps in {seconds / 60:.0f} minutes, {tokens:,} tokens, seed {recipe.SEED}, "
         f"a hypernetwork of {parameters / 1e6:.1f}M parameters on {trained.model.base.device}",
         f"stages: {', '.join(stage.name for stage in recipe.STAGES)}; a new one after steps {', '.join(map(str, starts))}",
-        f"loss in the first step {steps[0].get('ce_loss', float('nan')):.3g}",
+        f"loss in the first step {steps[0]['ce_loss']:.3g}",
     ]

@@ -13,7 +13,7 @@ class Folder:
         self.place = place
         self.gguf, self.base = place / "base.gguf", place / "base"
         self.config, self.run = place / "config.yaml", place / "run"
-        self.recipe = place / "recipe.json"
+        self.recipe, self.curve = place / "recipe.json", place / "curve.svg"
 
     def data(self, name: str) -> Path:
         """Return the file of a stage's documents."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2l.data.chat.format import ChatFormat
-from d2l.data.records import Record, read_records, write_records
+from d2l.data.records import Record, write_records
 from d2l.errors import DataError
 from d2l.evaluation.run import generate_answers
 from d2l.inference.load import TrainedModel
@@ -38,12 +38,11 @@ def single_words(passages: Sequence[Passage], chat: ChatFormat) -> list[str]:
     return words
 
 
-def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> list[Record]:
-    """Read the records of a file, which is made first where it is missing."""
+def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> None:
+    """Write a file of records, unless it is there already."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_records(file, make())
-    return read_records([file])
 
 
 def teach(

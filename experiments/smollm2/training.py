@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
+from commands.stopped import STOPPED
 from d2l.checkpoint import find_checkpoint
 from d2l.io.run_folder import CONFIG, METRICS, is_run, step_of
 from experiments.prove import d2l
 from experiments.smollm2.recipe import TRAINING, Stage
 
-STOPPED = 12  # exit code of `d2l train` where --max-minutes have passed
 START_MINUTES = 1.5  # of every stage: libraries, preflight, tokenization
 TOLERANCE = 0.5  # minutes by which a stage may end early
 DECIDED = "the next stage of the recipe"

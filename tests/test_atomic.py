@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from d2l.errors import CheckpointError, DataError
 from d2l.io import atomic
@@ -152,3 +154,20 @@ def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(
     atomic.sync(tmp_path)
     with pytest.raises(OSError, match="Invalid argument"):
         atomic.sync(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_what_is_written_is_for_the_umask_to_say(tmp_path: Path, umask: int, expected: int) -> None:
+    """A library that writes for the owner alone, as safetensors 0.8.0 does, would keep a server of another user out."""
+    before = os.umask(umask)
+    try:
+        with write_new_folder(tmp_path / "folder", "weights") as partial:
+            save_file({"weight": torch.zeros(1)}, partial / "weights.safetensors")
+            (partial / "run.sh").touch(0o755)
+        with write_new_file(tmp_path / "weights.safetensors") as partial:
+            save_file({"weight": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "folder" / "weights.safetensors", tmp_path / "weights.safetensors"):
+        assert file.stat().st_mode & 0o777 == expected
+    assert os.access(tmp_path / "folder" / "run.sh", os.X_OK)

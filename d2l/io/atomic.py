@@ -72,6 +72,7 @@ def _write_folder(folder: Path, what: str, *, replaces: bool) -> Iterator[Path]:
         with scratch_folder(folder) as partial:
             yield partial
             for path in partial.rglob("*"):
+                _let_others_read(path)
                 sync(path)
             sync(partial)
             if replaces and folder.exists():
@@ -125,9 +126,16 @@ def replace_file(path: Path) -> Iterator[Path]:
     with scratch_folder(path) as folder:
         partial = folder / path.name
         yield partial
+        _let_others_read(partial)
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+
+
+def _let_others_read(path: Path) -> None:
+    """Give a file as many permissions as the user's umask left its folder; safetensors 0.8.0 writes for the owner alone."""
+    if path.is_file():
+        path.chmod(path.stat().st_mode | path.parent.stat().st_mode & 0o666)
 
 
 def make_folders(folder: Path) -> list[Path]:

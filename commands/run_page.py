@@ -19,7 +19,7 @@ from d2l.errors import D2LError
 from d2l.evaluation.curves import PANELS, Panel, draw_curves
 from d2l.evaluation.sample import Sample, sample_row
 from d2l.io.run_folder import CONFIG, EVALUATIONS, PREFLIGHT
-from d2l.train.history import RunHistory, loss_keys, peak_keys, series, speeds
+from d2l.train.history import RunHistory, heldout_losses, loss_keys, peak_keys, series, speeds
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 FINDINGS = ("fail", "crash", "warn")
@@ -72,7 +72,12 @@ def _summary(history: RunHistory, now: float) -> list[tuple[str, str]]:
     rows = [("folder", str(history.folder.resolve())), ("state", history.state(now))]
     most = "" if history.max_steps is None else f" of {history.max_steps:,}"
     rows.append(("step", f"{history.step:,}{most}"))
-    for label, values in (("loss", series(history.records, loss_keys())), ("tokens a second", speeds(history.records))):
+    lines = {
+        "loss": series(history.records, loss_keys()),
+        "held-out loss": heldout_losses(history),
+        "tokens a second": speeds(history.records),
+    }
+    for label, values in lines.items():
         if values:
             rows.append((label, f"{values[-1][1]:,.4g} (first {values[0][1]:,.4g})"))
     if history.first_step:

@@ -56,7 +56,7 @@ def plot(
         Path, typer.Option("-o", "--output", metavar="FILE", help="Draw the curves to a new .svg or .png file.")
     ],
 ) -> None:
-    """Draw loss, gradient norm, learning rate and speed of runs over their steps, several runs over each other."""
+    """Draw losses, gradient norm, learning rate and speed of runs over their steps, several runs over each other."""
     from d2l.io.atomic import require_new_file, write_new_file
     from d2l.train.history import find_runs, read_history
 
@@ -104,10 +104,10 @@ def report(
 
 def status_facts(history: "RunHistory", now: float) -> dict[str, Any]:
     """Return what is known of a run as JSON values: None where it is unknown, times in seconds."""
-    from d2l.train.history import loss_keys, series, speeds
+    from d2l.train.history import heldout_losses, loss_keys, series, speeds
 
     losses, tokens = series(history.records, loss_keys()), speeds(history.records)
-    heldout = series(history.evaluations, [f"document_{key}" for key in loss_keys()])
+    heldout = heldout_losses(history)
     state = history.state(now)
     newest = history.checkpoints[-1] if history.checkpoints else None
     return {

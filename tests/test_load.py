@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from d2l.base import flex
 from d2l.base.config import read_base_config
 from d2l.base.experts import PackedExperts
 from d2l.base.files import refuse_misfit, save_mxfp4
-from d2l.base.load import load_base, random_base
+from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import Choice, LoadPlan, plan_load
 from d2l.base.masks import packed_masks
 from d2l.base.twin import twin_config
@@ -328,6 +330,10 @@ def drop_scales(tensors: dict) -> None:
     del tensors[f"{ENDING}.gate_up_proj_scales"]
 
 
+def drop_embeddings(tensors: dict) -> None:
+    del tensors["model.embed_tokens.weight"]
+
+
 def add_stranger(tensors: dict) -> None:
     tensors["model.stranger"] = torch.zeros(2)
 
@@ -365,6 +371,11 @@ def test_a_tensor_that_does_not_fit_is_refused_with_its_file(
     folder = edited(checkpoint, tmp_path, edit)
     with pytest.raises(ModelError, match=rf"model\.safetensors: {re.escape(ENDING)}\.{message}"):
         load_base(str(folder), TWIN, plan(), seed=0)
+    if edit is infinite_scale:  # a value, of which a header says nothing
+        assert inspect_base(str(folder), TWIN, plan())
+        return
+    with pytest.raises(ModelError, match=rf"model\.safetensors: {re.escape(ENDING)}\.{message}"):
+        inspect_base(str(folder), TWIN, plan())
 
 
 def test_the_shard_of_a_tensor_is_named(checkpoint: Path) -> None:
@@ -402,6 +413,8 @@ def test_damage_to_a_checkpoint_of_several_files_names_the_file(checkpoint: Path
     message = damage(folder, shard)
     with pytest.raises(ModelError, match=message):
         load_base(str(folder), TWIN, plan(), seed=0)
+    with pytest.raises(ModelError, match=message):
+        inspect_base(str(folder), TWIN, plan())
 
 
 @pytest.mark.parametrize(
@@ -410,6 +423,7 @@ def test_damage_to_a_checkpoint_of_several_files_names_the_file(checkpoint: Path
         (drop_scales, "1 missing .*gate_up_proj_scales"),
         (add_stranger, "1 unexpected .*stranger"),
         (widen, "down_proj_scales"),
+        (drop_embeddings, "1 missing .*embed_tokens"),  # which are not tied to the head, so that this cannot stand in
     ],
 )
 def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path, edit, message: str) -> None:
@@ -418,6 +432,68 @@ def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path, edit, 
         load_base(str(folder), TWIN, plan(), seed=0)
     with pytest.raises(ModelError):
         load_base(str(folder), TWIN, plan(expert_weights="dequantize"), seed=0)
+    for experts in ("packed", "dequantize"):
+        with pytest.raises(ModelError, match=message):
+            inspect_base(str(folder), TWIN, plan(expert_weights=experts))
+
+
+def drop_norm(tensors: dict) -> None:
+    del tensors["model.norm.weight"]
+
+
+def shorten_norm(tensors: dict) -> None:
+    tensors["model.norm.weight"] = torch.ones(7)
+
+
+@pytest.mark.parametrize("edit", [drop_norm, add_stranger, shorten_norm])
+def test_dense_weights_are_inspected_as_transformers_loads_them(tmp_path: Path, edit) -> None:
+    random_base(LLAMA, plan(LLAMA), seed=0).save_pretrained(tmp_path)
+    base_config = read_base_config(str(tmp_path))
+    seen = inspect_base(str(tmp_path), base_config, plan(LLAMA))
+    whole = load_file(tmp_path / "model.safetensors")
+    assert seen is not None
+    assert {name: (it.shape, it.dtype, it.device.type) for name, it in seen.items()} == {
+        name: (it.shape, it.dtype, "meta") for name, it in whole.items()
+    }
+    edit(whole)
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refusals = []
+    for look in (partial(load_base, seed=1), inspect_base):
+        with pytest.raises(ModelError) as refused:
+            look(str(tmp_path), base_config, plan(LLAMA))
+        refusals.append(str(refused.value))
+    assert refusals[0] == refusals[1]
+
+
+def test_experts_that_are_gathered_while_they_are_loaded_are_inspected_too(tmp_path: Path) -> None:
+    """A Mixtral's files have a tensor for each expert, the loaded model one for all."""
+    config = twin_config(AutoConfig.for_model("mixtral"))
+    random_base(config, plan(config), seed=0).save_pretrained(tmp_path)
+    assert any(".experts.0." in name for name in load_file(tmp_path / "model.safetensors"))
+    assert inspect_base(str(tmp_path), read_base_config(str(tmp_path)), plan(config))
+
+
+def test_tied_weights_may_be_under_the_name_of_either(tmp_path: Path) -> None:
+    config = deepcopy(TWIN)
+    config.tie_word_embeddings = True
+    save_mxfp4(random_base(config, plan(config), seed=0), tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    (name,) = {"lm_head.weight", "model.embed_tokens.weight"} & tensors.keys()
+    read = [logits(load_base(str(tmp_path), config, plan(config), seed=0))]
+    other = "lm_head.weight" if name != "lm_head.weight" else "model.embed_tokens.weight"
+    tensors[other] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert inspect_base(str(tmp_path), config, plan(config))
+    read.append(logits(load_base(str(tmp_path), config, plan(config), seed=0)))
+    assert torch.equal(*read)
+
+
+def test_weights_that_are_not_here_are_not_inspected(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inspect_base("configs/models/tiny_gpt_oss", TWIN, plan()) is None
+    assert inspect_base("nobody/nothing", TWIN, plan()) is None
+    monkeypatch.setattr("d2l.base.files.snapshot_download", lambda name, **options: str(checkpoint))
+    assert inspect_base("nobody/nothing", TWIN, plan())
 
 
 def test_weights_without_their_quantization_config_are_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -454,8 +530,9 @@ def test_a_missing_file_and_a_damaged_file_are_refused(checkpoint: Path, tmp_pat
     with pytest.raises(ModelError, match="missing or damaged"):
         load_base(str(folder), TWIN, plan(), seed=0)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds neither"):
-        load_base(str(folder), TWIN, plan(), seed=0)
+    for look in (partial(load_base, seed=0), inspect_base):
+        with pytest.raises(ModelError, match="holds neither"):
+            look(str(folder), TWIN, plan())
 
 
 def test_weights_that_cannot_be_fetched_are_an_error_with_advice() -> None:

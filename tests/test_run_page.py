@@ -32,7 +32,7 @@ FIRST_STEP = {
     "measured": {"ce_loss": 7.5, "grad_norm": 0.25, "context_tokens": 118, "seconds": 0.5, "resident_peak_gib": 0.625},
 }
 HEADINGS = [
-    *("Preflight", "Curves", "Sample", "Evaluation", "Memory", "Checkpoints", "Events", "Versions", "Configuration")
+    *("Preflight", "Curves", "Evaluation", "Sample", "Memory", "Checkpoints", "Events", "Versions", "Configuration")
 ]
 
 

@@ -256,6 +256,15 @@ def test_runs_lie_over_each_other_raw_and_smoothed(tmp_path: Path, drawn: list[F
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
 
 
+def test_the_loss_of_held_out_documents_is_drawn_where_there_is_one(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = [make_folder(tmp_path / name) for name in ("a", "b")]
+    evaluations = [{"step": step, "document_ce_loss": 2.0 / step, "other_ce_loss": 3.0} for step in (1, 2)]
+    (runs[1] / "evaluation.jsonl").write_text("".join(f"{json.dumps(it)}\n" for it in evaluations))
+    assert d2l("plot", *runs, "-o", tmp_path / "c.svg").exit_code == 0
+    (line,) = {axes.get_title(): axes.lines for axes in drawn[0].axes}["held-out loss (nats)"]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [2.0, 1.0])
+
+
 def test_nothing_is_written_over_and_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     run = make_folder(tmp_path / "run")
     for name in ("a.svg", "b.svg", "a.PNG"):

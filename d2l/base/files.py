@@ -3,8 +3,10 @@
 import json
 from collections.abc import Collection, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -47,23 +49,39 @@ def weights_folder(name_or_path: str) -> Path:
     """
     source = local_or_shipped(name_or_path)
     if source is None:
-        patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
         try:
-            source = from_cache_or_hub(
-                lambda local: Path(snapshot_download(name_or_path, allow_patterns=patterns, local_files_only=local)),
-                name_or_path,
-            )
+            source = from_cache_or_hub(partial(_snapshot, name_or_path), name_or_path)
         except LOADING_FAILURES as error:
             raise ModelError(
                 f"no weights of {name_or_path!r}: not in the cache, and the hub cannot be reached. Download them first "
                 f"(`hf download {name_or_path}`) or give a local folder. {first_line(error)}"
             ) from error
-    if not any((source / name).exists() for name in (_INDEX, _SINGLE_FILE)):
+    if not _has_weights(source):
         raise ModelError(
             f"{source} holds neither {_SINGLE_FILE} nor {_INDEX}. For a random base, give the config file itself "
             f"({source / 'config.json'})."
         )
     return source
+
+
+def has_weights_here(name_or_path: str) -> bool:
+    """Return whether `weights_folder` would look on this machine: for a folder, or for what the hub's cache holds."""
+    if local_or_shipped(name_or_path) is not None:
+        return True
+    try:
+        return _has_weights(_snapshot(name_or_path, True))
+    except LOADING_FAILURES:
+        return False
+
+
+def _snapshot(name: str, local_files_only: bool) -> Path:
+    """Return the folder of a repository of the hub, without files that are not needed."""
+    patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
+    return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (_INDEX, _SINGLE_FILE))
 
 
 def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -72,12 +90,33 @@ def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tupl
     Raises:
         ModelError: a file is absent or damaged.
     """
+    for name, tensors in _open_tensors(folder, device):
+        tensor = tensors.get_tensor(name)
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint by its name, on the meta device: shape and dtype without values.
+
+    Raises:
+        ModelError: a file is absent, cut short or damaged.
+    """
+    headers = {}
+    for name, tensors in _open_tensors(folder, "cpu"):
+        entry = tensors.get_slice(name)
+        shape = entry.get_shape()
+        like = entry[:0] if shape else tensors.get_tensor(name)
+        headers[name] = torch.empty(shape, dtype=like.dtype, device="meta")
+    return headers
+
+
+def _open_tensors(folder: Path, device: str) -> Iterator[tuple[str, Any]]:
+    """Yield the name of every tensor of a checkpoint with the open file that holds it."""
     for file in sorted(set(_shards(folder).values())) or [_SINGLE_FILE]:
         try:
             with safe_open(folder / file, framework="pt", device=device) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                    tensor = tensors.get_tensor(name)
-                    yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    yield name, tensors
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"{folder / file} is missing or damaged: fetch the checkpoint again. {first_line(error)}"
@@ -99,7 +138,7 @@ def refuse_misfit(folder: Path, name: str, tensor: Tensor, place: Tensor) -> Non
     if tensor.shape != place.shape or kinds[0] != kinds[1]:
         expected, actual = (f"{str(it.dtype).removeprefix('torch.')} {list(it.shape)}" for it in (place, tensor))
         problem = f"must be {expected} to fit config.json. Got {actual}. Take both from one model's checkpoint."
-    elif name.endswith("_scales") and (largest := int(tensor.max())) >= SCALE_BYTES:
+    elif name.endswith("_scales") and not tensor.is_meta and (largest := int(tensor.max())) >= SCALE_BYTES:
         problem = f"must hold bytes below {SCALE_BYTES}; others make infinite numbers. Got {largest}. Fetch the checkpoint again."
     else:
         return

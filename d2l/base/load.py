@@ -1,10 +1,14 @@
 """The frozen base model, loaded as its plan says."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -19,13 +23,15 @@ from d2l.base.experts import (
 from d2l.base.files import (
     LOADING_FAILURES,
     first_line,
+    has_weights_here,
     is_config_only,
+    read_headers,
     read_tensors,
     refuse_incomplete,
     refuse_misfit,
     weights_folder,
 )
-from d2l.base.load_plan import LoadPlan
+from d2l.base.load_plan import Choice, LoadPlan
 from d2l.errors import ModelError
 
 
@@ -88,15 +94,44 @@ def empty_base(base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel
         return build_model(base_config, plan.torch_dtype, plan.attention.value)
 
 
-def _load_with_transformers(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) -> PreTrainedModel:
-    config = frozen_config(base_config)
+def inspect_base(name_or_path: str, base_config: PreTrainedConfig, plan: LoadPlan) -> dict[str, Tensor] | None:
+    """Look whether `load_base` would find every tensor of the base, in the kind and shape of its place; reads no values.
+
+    Returns:
+        The checkpoint's tensors by their names, on the meta device. `None` where there is nothing to look at: the weights
+        are not on this machine, or the base is random by design.
+
+    Raises:
+        ModelError: the weights are absent, cut short, incomplete or another model's.
+    """
+    if is_config_only(name_or_path) or not has_weights_here(name_or_path):
+        return None
+    folder = weights_folder(name_or_path)
+    headers = read_headers(folder)
+    on_meta = replace(plan, device=Choice("meta", "no values are read"))
+    if plan.quantization.value == "mxfp4":  # dequantized while it is loaded, or not: the files are the same
+        model = empty_base(base_config, on_meta)
+        empty_packed_experts(model)
+        _fill(folder, model, headers.items())
+    else:
+        _load_with_transformers(folder, base_config, on_meta, headers)
+    return headers
+
+
+def _load_with_transformers(
+    folder: Path, base_config: PreTrainedConfig, plan: LoadPlan, headers: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """Load a model; of `headers`, where they are given, instead of the folder's tensors."""
     options: dict[str, Any] = {}
     if plan.experts.value == "dequantize":  # explicit: without kernels transformers would do it with a warning
         options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if headers is None:
+        load = partial(AutoModelForCausalLM.from_pretrained, folder)
+    else:
+        load = partial(type(empty_base(base_config, plan)).from_pretrained, None, state_dict=dict(headers))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
+        loaded: Any = load(
+            config=frozen_config(base_config),
             dtype=plan.torch_dtype,
             attn_implementation=plan.attention.value,
             device_map={"": plan.device.value},
@@ -119,16 +154,31 @@ def _load_packed(folder: Path, base_config: PreTrainedConfig, plan: LoadPlan) ->
     model = empty_base(base_config, plan)
     empty_packed_experts(model)
     _group_experts(model, plan)
-    unexpected, places = [], model.state_dict()
-    for name, tensor in read_tensors(folder, plan.device.value, plan.torch_dtype):
+    _fill(folder, model, read_tensors(folder, plan.device.value, plan.torch_dtype))
+    return model
+
+
+def _fill(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors into their places in an empty model, and tie what is tied.
+
+    Raises:
+        ModelError: one is missing, has no place or does not fit into it.
+    """
+    unexpected, places, given = [], model.state_dict(), set()
+    for name, tensor in tensors:
         if name in places:
             refuse_misfit(folder, name, tensor, places[name])
         unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
-    if model.get_input_embeddings().weight.is_meta:  # tied, and the file holds the pair under the other name
-        model.get_input_embeddings().weight = model.get_output_embeddings().weight
+        given.add(name)
+    filled = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in given}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if (
+        model.config.tie_word_embeddings and id(embeddings.weight) not in filled
+    ):  # the file has them under the head's name
+        embeddings.weight = head.weight
     model.tie_weights()
-    refuse_incomplete(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta], unexpected)
-    return model
+    missing = [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]
+    refuse_incomplete(folder, missing, unexpected)
 
 
 def _group_experts(model: PreTrainedModel, plan: LoadPlan) -> None:

@@ -1,4 +1,4 @@
-"""Curves of runs over their steps: loss, gradient norm, learning rate and speed, raw ones pale, smoothed ones strong."""
+"""Curves of runs over their steps: losses, gradient norm, learning rate and speed, raw ones pale, smoothed ones strong."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from d2l.errors import DataError
 from d2l.evaluation.canvas import PALETTE, frame, save_figure
 from d2l.io.run_folder import METRICS
-from d2l.train.history import Record, RunHistory, loss_keys, series, speeds
+from d2l.train.history import RunHistory, heldout_losses, loss_keys, series, speeds
 
 SMOOTHED_SHARE, SMOOTHED_LEAST = 1 / 50, 10  # of a run's steps, and steps, over which its smoothed line forgets
 MOST_POINTS = 2000  # of one line: more are not seen, and a run of days has a hundred thousand
@@ -21,19 +21,20 @@ MOST_POINTS = 2000  # of one line: more are not seen, and a run of days has a hu
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the plots: its title, what it takes from the metrics, whether it is smoothed, its scale."""
+    """One of the plots: its title, what it takes from a run, whether it is smoothed, its scale."""
 
     title: str
-    values: Callable[[Sequence[Record]], list[tuple[int, float]]]
+    values: Callable[[RunHistory], list[tuple[int, float]]]
     smooth: bool = True
     logarithmic: bool = False
 
 
 PANELS = (
-    Panel("loss (nats)", lambda records: series(records, loss_keys())),
-    Panel("gradient norm", lambda records: series(records, ["grad_norm"]), logarithmic=True),
-    Panel("learning rate", lambda records: series(records, ["lr"]), smooth=False),
-    Panel("tokens a second", speeds),
+    Panel("loss (nats)", lambda run: series(run.records, loss_keys())),
+    Panel("held-out loss (nats)", heldout_losses, smooth=False),
+    Panel("gradient norm", lambda run: series(run.records, ["grad_norm"]), logarithmic=True),
+    Panel("learning rate", lambda run: series(run.records, ["lr"]), smooth=False),
+    Panel("tokens a second", lambda run: speeds(run.records)),
 )
 
 
@@ -56,7 +57,7 @@ def draw_curves(
     Raises:
         DataError: no run has a step with metrics.
     """
-    drawn = [(panel, [panel.values(run.records) for run in runs]) for panel in panels]
+    drawn = [(panel, [panel.values(run) for run in runs]) for panel in panels]
     drawn = [(panel, lines) for panel, lines in drawn if any(lines)]
     if not drawn:
         named = ", ".join(str(run.folder / METRICS) for run in runs)

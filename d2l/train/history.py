@@ -204,6 +204,11 @@ def series(records: Iterable[Record], keys: Iterable[str]) -> list[tuple[int, fl
     return [(int(record["step"]), float(record[name])) for record, name in found if _is_finite(record.get(name))]
 
 
+def heldout_losses(run: RunHistory) -> list[tuple[int, float]]:
+    """Return (step, loss) of held-out questions under their documents' LoRAs, for every evaluation during the run."""
+    return series(run.evaluations, [f"document_{key}" for key in loss_keys()])
+
+
 def loss_keys() -> list[str]:
     """Return the keys that a task's loss can have in metrics.jsonl."""
     return [f"{name}{LOSS_SUFFIX}" for name in get_args(LossName)]

@@ -87,6 +87,15 @@ class Implementation(Protocol):
     def load_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
         """Read a base as the run would."""
 
+    def inspect_base(
+        self, config: RunConfig, base_config: "PreTrainedConfig", plan: "LoadPlan"
+    ) -> "Mapping[str, Tensor] | None":
+        """Return the tensors in the files of the run's base, on the meta device; `None` where they are not on this machine.
+
+        Raises:
+            ModelError: they are not those of a whole checkpoint of the model.
+        """
+
     def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
         """Make the whole model around a base."""
 

@@ -18,7 +18,7 @@ from checks.plugins import Plugin, load_plugins
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
-from d2l.base.load import load_base, random_base
+from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import LoadPlan, plan_load
 from d2l.build import Components, build_chat, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -66,6 +66,12 @@ class Production:
     def load_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
         with quiet_transformers():
             return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
+
+    def inspect_base(
+        self, config: RunConfig, base_config: PreTrainedConfig, plan: LoadPlan
+    ) -> Mapping[str, Tensor] | None:
+        with quiet_transformers():
+            return inspect_base(config.model_name_or_path, base_config, plan)
 
     def build(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
         return DocToLora(base, config)

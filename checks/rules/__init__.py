@@ -71,6 +71,7 @@ from checks.rules import (
     targets_unmatched,
     update_differs_from_formula,
     weights_changed_by_loading,
+    weights_incomplete,
     wide_loss_wrong,
     window_of_another_size,
 )
@@ -144,6 +145,7 @@ RULES: tuple[Rule, ...] = (
     many_chunks_at_start.RULE,
     stale_token_cache.RULE,
     attention_differs_on_device.RULE,
+    weights_incomplete.RULE,
     memory_exceeded.RULE,
     disk_exceeded.RULE,
     save_outlasts_grace.RULE,

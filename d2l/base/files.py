@@ -31,6 +31,11 @@ LOADING_FAILURES = (
     SafetensorError,
     StrictDataclassError,
 )
+_DTYPES = {  # names of safetensors: those that weights have, and what is laid out in bytes
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+}
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _NOT_MXFP4 = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -99,14 +104,17 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint by its name, on the meta device: shape and dtype without values.
 
     Raises:
-        ModelError: a file is absent, cut short or damaged.
+        ModelError: a file is absent, cut short or damaged, or holds tensors of an unknown kind.
     """
     headers = {}
     for name, tensors in _open_tensors(folder, "cpu"):
         entry = tensors.get_slice(name)
-        shape = entry.get_shape()
-        like = entry[:0] if shape else tensors.get_tensor(name)
-        headers[name] = torch.empty(shape, dtype=like.dtype, device="meta")
+        dtype = getattr(torch, _DTYPES.get(entry.get_dtype(), ""), None)
+        if dtype is None:
+            raise ModelError(
+                f"{folder}: {name} is of the unknown kind {entry.get_dtype()}; expected {', '.join(_DTYPES)}"
+            )
+        headers[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
     return headers
 
 

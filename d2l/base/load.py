@@ -1,6 +1,6 @@
 """The frozen base model, loaded as its plan says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,7 @@ def _load_with_transformers(
     options: dict[str, Any] = {}
     if plan.experts.value == "dequantize":  # explicit: without kernels transformers would do it with a warning
         options["quantization_config"] = Mxfp4Config(dequantize=True)
+    load: Callable[..., Any]
     if headers is None:
         load = partial(AutoModelForCausalLM.from_pretrained, folder)
     else:
@@ -164,13 +165,13 @@ def _fill(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, Ten
     Raises:
         ModelError: one is missing, has no place or does not fit into it.
     """
-    unexpected, places, given = [], model.state_dict(), set()
+    places, state = model.state_dict(), {}
     for name, tensor in tensors:
         if name in places:
             refuse_misfit(folder, name, tensor, places[name])
-        unexpected += model.load_state_dict({name: tensor}, strict=False, assign=True).unexpected_keys
-        given.add(name)
-    filled = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in given}
+        state[name] = tensor
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    filled = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (
         model.config.tie_word_embeddings and id(embeddings.weight) not in filled

@@ -113,8 +113,12 @@ def _later(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 def without_room(action: Callable[[], None], limit: int) -> None:
     """Do something while writing to a file beyond so many bytes is an OSError (Python ignores SIGXFSZ)."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    action()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # what is said of an error must have room
 
 
 def in_child(

@@ -125,6 +125,11 @@ class Implementation(Protocol):
             config: with `eval_steps`.
         """
 
+    def teacher(
+        self, base: "PreTrainedModel", chat: "ChatFormat", records: Sequence["Record"], top_k: int
+    ) -> Sequence["Record"]:
+        """Return the records with the base's likeliest tokens, its document before each question, for the KL loss."""
+
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
         """Pack the rows of one epoch."""
 

@@ -41,7 +41,10 @@ from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
 from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
+from d2l.train.teacher import add_teacher_logprobs
 from d2l.train.watch import Watch
+
+PACKED = 512  # tokens of a teacher's pass: several short questions share one
 
 
 class Production:
@@ -98,6 +101,11 @@ class Production:
     ) -> tuple[Sequence[Row], Sequence[Sequence[Row]]]:
         components = Components(config, records=records, chat=chat)
         return components.rows, components.heldout
+
+    def teacher(
+        self, base: PreTrainedModel, chat: ChatFormat, records: Sequence[Record], top_k: int
+    ) -> Sequence[Record]:
+        return add_teacher_logprobs(records, base, chat, top_k=top_k, packed_tokens=PACKED)
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return epoch_batches(config, rows, epoch=0)

@@ -209,6 +209,7 @@ def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path: Path) -> No
 # The command
 
 
+@pytest.mark.usefixtures("interruptible")  # a process that is started takes over what is ignored
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("phase", ["loading", "preflight", "training"])

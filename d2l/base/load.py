@@ -1,8 +1,7 @@
 """The frozen base model, loaded as its plan says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +121,21 @@ def _load_with_transformers(
     folder: Path, base_config: PreTrainedConfig, plan: LoadPlan, headers: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
     """Load a model; of `headers`, where they are given, instead of the folder's tensors."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "config": frozen_config(base_config),
+        "dtype": plan.torch_dtype,
+        "attn_implementation": plan.attention.value,
+        "device_map": {"": plan.device.value},
+        "output_loading_info": True,
+    }
     if plan.experts.value == "dequantize":  # explicit: without kernels transformers would do it with a warning
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    load: Callable[..., Any]
-    if headers is None:
-        load = partial(AutoModelForCausalLM.from_pretrained, folder)
-    else:
-        load = partial(type(empty_base(base_config, plan)).from_pretrained, None, state_dict=dict(headers))
     try:
-        loaded: Any = load(
-            config=frozen_config(base_config),
-            dtype=plan.torch_dtype,
-            attn_implementation=plan.attention.value,
-            device_map={"": plan.device.value},
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
+        if headers is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+        else:
+            architecture = type(empty_base(base_config, plan))
+            loaded = architecture.from_pretrained(None, state_dict=dict(headers), **options)
     except LOADING_FAILURES as error:
         raise ModelError(f"{folder}: transformers cannot load the base. {first_line(error)}") from error
     model, report = loaded

@@ -20,7 +20,7 @@ from checks.runner import run_checks
 from checks.subject import Subject
 
 PLANTED = [(rule, fault) for rule in RULES for fault in rule.faults]
-FEW, MANY = 5, 500
+FEW, MANY = 2, 500
 TWIN_RULES = [rule for rule in RULES if rule.stage in ("static", "twin")]
 # Warnings that say what may be unwise, not that something is broken: targets that carry little, a short schedule.
 MAY_WARN = {"TGT102", "OPT101", "QNT103"}  # QNT103: on a machine whose GPU loops over experts

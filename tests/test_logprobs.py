@@ -109,7 +109,9 @@ def write_records_with_logprobs(path: Path, largest: int | None) -> None:
     write_records(path, [record([1]), record(None if largest is None else [1, largest])])
 
 
-@pytest.mark.parametrize(("largest", "words"), [(5000, "token id 5,000"), (None, "teacher logprobs")])
+@pytest.mark.parametrize(
+    ("largest", "words"), [(5000, "token id 5,000"), pytest.param(None, "teacher logprobs", marks=pytest.mark.slow)]
+)
 def test_training_does_not_start(tmp_path: Path, largest: int | None, words: str) -> None:
     path = tmp_path / "teacher.jsonl"
     write_records_with_logprobs(path, largest)

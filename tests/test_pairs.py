@@ -14,12 +14,12 @@ def planted(code: str, name: str) -> Planted:
 @pytest.mark.parametrize(
     ("one", "two", "result"),
     [
-        (("LOR201", "linear-forward"), ("OPT202", "never-clipped"), "both named"),
+        pytest.param(("LOR201", "linear-forward"), ("OPT202", "never-clipped"), "both named", marks=pytest.mark.slow),
         (("TGT102", "keys-only"), ("DAT304", "tail-lost"), "both named"),
         (("HYP201", "rank-broadcast"), ("GRD201", "latest-binding"), "blocked"),
         (("ATT201", "no-mask"), ("LOR204", "scale-over-r"), "blocked"),
-        (("GRD201", "reentrant"), ("GRD202", "not-handed-on"), "blocked"),
-        (("STP201", "no-guard"), ("LSS203", "one-too-many"), "both named"),
+        pytest.param(("GRD201", "reentrant"), ("GRD202", "not-handed-on"), "blocked", marks=pytest.mark.slow),
+        pytest.param(("STP201", "no-guard"), ("LSS203", "one-too-many"), "both named", marks=pytest.mark.slow),
         (("DAT301", "tight-budget"), ("DAT304", "document-cut"), "blocked"),
         (("TGT101", "experts"), ("TGT102", "queries-only"), "inapplicable"),
     ],

@@ -38,11 +38,9 @@ PARAMETERS = {
     "gpt-oss-20b": 20_914_757,
     "gpt-oss-120b": 116_829_156,
 }
-# Scalings of rope and kinds of layers beyond the shipped config's, and head counts that do not divide a power of two.
+# A scaling of rope and kinds of layers beyond the shipped config's, and a head count that is no power of two.
 QUICK = (
     "Llama-3.2-3B",
-    "Mistral-Nemo-Base-2407",
-    "Qwen3-14B",
     "gemma-3-1b",
 )
 

@@ -173,7 +173,7 @@ RULE = Rule(
     stage="data",
     severity="error",
     sources=("failure mode 39", "failure mode C22", "https://arxiv.org/abs/2602.15902"),
-    requires=("LBL101", "DAT301", "ATT201"),
+    requires=("LBL101", "DAT301", "LBL301", "DAT302", "DAT303", "ATT201"),
     check=check,
     faults=(
         Fault("token-before", "every token has the values of the one before it", _edited(_of_the_token_before)),

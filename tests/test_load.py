@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
@@ -533,6 +534,32 @@ def test_a_missing_file_and_a_damaged_file_are_refused(checkpoint: Path, tmp_pat
     for look in (partial(load_base, seed=0), inspect_base):
         with pytest.raises(ModelError, match="holds neither"):
             look(str(folder), TWIN, plan())
+
+
+def test_a_tensor_that_cannot_be_read_is_refused_with_its_file(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as on a disk with bad blocks: the file opens, and a read of its middle fails."""
+
+    class Failing:
+        def __init__(self, file: Path, **options: Any) -> None:
+            self.opened = safe_open(file, **options)
+
+        def __enter__(self) -> "Failing":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            """Nothing is held."""
+
+        def keys(self) -> list[str]:
+            return self.opened.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("d2l.base.files.safe_open", Failing)
+    with pytest.raises(ModelError, match=r"safetensors is missing or damaged: fetch .* Input/output error"):
+        load_base(str(checkpoint), TWIN, plan(), seed=0)
 
 
 def test_weights_that_cannot_be_fetched_are_an_error_with_advice() -> None:

@@ -95,13 +95,15 @@ def _questions(subject: "Subject", longest: int) -> "tuple[list[Record], list[li
     records: list[Record] = []
     expected: list[list[Expected]] = []
     for record in subject.records[: 4 * RECORDS]:
+        if len(records) == RECORDS:
+            break
         context = record.context[:TEXT]
         prompts = tuple(prompt[:TEXT] for prompt in (record.prompts * 2)[:2])
         prompts = (prompts[0], prompts[1] if len(record.prompts) > 1 else f"{prompts[1]} {prompts[1]}")
         responses = (record.responses * 2)[:2]
         asked = [(f"{context}\n\n{prompt}", answer) for prompt, answer in zip(prompts, responses, strict=True)]
         found = [it for it in form.expected(asked) if it is not None and len(it.ids) < longest]
-        if len(found) == len(asked) and len(records) < RECORDS:
+        if len(found) == len(asked):
             cut = replace(record, context=context, prompts=prompts, responses=responses)
             records.append(replace(cut, logprobs_vals=None, logprobs_indices=None))
             expected.append(found)
@@ -127,10 +129,10 @@ def _table(record: "Record", number: int) -> tuple[Tensor, Tensor] | None:
 
 def _difference(expected: Tensor, values: Tensor, ids: Tensor) -> float:
     """Return how far values are from those of their tokens, and from the largest; infinite where the shapes differ."""
-    if values.shape != ids.shape or values.shape != (len(expected), TOP_K) or int(ids.max()) >= expected.shape[1]:
+    if values.shape != ids.shape or values.shape != (len(expected), TOP_K):
         return math.inf
-    if any(len(set(row)) < TOP_K for row in ids.tolist()):
-        return math.inf
+    if int(ids.min()) < 0 or int(ids.max()) >= expected.shape[1] or any(len(set(row)) < TOP_K for row in ids.tolist()):
+        return math.inf  # ids of no token, or of one twice
     of_tokens = (values - expected.gather(1, ids)).abs().max()
     of_largest = (values.sort(descending=True).values - expected.topk(TOP_K).values).abs().max()
     return float(torch.maximum(of_tokens, of_largest).nan_to_num(math.inf))

@@ -158,7 +158,7 @@ def _of_another_width(folder: Path, tensors: Tensors) -> None:
     write_hollow(folder / SINGLE_FILE, tensors | {name: tensors[name][:, 1:]})
 
 
-def _of_nothing(healthy: Implementation, config: Any, base_config: Any, plan: Any) -> Tensors:
+def _half(healthy: Implementation, config: Any, base_config: Any, plan: Any) -> Tensors:
     """Look as a loader that tolerates what is missing: half of the tensors are enough for it."""
     whole = _whole(base_config, plan)
     return {name: whole[name] for name in list(whole)[::2]}
@@ -180,7 +180,7 @@ RULE = Rule(
         Fault(
             "lenient-loader",
             "a loader that takes half of the tensors for all",
-            override(_unless, inspect_base=_of_nothing),
+            override(_unless, inspect_base=_half),
         ),
     ),
 )

@@ -1,7 +1,7 @@
 """Files of a base model: find them, read them tensor by tensor, and write the layout of the official checkpoints."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -95,9 +95,12 @@ def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tupl
     Raises:
         ModelError: a file is absent or damaged.
     """
-    for name, tensors in _open_tensors(folder, device):
-        tensor = tensors.get_tensor(name)
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def read(file: Any, name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _each_tensor(folder, device, read)
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
@@ -106,25 +109,25 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: a file is absent, cut short or damaged, or holds tensors of an unknown kind.
     """
-    headers = {}
-    for name, tensors in _open_tensors(folder, "cpu"):
-        entry = tensors.get_slice(name)
+
+    def read(file: Any, name: str) -> Tensor:
+        entry = file.get_slice(name)
         dtype = getattr(torch, _DTYPES.get(entry.get_dtype(), ""), None)
         if dtype is None:
-            raise ModelError(
-                f"{folder}: {name} is of the unknown kind {entry.get_dtype()}; expected {', '.join(_DTYPES)}"
-            )
-        headers[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
-    return headers
+            expected = ", ".join(_DTYPES)
+            raise ModelError(f"{folder}: {name} is of the unknown kind {entry.get_dtype()}; expected {expected}")
+        return torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+
+    return dict(_each_tensor(folder, "cpu", read))
 
 
-def _open_tensors(folder: Path, device: str) -> Iterator[tuple[str, Any]]:
-    """Yield the name of every tensor of a checkpoint with the open file that holds it."""
+def _each_tensor(folder: Path, device: str, read: Callable[[Any, str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of every tensor of a checkpoint with what `read` takes of it from its open file."""
     for file in sorted(set(_shards(folder).values())) or [_SINGLE_FILE]:
         try:
             with safe_open(folder / file, framework="pt", device=device) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                    yield name, tensors
+                    yield name, read(tensors, name)
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"{folder / file} is missing or damaged: fetch the checkpoint again. {first_line(error)}"

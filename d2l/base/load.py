@@ -169,9 +169,7 @@ def _fill(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, Ten
     unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     filled = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if (
-        model.config.tie_word_embeddings and id(embeddings.weight) not in filled
-    ):  # the file has them under the head's name
+    if model.config.tie_word_embeddings and id(embeddings.weight) not in filled:  # they are under the head's name
         embeddings.weight = head.weight
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]

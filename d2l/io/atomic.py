@@ -135,7 +135,10 @@ def replace_file(path: Path) -> Iterator[Path]:
 def _let_others_read(path: Path) -> None:
     """Give a file as many permissions as the user's umask left its folder; safetensors 0.8.0 writes for the owner alone."""
     if path.is_file():
-        path.chmod(path.stat().st_mode | path.parent.stat().st_mode & 0o666)
+        mode = path.stat().st_mode
+        wanted = mode | path.parent.stat().st_mode & 0o666
+        if wanted != mode:  # file systems without permissions of their own may refuse to set them
+            path.chmod(wanted)
 
 
 def make_folders(folder: Path) -> list[Path]:

@@ -171,3 +171,15 @@ def test_who_may_read_what_is_written_is_for_the_umask_to_say(tmp_path: Path, um
     for file in (tmp_path / "folder" / "weights.safetensors", tmp_path / "weights.safetensors"):
         assert file.stat().st_mode & 0o777 == expected
     assert os.access(tmp_path / "folder" / "run.sh", os.X_OK)
+
+
+def test_permissions_that_are_right_are_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without permissions of its own may refuse to."""
+
+    def refused(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with write_new_file(tmp_path / "a.json") as partial:
+        partial.write_text("{}")
+    assert (tmp_path / "a.json").read_text() == "{}"

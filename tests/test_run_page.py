@@ -135,6 +135,8 @@ def test_the_newest_evaluation_of_the_run_itself_is_a_table(run: Path, tmp_path:
     assert "step 4; distance of two LoRAs: 0.5" in text
     assert page.text["td"].count("0.125") == 1
     assert page.text["td"].count("0.25") == 5
+    assert "0.125 (first 0.25)" in page.text["td"]
+    assert 'aria-label="held-out loss (nats) over steps"' in text
 
 
 def test_what_comes_from_data_stays_text(run: Path, tmp_path: Path) -> None:

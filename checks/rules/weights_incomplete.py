@@ -101,7 +101,6 @@ def _parameters(base_config: "PreTrainedConfig") -> int:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(frozen_config(base_config))
-    model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,6 +1,7 @@
 """TCH301 on configurations of several kinds, and on a teacher of ours that is broken where its parts meet."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from support.tiny_run import tiny_config
 
+from checks.faults import override
 from checks.production import make_subject
 from checks.result import Outcome
 from checks.rules import RULES
@@ -73,6 +75,24 @@ def _counted_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_teacher_is_red(damage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     damage(monkeypatch)
     assert judged(tiny_config(attn_implementation="eager")).outcome == "fail"
+
+
+@pytest.mark.parametrize("ids", [[-1, -2, -3, -4], [10**6, 1, 2, 3], [7, 7, 7, 7], None])
+def test_ids_of_no_token_or_of_one_twice_are_a_finding(ids: list[int] | None) -> None:
+    """Another implementation's: such a table is no crash of the check."""
+
+    def of(healthy: Any, base: Any, chat: Any, records: Any, top_k: int) -> list[Any]:
+        found = healthy.teacher(base, chat, records, top_k)
+        tables = [[[ids for _ in table] for table in it.logprobs_indices] for it in found]
+        return [
+            replace(it, logprobs_indices=None if ids is None else table)
+            for it, table in zip(found, tables, strict=True)
+        ]
+
+    spoilt = override(teacher=of)(make_subject(tiny_config()))
+    (outcome,) = run_checks(spoilt, RULES, select=("TCH301",)).outcomes
+    assert outcome.outcome == "fail"
+    assert "another number of tokens, or no numbers" in (outcome.actual or "")
 
 
 def test_without_data_there_is_nothing_to_ask() -> None:

@@ -13,7 +13,7 @@ from d2l.train import loop, losses
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import DoesNotApplyError, Mutant, bugs, planted
 from experiments.mutants.page import as_json, from_json, killed_share, markdown, summary
-from experiments.mutants.trial import Red, Verdict
+from experiments.mutants.trial import Red, Verdict, healthy_values
 from experiments.mutants.values import DiffersError, Values
 from experiments.mutants.witnesses import WITNESSES
 from experiments.mutants.workbench import configurations
@@ -54,6 +54,13 @@ def test_there_are_enough_of_every_area_and_each_names_a_witness() -> None:
     assert len(MUTANTS) >= 150
     assert {mutant.witness for mutant in MUTANTS} <= WITNESSES.keys()
     assert all(not it.judgement or it.judgement.startswith(("equivalent: ", "outside the claims: ")) for it in MUTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITNESSES)
+def test_every_witness_gives_values_of_the_code_as_it_is(name: str) -> None:
+    configurations()  # made once, and inherited by the processes that are forked
+    assert healthy_values([name])[name]
 
 
 def test_every_importer_runs_the_mutant_until_the_scope_ends() -> None:

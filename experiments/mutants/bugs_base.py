@@ -265,8 +265,8 @@ MUTANTS = [
         ),
         (
             "sinks-lost",
-            "yield name, tensor.to(dtype) if",
-            'yield name, tensor.to(dtype) * ("sinks" not in name) if',
+            "return tensor.to(dtype) if",
+            'return tensor.to(dtype) * ("sinks" not in name) if',
             "attention sinks are zero",
         ),
     ),

@@ -157,7 +157,7 @@ def _plans() -> list[Any]:
         for held in ("auto", "packed", "dequantize", "native")
         for twice in (False, True)
     ]
-    chosen = [[getattr(plan, key).value for key in vars(plan)] for plan in plans]
+    chosen = [[getattr(it, "value", it) for it in vars(plan).values()] for plan in plans]
     native = outcome(lambda: load_base("configs/models/tiny_gpt_oss", base_config, gpt_oss("native")[1], 0).training)
     twice = plan_load(RunConfig(quantize_ctx_encoder=True), base_config, device="cpu")
     return [chosen, native, outcome(lambda: load_base("configs/models/tiny_gpt_oss", base_config, twice, 0).training)]

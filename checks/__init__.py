@@ -50,7 +50,8 @@ def preflight(
         raise UsageError("stages and select are lists of names: write select=['ATT201']")
     name = "" if isinstance(config, RunConfig) else str(config or "")
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
+    with_data = not stages or not {"data", "device"}.isdisjoint(stages)
     with one_thread():
-        subject = make_subject(resolved, name, implementation=implementation, with_data=not stages or "data" in stages)
+        subject = make_subject(resolved, name, implementation=implementation, with_data=with_data)
         selected, ignored = chosen_by(resolved, select, ignore or {})
         return run_checks(subject, with_plugins(RULES), stages=stages, select=selected, ignore=ignored)

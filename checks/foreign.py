@@ -6,7 +6,7 @@ docs/another_implementation.md shows a whole one.
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from checks.machine import free_disk, free_memory, gpu
+from checks.machine import free_disk, free_memory, gpu, peak_memory
 from checks.result import UsageError
 from d2l.base.segments import Segments
 from d2l.config.schema import RunConfig
@@ -79,6 +79,10 @@ class Foreign:
     def free_memory(self) -> int | None:
         """Return the free bytes of the GPU; None without one."""
         return free_memory()
+
+    def peak_memory(self, work: Callable[[], object]) -> int | None:
+        """Do something, and return the most bytes of the GPU that tensors took meanwhile."""
+        return peak_memory(work)
 
     def free_disk(self, config: RunConfig) -> int:
         """Return the free bytes where the run's folder would be."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 PLACES = ("versions", "device", "plugins")  # of what a report says that it judged; the rest is in the fingerprint
-ANEW = "device"  # a stage that is judged anew: free memory and disk are what they are now
+ANEW = "device"  # a stage that is judged anew, but for what lasts: free memory and disk are what they are now
 
 
 def reuse(
@@ -28,7 +28,7 @@ def reuse(
     observe: Observer = lambda rule: None,
     today: date | None = None,
 ) -> tuple[Report | None, str]:
-    """Return the report of an earlier preflight with the device's checks made anew, or None, and what to say of it.
+    """Return the report of an earlier preflight with what changes on a device judged anew, or None, and what to say of it.
 
     Args:
         place: a JSON report, or the folder of a run.
@@ -46,7 +46,8 @@ def reuse(
     if reasons := _against(document, subject, rules, ignore, today or date.today()):
         return None, f"the report {place} does not speak for this run: {'; '.join(reasons)}"
     earlier = Report.from_json(document)
-    anew = run_checks(subject, rules, stages=(ANEW,), ignore=ignore, observe=observe, today=today)
+    now = [rule for rule in rules if not rule.lasting]
+    anew = run_checks(subject, now, stages=(ANEW,), ignore=ignore, observe=observe, today=today)
     fresh = {outcome.code: outcome for outcome in anew.outcomes}
     outcomes = tuple(fresh.get(outcome.code, outcome) for outcome in earlier.outcomes)
     report = replace(earlier, config=subject.name, judged=dict(subject.judged), outcomes=outcomes)

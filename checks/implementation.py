@@ -3,7 +3,7 @@
 `checks/production.py` is d2l's own; a reference, a fork or a user's own can stand in its place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,7 +170,10 @@ class Implementation(Protocol):
         """Return the GPU that the run would use, as torch names it; `None` without one."""
 
     def free_memory(self) -> int | None:
-        """Return the free bytes of the GPU that the run would use; `None` without one."""
+        """Return the bytes of the GPU that the run could use; `None` without one."""
+
+    def peak_memory(self, work: Callable[[], object]) -> int | None:
+        """Do something, and return the most bytes of the GPU that tensors took meanwhile; `None` without one."""
 
     def free_disk(self, config: RunConfig) -> int:
         """Return the free bytes where the run's folder would be."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -46,8 +47,20 @@ def gpu() -> str | None:
 
 
 def free_memory() -> int | None:
-    """Return the free bytes of the GPU; None without one."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    """Return the bytes of the GPU that a run can have, those that this process keeps for itself included; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def peak_memory(work: Callable[[], object]) -> int | None:
+    """Do something, and return the most bytes of the GPU that tensors took meanwhile; None without one."""
+    if not torch.cuda.is_available():
+        work()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
 
 
 def free_disk(config: RunConfig) -> int:

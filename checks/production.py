@@ -1,7 +1,7 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from checks.implementation import Implementation, Offered
-from checks.machine import free_disk, free_memory, gpu, requirements, save_seconds
+from checks.machine import free_disk, free_memory, gpu, peak_memory, requirements, save_seconds
 from checks.plugins import Plugin, load_plugins
+from checks.quiet import quiet_transformers
 from checks.subject import Subject
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -151,6 +151,9 @@ class Production:
     def free_memory(self) -> int | None:
         return free_memory()
 
+    def peak_memory(self, work: Callable[[], object]) -> int | None:
+        return peak_memory(work)
+
     def requirements(self) -> dict[str, str]:
         """Return the requirements of the installed distribution."""
         return requirements()
@@ -180,20 +183,6 @@ class Another(Offered):
 
     def plugins(self) -> Sequence[Plugin]:
         return load_plugins()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Let transformers load without progress bars and reports meanwhile: what it says of a twin helps nobody."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

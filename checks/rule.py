@@ -59,6 +59,8 @@ class Rule:
         sources: keys of the documented fixes, failure modes and threads that the rule comes from; see `checks.sources`.
         requires: codes of earlier rules without which this one measures nothing; if one of them fails, this one is
             blocked instead of reporting the same cause twice.
+        lasting: of a rule of stage `device`: takes the real weights, and holds for every run that is the same in everything;
+            the others are judged anew by a run that reuses a report.
         plugin: distribution and version that it comes from, which `checks.plugins` puts in; empty for d2l's own.
     """
 
@@ -70,6 +72,7 @@ class Rule:
     check: "Callable[[Subject], Result]"
     requires: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
+    lasting: bool = False
     plugin: str = ""
 
     @property

@@ -1,15 +1,19 @@
 """How many values a run would train and keep, counted on the real model's skeleton."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from checks.machine import started_processes
 from d2l.base.config import skeleton
 from d2l.errors import ModelError
 from d2l.train.optimizer import optimizer_values
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.base.load_plan import LoadPlan
+    from d2l.plan.sizes import Sizes
 
 
 BYTES_PER_VALUE = 4  # everything is in float32
@@ -39,3 +43,16 @@ def trained_values(subject: "Subject") -> tuple[int, int]:
             "n_latent_queries, perceiver_heads or perceiver_head_dim"
         ) from error
     return sum(p.numel() for p in model.hypernet.parameters()), optimizer_values(model.hypernet, subject.config)
+
+
+def reckoned_sizes(subject: "Subject", load: "LoadPlan") -> "Sizes":
+    """Return what the memory of the run is reckoned from under a loading plan, with the values of its own hypernetwork.
+
+    Raises:
+        ModelError: the sizes are beyond what torch can count.
+    """
+    from d2l.plan.sizes import Model
+
+    trained, kept = trained_values(subject)
+    model = Model(subject.base_config, processes=started_processes())
+    return replace(model.sizes_of(subject.config, load), trained=trained, optimizer=kept)

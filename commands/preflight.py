@@ -243,7 +243,7 @@ def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, O
     """Yield what is examined, with the progress of it shown meanwhile."""
     from checks.production import make_subject, one_thread
 
-    needs_data = not asked.stages or "data" in asked.stages
+    needs_data = not asked.stages or not {"data", "device"}.isdisjoint(asked.stages)
     with checks_progress() as (observe, on_tokenize), one_thread():
         yield make_subject(config, asked.name, on_tokenize, asked.implementation, needs_data), observe
 

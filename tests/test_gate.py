@@ -42,10 +42,17 @@ def rule(code: str, stage: str) -> Rule:
             else Pass("fine", {"x": 0.1})
         )
 
-    return Rule(code, f"toy-{code.lower()}", stage, "error", (), check)  # type: ignore[arg-type]
+    lasting = code == "BAS402"
+    return Rule(code, f"toy-{code.lower()}", stage, "error", (), check, lasting=lasting)  # type: ignore[arg-type]
 
 
-RULES = (rule("CFG101", "static"), rule("ATT201", "twin"), rule("DAT301", "data"), rule("MEM401", "device"))
+RULES = (
+    rule("CFG101", "static"),
+    rule("ATT201", "twin"),
+    rule("DAT301", "data"),
+    rule("BAS402", "device"),
+    rule("MEM401", "device"),
+)
 TODAY = date(2026, 11, 27)
 
 
@@ -61,7 +68,7 @@ def tried(place: Path, subject: Subject = Subject(), ignore: dict[str, str] | No
     return reuse(place, subject, RULES, ignore or {}, today=TODAY)  # type: ignore[arg-type]
 
 
-def test_what_is_the_same_is_taken_and_the_device_judged_anew(tmp_path: Path) -> None:
+def test_what_is_the_same_or_lasts_is_taken_and_the_device_judged_anew(tmp_path: Path) -> None:
     report, said = tried(written(tmp_path), Subject(name="again.yaml", free=3))
     assert report is not None, said
     assert RAN == ["MEM401"]
@@ -110,7 +117,7 @@ def test_a_report_that_was_edited_is_none(tmp_path: Path) -> None:
 
 def test_other_code_or_a_choice_of_checks_is_no_report_of_this_run(tmp_path: Path, monkeypatch: Any) -> None:
     assert (
-        "it did not judge MEM401"
+        "it did not judge BAS402, MEM401"
         in tried(written(tmp_path, stages=("static", "twin", "data"), select=("CFG", "ATT201", "DAT")))[1]
     )
     written(tmp_path)

@@ -25,14 +25,12 @@ How to fix
 `max_packed_ctx_len`, set `gradient_checkpointing: true`, or take a larger GPU.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import configure, override
-from checks.machine import started_processes
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.trained_values import trained_values
+from checks.trained_values import reckoned_sizes
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -50,16 +48,14 @@ def check(subject: "Subject") -> Result:
     from d2l.base.load_plan import plan_load
     from d2l.plan.cards import sized_card
     from d2l.plan.memory import memory_plan
-    from d2l.plan.sizes import HOPPER, Model
+    from d2l.plan.sizes import HOPPER
 
     load, free = subject.plan, subject.implementation.free_memory()
     named = subject.config.device_memory
     if named is not None or free is None:  # not how this machine would load it, but how that GPU would
         load = plan_load(subject.config, subject.base_config, "cuda", HOPPER)
         free = None if named is None else sized_card(named).usable
-    trained, kept = trained_values(subject)
-    model = Model(subject.base_config, processes=started_processes())
-    sizes = replace(model.sizes_of(subject.config, load), trained=trained, optimizer=kept)
+    sizes = reckoned_sizes(subject, load)
     rows = _rows(subject)
     memory = memory_plan(sizes, rows.shapes(subject.config))
     figures = {"loading": memory.loading, "peak": memory.peak, "steady": memory.steady}

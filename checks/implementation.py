@@ -130,6 +130,9 @@ class Implementation(Protocol):
     ) -> Sequence["Record"]:
         """Return the records with the base's likeliest tokens, its document before each question, for the KL loss."""
 
+    def document_in_prompts(self, records: Sequence["Record"]) -> Sequence["Record"]:
+        """Return the records as a model without a LoRA is asked: each document before its questions."""
+
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
         """Pack the rows of one epoch."""
 

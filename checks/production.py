@@ -28,7 +28,7 @@ from d2l.data.cache import cached_rows
 from d2l.data.chat.format import ChatFormat
 from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
-from d2l.data.records import Record
+from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
 from d2l.errors import ModelError
 from d2l.fingerprint import run_fingerprint
@@ -106,6 +106,9 @@ class Production:
         self, base: PreTrainedModel, chat: ChatFormat, records: Sequence[Record], top_k: int
     ) -> Sequence[Record]:
         return add_teacher_logprobs(records, base, chat, top_k=top_k, packed_tokens=PACKED)
+
+    def document_in_prompts(self, records: Sequence[Record]) -> Sequence[Record]:
+        return [document_in_prompts(record) for record in records]
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return epoch_batches(config, rows, epoch=0)

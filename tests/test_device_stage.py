@@ -14,7 +14,7 @@ from checks.faults import override
 from checks.probes import probe_rows
 from checks.production import make_subject
 from checks.result import Outcome
-from checks.rules import RULES, loaded_base_differs
+from checks.rules import RULES, document_adds_nothing, loaded_base_differs
 from checks.runner import run_checks
 from checks.subject import Subject
 from checks.training import on_device
@@ -120,7 +120,7 @@ def test_a_copy_that_does_not_fit_is_not_compared(mxfp4: Path, monkeypatch: pyte
     assert "GiB are to be had" in outcome.message
 
 
-@pytest.mark.parametrize("code", ["BAS402", "STP401", "MEM402"])
+@pytest.mark.parametrize("code", ["BAS402", "DAT401", "STP401", "MEM402"])
 def test_what_is_not_here_is_not_judged(code: str, tmp_path: Path) -> None:
     random = judged(of_folder(Path("configs/models/tiny_gpt_oss")), code)
     assert (random.outcome, random.message) == ("inapplicable", "the base is random, of a config file")
@@ -142,9 +142,33 @@ def test_a_step_that_takes_minutes_on_a_cpu_is_not_taken(needles: Subject, monke
     assert "takes minutes on a CPU" in outcome.message
 
 
-def test_weights_without_data_are_not_trained_on() -> None:
-    outcome = judged(of_folder(Path("configs/models/needle_tiny")), "STP401")
+@pytest.mark.parametrize("code", ["DAT401", "STP401"])
+def test_weights_without_data_are_not_trained_on(code: str) -> None:
+    outcome = judged(of_folder(Path("configs/models/needle_tiny")), code)
     assert (outcome.outcome, outcome.message) == ("skip", "no data: pass --data FILE, or set train_ds_names")
+
+
+def test_documents_that_answer_nothing_are_a_warning(needles: Subject) -> None:
+    sound = judged(needles, "DAT401")
+    assert (sound.outcome, sound.evidence["records"]) == ("pass", 40), sound
+    assert needles.records is not None
+    contexts = [record.context for record in needles.records]
+    others = tuple(
+        replace(record, context=other)
+        for record, other in zip(needles.records, [*contexts[1:], contexts[0]], strict=True)
+    )
+    outcome = judged(replace(needles, records=others), "DAT401")
+    assert outcome.outcome == "warn", "any document tells the form of the answer, and its own tells the answer"
+    assert outcome.evidence["none"] == pytest.approx(sound.evidence["none"], rel=1e-3)
+
+
+def test_few_records_are_too_few_to_say_so(needles: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_adds_nothing, "ON_CPU", 2e9)
+    outcome = judged(needles, "DAT401")
+    assert 4 <= outcome.evidence["records"] < 30, "as many as a CPU can ask in its time"
+    assert needles.records is not None
+    outcome = judged(replace(needles, records=needles.records[:3]), "DAT401")
+    assert (outcome.outcome, outcome.message[:9]) == ("skip", "only 3 re"), outcome
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.2])

@@ -29,7 +29,7 @@ from d2l.config.schema import RunConfig
 from d2l.io.resources import resource
 
 REAL = Path("configs/gpt_oss_20b.yaml")
-OF_WEIGHTS = ("BAS401", "BAS402", "STP401", "MEM402")  # what real weights are needed for
+OF_WEIGHTS = ("BAS401", "BAS402", "DAT401", "STP401", "MEM402")  # what real weights are needed for
 TINY_TOKENIZER = "configs/models/tiny_gpt_oss"  # speaks harmony as the real one, and is shipped
 
 
@@ -101,11 +101,12 @@ def test_every_planted_fault_turns_its_check_and_only_it_red() -> None:
 
 
 def test_the_faults_of_the_device_stage_are_caught_where_there_is_a_device() -> None:
-    roomy = on_device(
-        {"model_name_or_path": "configs/models/needle_tiny"},
+    few = {"needle_documents": "12", "curriculum": "[{pairs: 2, digits: 2}]", "cache": "false"}
+    roomy = override(
+        gpu=lambda healthy: "cpu",
         free_memory=lambda healthy: 10**12,
         peak_memory=lambda healthy, work: (work(), 1)[1],
-    )
+    )(make_subject(load_config(Path("configs/needle_tiny.yaml"), few)))
     selftest = run_selftest(roomy, RULES, stages=("device",))
     assert selftest.exit_code() == 0, plain_text(selftest)
     assert {trial.code for trial in selftest.trials} == {rule.code for rule in RULES if rule.stage == "device"}

@@ -183,6 +183,18 @@ def on_gpu(subject: Subject, peak: Any) -> Subject:
     return override(gpu=lambda healthy: "cpu", peak_memory=peak)(subject)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("code", ["BAS402", "DAT401", "STP401", "MEM402"])
+def test_on_a_gpu(code: str) -> None:
+    outcome = judged(make_subject(load_config(Path("configs/needle_tiny.yaml"), NEEDLES)), code)
+    assert outcome.outcome == "pass", outcome
+
+
+@pytest.mark.gpu
+def test_mxfp4_on_a_gpu(mxfp4: Path) -> None:
+    assert judged(of_folder(mxfp4), "BAS402").outcome == "pass"
+
+
 @pytest.mark.parametrize("by_context", [False, True])
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 def test_the_bases_own_loss_is_that_of_a_step_without_a_lora(loss: str, by_context: bool) -> None:

@@ -30,7 +30,7 @@ from d2l.plan.inputs import plan_inputs
 from d2l.plan.plan import make_plan
 from d2l.train.first_step import UNKNOWN, Prediction
 from d2l.train.loop import Trainer
-from d2l.train.metrics import GIB, PeakMemory
+from d2l.train.metrics import GIB, PeakMemory, forget_peak_memory
 from d2l.train.run import train
 from d2l.train.start import start_new, start_resumed
 from d2l.train.watch import Watch
@@ -161,6 +161,28 @@ def test_predictions_are_those_of_the_plan() -> None:
     assert found.context_tokens_per_row is not None
     assert round(3 * found.context_tokens_per_row) == plan.context_tokens_per_step
     assert found.cuda_peak_gib == pytest.approx(plan.memory.needed / GIB)
+
+
+def test_a_gpu_forgets_what_the_checks_took_and_a_host_has_nothing_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgot: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgot.append)
+    for name in ("cpu", "cuda:1"):
+        forget_peak_memory(torch.device(name))
+    assert forgot == [torch.device("cuda:1")]
+
+
+def test_the_peak_begins_anew_before_the_base_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("d2l.train.run.forget_peak_memory", lambda device: order.append("forgot"))
+    monkeypatch.setattr("d2l.build.load_base", lambda *arguments: order.append("loaded") or _stop())
+    config = needle_config(tmp_path)
+    with start_new(config, numbered=False) as start, pytest.raises(KeyboardInterrupt):
+        train(config, start, preflight=PREFLIGHT, on_step=lambda record: None)
+    assert order == ["forgot", "loaded"]
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_no_check_has_looked_at_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

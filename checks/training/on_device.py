@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from d2l.plan.sizes import Sizes
 
 STEPS = 3  # the first moves what starts at zero, the second what that kept from moving; in the third all have gradients
-ON_CPU = 2e12  # operations of a step that a CPU does in some ten seconds
+ON_CPU = 2e12  # operations of a step that two cores do in some ten seconds
 
 
 @dataclass(frozen=True)

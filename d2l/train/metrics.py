@@ -93,6 +93,14 @@ def packing_fill(batches: "Sequence[PackedBatch]", config: RunConfig) -> tuple[f
     return inp / (len(batches) * config.max_packed_inp_len), ctx / (len(batches) * config.max_packed_ctx_len)
 
 
+def forget_peak_memory(device: "torch.device") -> None:
+    """Let the peak begin anew on a GPU: what checks took before the run is not the run's. A host's peak stays."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: "torch.device") -> PeakMemory:
     """Return the peak so far, read from counters of the host: nothing waits for the device."""
     if device.type == "cuda":

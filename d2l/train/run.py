@@ -12,7 +12,7 @@ from d2l.train.events import note_event
 from d2l.train.first_step import FIRST_STEP, UNKNOWN, Prediction
 from d2l.train.folder import named_writes, prepare
 from d2l.train.loop import Trainer, train_steps
-from d2l.train.metrics import StepMetrics
+from d2l.train.metrics import StepMetrics, forget_peak_memory
 from d2l.train.processes import processes
 from d2l.train.start import Start
 from d2l.train.stopping import StopRequest
@@ -48,6 +48,7 @@ def train(
         D2LError: see `d2l.build` and `d2l.train.loop.train_steps`.
     """
     this = processes()  # before the base is loaded: gives each process a GPU of its own
+    forget_peak_memory(this.device)
     components = Components(config, on_tokenize, processes=this.num_processes)
     rows = components.rows  # before the base is loaded: errors in the data should come first
     heldout = components.heldout

@@ -117,12 +117,13 @@ class Implementation(Protocol):
         """Return the same as `rows`, through the cache that lies in this folder, in as many files as records where it can."""
 
     def divided(
-        self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"]
+        self, config: RunConfig, chat: "ChatFormat", records: Sequence["Record"], tokenized: "Tokenized"
     ) -> "tuple[Sequence[Row], Sequence[Sequence[Row]]]":
         """Return the rows that training packs, and those of held-out documents, one of each, for every stage of the run.
 
         Args:
             config: with `eval_steps`.
+            tokenized: what `rows` returned for these records.
         """
 
     def teacher(

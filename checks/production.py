@@ -97,9 +97,9 @@ class Production:
         return cached_rows(records, chat, limits, config.seed, folder, per_shard=1)
 
     def divided(
-        self, config: RunConfig, chat: ChatFormat, records: Sequence[Record]
+        self, config: RunConfig, chat: ChatFormat, records: Sequence[Record], tokenized: Tokenized
     ) -> tuple[Sequence[Row], Sequence[Sequence[Row]]]:
-        components = Components(config, records=records, chat=chat)
+        components = Components(config, records=records, chat=chat, tokenized=tokenized)
         return components.rows, components.heldout
 
     def teacher(

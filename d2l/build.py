@@ -42,6 +42,7 @@ class Components:
         records: documents to take instead of those that the configuration names.
         processes: those over which a base is sharded that the configuration wants so; by default it is whole.
         chat: chat format to take, with its tokenizer, instead of those that the configuration names.
+        tokenized: token rows of the records, where they were made before.
 
     Raises:
         ModelError: by a component: the base model, its tokenizer or its chat template cannot be used.
@@ -55,8 +56,10 @@ class Components:
         records: Sequence[Record] | None = None,
         processes: int | None = None,
         chat: ChatFormat | None = None,
+        tokenized: Tokenized | None = None,
     ) -> None:
         self.config = config
+        self._tokenized = tokenized
         self._chat = chat
         self._processes = processes
         self._on_tokenize = on_tokenize
@@ -87,6 +90,8 @@ class Components:
     @cached_property
     def tokenized(self) -> Tokenized:
         """Token rows of all records, and an account of what is not in them."""
+        if self._tokenized is not None:
+            return self._tokenized
         return tokenize(self.config, self.base_config, self.chat, self.records, self._on_tokenize)
 
     @cached_property

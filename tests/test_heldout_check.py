@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from checks import production
 from checks.production import make_subject
 from checks.result import Outcome
 from checks.rules import RULES
 from checks.rules.heldout_trained_on import RULE
 from checks.runner import run_checks
 from checks.subject import Subject
+from d2l import build
 from d2l.config.load import load_config
 
 
@@ -38,6 +40,21 @@ def judge(subject: Subject) -> Outcome:
 def test_other_documents_pass_and_are_counted(tmp_path: Path) -> None:
     outcome = judge(subject_of(tmp_path, ["sea", "sky"], ["bird", "fish", "door"], eval_steps=5))
     assert (outcome.outcome, outcome.evidence["held_out"], outcome.evidence["fewest"]) == ("pass", 3, 3)
+
+
+def test_the_data_of_training_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized: list[int] = []
+    tokenize = build.tokenize
+
+    def counting(config: Any, base: Any, chat: Any, records: Any, *rest: Any) -> Any:
+        tokenized.append(len(records))
+        return tokenize(config, base, chat, records, *rest)
+
+    for module in (build, production):
+        monkeypatch.setattr(module, "tokenize", counting)
+    subject = subject_of(tmp_path, ["sea", "sky", "tree", "leaf"], ["bird", "fish", "door"], eval_steps=5)
+    assert judge(subject).outcome == "pass"
+    assert tokenized == [4, 3]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def check(subject: "Subject") -> Result:
     evaluated = subject.config.eval_steps is not None
     config = subject.config if evaluated else changed(subject.config, eval_steps=STEPS)
     try:
-        trained, stages = subject.implementation.divided(config, subject.chat, subject.records)
+        trained, stages = subject.implementation.divided(config, subject.chat, subject.records, subject.rows)
     except DataError as error:
         if evaluated:
             raise
@@ -70,15 +70,15 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
 
 
-def _with_heldout(healthy: Implementation, config: Any, chat: Any, records: Any) -> "Divided":
+def _with_heldout(healthy: Implementation, *arguments: Any) -> "Divided":
     """Train on everything, also on what is held out."""
-    trained, stages = healthy.divided(config, chat, records)
+    trained, stages = healthy.divided(*arguments)
     return [*trained, *(row for rows in stages for row in rows)], stages
 
 
-def _one(healthy: Implementation, config: Any, chat: Any, records: Any) -> "Divided":
+def _one(healthy: Implementation, *arguments: Any) -> "Divided":
     """Hold out one document, again and again."""
-    trained, stages = healthy.divided(config, chat, records)
+    trained, stages = healthy.divided(*arguments)
     return trained, [[rows[0]] * len(rows) for rows in stages]
 
 

@@ -16,6 +16,7 @@ from checks.production import make_subject
 from checks.result import Outcome
 from checks.rules import RULES, document_adds_nothing, loaded_base_differs
 from checks.runner import run_checks
+from checks.selftest import run_selftest
 from checks.subject import Subject
 from checks.training import on_device
 from checks.training.on_device import own_loss
@@ -113,6 +114,13 @@ def test_it_is_red_in_bfloat16_too(mxfp4: Path, spoil: Any, monkeypatch: pytest.
     assert judged(of_folder(mxfp4, dtype="bfloat16"), "BAS402").found_fault
 
 
+def test_the_faults_of_packed_experts_are_caught(mxfp4: Path) -> None:
+    selftest = run_selftest(of_folder(mxfp4, expert_weights="packed"), RULES, stages=("device",), select=("BAS402",))
+    results = {trial.fault: trial.result for trial in selftest.trials}
+    assert results.pop("eager-attention") == "inapplicable"
+    assert set(results.values()) == {"caught"}, results
+
+
 def test_a_copy_that_does_not_fit_is_not_compared(mxfp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded_base_differs, "ON_CPU", 1000)
     outcome = judged(of_folder(mxfp4), "BAS402")
@@ -160,6 +168,17 @@ def test_documents_that_answer_nothing_are_a_warning(needles: Subject) -> None:
     outcome = judged(replace(needles, records=others), "DAT401")
     assert outcome.outcome == "warn", "any document tells the form of the answer, and its own tells the answer"
     assert outcome.evidence["none"] == pytest.approx(sound.evidence["none"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("none", "other", "own", "found"), [(1.0, 3.0, 0.85, "warn"), (3.0, 1.0, 0.85, "warn"), (1.0, 1.0, 0.75, "pass")]
+)
+def test_its_own_document_has_to_be_better_than_both(
+    none: float, other: float, own: float, found: str, needles: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([none, other, own])
+    monkeypatch.setattr(document_adds_nothing, "_loss", lambda *arguments: next(losses))
+    assert judged(needles, "DAT401").outcome == found
 
 
 def test_few_records_are_too_few_to_say_so(needles: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

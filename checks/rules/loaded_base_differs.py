@@ -28,7 +28,7 @@ Set `expert_weights: dequantize` and `attn_implementation: per_document`, which 
 transformers, and report the difference.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +214,19 @@ def _with_other_attention(healthy: Implementation, folder: Path, plan: Any) -> A
     return base
 
 
+def _in_training_mode(healthy: Implementation, folder: Path, plan: Any) -> Any:
+    return healthy.load_base(folder, plan).train()
+
+
+def _elsewhere(healthy: Implementation, folder: Path, plan: Any) -> Any:
+    base: Any = healthy.load_base(folder, plan)
+    return base.to("meta")
+
+
+def _dequantized(healthy: Implementation, folder: Path, plan: Any) -> Any:
+    return healthy.load_base(folder, replace(plan, experts=replace(plan.experts, value="dequantize")))
+
+
 def _trainable(healthy: Implementation, folder: Path, plan: Any) -> Any:
     base = healthy.load_base(folder, plan)
     base.get_output_embeddings().weight.requires_grad_()
@@ -240,6 +253,10 @@ def _unless_eager(subject: "Subject") -> str:
     return _unless(subject) or ("eager is planned" if subject.plan.attention.value == "eager" else "")
 
 
+def _unless_dense(subject: "Subject") -> str:
+    return _unless(subject) or ("" if subject.plan.experts.value == "packed" else "no packed experts are planned")
+
+
 def _unless_one_layer(subject: "Subject") -> str:
     return _unless(subject) or ("" if subject.base_config.num_hidden_layers > 1 else "the base has one layer")
 
@@ -260,6 +277,9 @@ RULE = Rule(
             "eager attention in place of the planned",
             override(_unless_eager, load_base=_with_other_attention),
         ),
+        Fault("dense-experts", "experts that are not packed", override(_unless_dense, load_base=_dequantized)),
+        Fault("elsewhere", "a base on another device", override(_unless, load_base=_elsewhere)),
+        Fault("training-mode", "a base in training mode", override(_unless, load_base=_in_training_mode)),
         Fault("trainable-head", "a head that requires gradients", override(_unless, load_base=_trainable)),
         Fault(
             "layers-exchanged",

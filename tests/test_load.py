@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel, Mxfp4Config, PreTrainedModel
 
 from d2l.base import flex
 from d2l.base.config import read_base_config
@@ -149,6 +149,14 @@ def test_attention_on_cuda(
 
 def test_flex_on_a_cpu_says_that_it_fills_all_scores() -> None:
     assert "all scores" in plan(GPT_OSS, attn_implementation="packed_flex").attention.reason
+
+
+def test_soft_caps_are_not_left_to_sdpa_whatever_the_release_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.13 offers SDPA for Gemma 2, and computes without the caps."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    planned = plan(AutoConfig.for_model("gemma2")).attention
+    assert (planned.value, "scores are capped" in planned.reason) == ("eager", True)
+    assert plan(AutoConfig.for_model("gemma2", attn_logit_softcapping=None)).attention.value == "sdpa"
 
 
 def test_sinks_are_the_reason_for_eager_attention() -> None:

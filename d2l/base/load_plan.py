@@ -83,6 +83,8 @@ def _plan_attention(
         return Choice(requested, f"attn_implementation: {requested}{computed}")
     if any(name.endswith(".sinks") for name, _ in skeleton(base_config).named_parameters()):
         need = "the attention has sinks, which SDPA ignores and no released flash kernel has a backward for"
+    elif getattr(base_config, "attn_logit_softcapping", None):  # releases such as 5.13 say that Gemma 2 supports SDPA
+        need = "its scores are capped (attn_logit_softcapping), which SDPA ignores"
     elif causal_lm_class(base_config)._supports_sdpa:
         return Choice("sdpa", f"{base_config.model_type} supports it, and it takes masks for packed documents")
     else:

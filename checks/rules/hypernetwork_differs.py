@@ -110,7 +110,7 @@ def _turned(subject: "Subject") -> "RunConfig":
         per_layer_processing=not config.per_layer_processing,
         use_bias=not config.use_bias,
         perceiver_heads=4 if config.perceiver_heads != 4 else 8,
-        perceiver_head_dim=8,
+        perceiver_head_dim=4 if config.perceiver_head_dim != 4 else 8,
     )
 
 

@@ -48,6 +48,7 @@ MUON = {
     "muon_learning_rate": 2e-2,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 0,
+    "gradient_accumulation_steps": 1,  # an update begins at the gradient, however it was added up
 }
 MUON_STEPS = 3
 REMEDY = (

@@ -4,7 +4,7 @@ No setting here is the run's where it could hide a fault: a run's own schedule, 
 nothing. What decides which code runs (kind of base, encoder, targets, shape of the hypernetwork) is the run's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,7 @@ from d2l.data.tokenize import Query, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from checks.implementation import Model
+    from checks.implementation import Model, Stepper
     from checks.subject import Subject
     from d2l.config.schema import RunConfig
 
@@ -36,7 +36,9 @@ STILL: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1e30,
     "lr_scheduler_type": "constant_with_warmup",
+    "min_lr": 0.0,
     "warmup_steps": 0,
+    "decay_steps": 0,
     "max_steps": 1000,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
@@ -115,12 +117,25 @@ def still_model(subject: "Subject") -> "Model":
 
 def loss_step(subject: "Subject", **values: Any) -> Observed:
     """Return one step over the loss rows, of a new trainer on the still model; taken once for the same values."""
+    return shared(subject, _of_step(values), lambda: observed_step(_loss_trainer(subject, values)))
 
-    def take() -> Observed:
-        config = light_config(subject, **values)
-        return observed_step(subject.implementation.trainer(still_model(subject), loss_rows(subject), config))
 
-    return shared(subject, f"loss_step {sorted(values.items())}", take)
+def loss_step_again(subject: "Subject") -> tuple[Observed, Observed]:
+    """Return the loss step without other values, taken anew, and the next step of the same trainer over the same rows."""
+    trainer = _loss_trainer(subject, {})
+    first = observed_step(trainer)
+    return shared(subject, _of_step({}), lambda: first), observed_step(trainer)
+
+
+def _loss_trainer(subject: "Subject", values: Mapping[str, Any]) -> "Stepper":
+    config = light_config(subject, **values)
+    return subject.implementation.trainer(still_model(subject), loss_rows(subject), config)
+
+
+def _of_step(values: Mapping[str, Any]) -> str:
+    """Return the key of the loss step with these values: what it would have anyway makes no other step."""
+    other = {name: value for name, value in values.items() if name not in STILL or STILL[name] != value}
+    return f"loss_step {sorted(other.items())}"
 
 
 def light_base(subject: "Subject") -> "PreTrainedModel":

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from checks.implementation import Implementation
 from checks.result import NotApplicable
 from checks.subject import Subject, changed, fields_set, plan_on_cpu, plans_noted
-from checks.training.steps import light_base
+from checks.training import staged_run
+from checks.training.steps import LAYERS, LIGHT_BASE, light_base
 from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ _COMPUTED: dict[str, set[str]] = {
 
 def compute_ahead(subject: Subject) -> None:
     """Compute what `inherit` hands on, for the processes that are forked from this one."""
-    for compute in (*(partial(getattr, subject, name) for name in _COMPUTED), partial(light_base, subject)):
+    bases = (partial(light_base, subject, layers) for layers in (staged_run.LAYERS, LAYERS))
+    for compute in (*(partial(getattr, subject, name) for name in _COMPUTED), *bases):
         with suppress(Exception):  # the checks that need it say why there is none
             compute()
 
@@ -124,8 +126,9 @@ def inherit(planted: Subject, subject: Subject, replaced: frozenset[str]) -> Non
     for name, methods in _COMPUTED.items():
         if name in computed and not methods & replaced:
             vars(planted)[name] = computed[name]
-    if "light_base" in computed.get("_shared", {}) and not _COMPUTED["_twin_base"] & replaced:
-        vars(planted)["_shared"] = {"light_base": computed["_shared"]["light_base"]}
+    if not _COMPUTED["_twin_base"] & replaced:
+        kept = computed.get("_shared", {})
+        vars(planted)["_shared"] = {key: value for key, value in kept.items() if key.startswith(LIGHT_BASE)}
 
 
 class _Overlay:

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Takes two optimizer steps of the twin twice from the same weights: as they are, and with every new buffer filled with NaN (or
+Takes three optimizer steps of the twin twice from the same weights: as they are, and with every new buffer filled with NaN (or
 the largest number, where it holds whole numbers) before it is used.
 
 Why it matters
@@ -13,7 +13,7 @@ has NaN or, worse, numbers of another batch. The backward of `grouped_mm` did so
 
 How it is detected
 ------------------
-torch fills new memory in its deterministic mode. Weights after both steps must be finite and those of the steps without.
+torch fills new memory in its deterministic mode. Weights after the three steps must be finite and those of the steps without.
 Kernels of a GPU are others: the device's own checks see those.
 
 How to fix
@@ -31,18 +31,16 @@ import torch
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.guarded_run import guarded_run, guarded_trainer
+from checks.training.guarded_run import STEPS, guarded_run, guarded_trainer
 from checks.training.steps import TOLERANCE, hypernet_values, worst_parameter
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-STEPS = 2  # the second one finds what the first has kept, such as the optimizer's state
-
 
 def check(subject: "Subject") -> Result:
     """Compare the weights after steps over filled memory with those without."""
-    expected = guarded_run(subject).weights[STEPS - 1]
+    expected = guarded_run(subject).weights[-1]
     try:
         with filled_memory():
             actual = _weights(subject)

@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 # Equal computations in float64 twins differ by float32 rounding inside the model library (norms, softmax, rope), about
 # 1e-7 of the largest; a term that is lost or counted twice changes values by 1e-2 and more.
 TOLERANCE = 1e-4
+LIGHT_BASE = "light_base"  # what `shared` calls it
+LAYERS = 2  # of it
 TEACHER = 3  # tokens that the probes' teacher names for every label
 
 # The learning rate is so small that no weight moves: several steps can be compared from the same weights.
@@ -79,19 +81,27 @@ def shared(subject: "Subject", key: str, compute: Callable[[], Value]) -> Value:
     return kept[key]
 
 
-def light_config(subject: "Subject", **values: Any) -> "RunConfig":
-    """Return the twin's configuration with a smaller hypernetwork, settings for still weights, and other values."""
+def light_config(subject: "Subject", layers: int = LAYERS, **values: Any) -> "RunConfig":
+    """Return the twin's configuration with a smaller hypernetwork, settings for still weights, and other values.
+
+    Args:
+        layers: of the base that it is for.
+    """
     small = {"num_blocks": 1, "perceiver_heads": 4, "perceiver_head_dim": 4, "lora_r": 2, "n_latent_queries": 3}
-    exit_at = {"layer_idx": 1} if subject.config.layer_idx is not None else {}
+    exit_at = {"layer_idx": layers - 1} if subject.config.layer_idx is not None else {}
     return changed(subject.twin_config, **{**small, **exit_at, **STILL, **values})
 
 
 def light_model(
-    subject: "Subject", config: "RunConfig | None" = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    subject: "Subject",
+    config: "RunConfig | None" = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    layers: int = LAYERS,
 ) -> "Model":
-    """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
+    """Make a twin of two layers, or of one, on the CPU, whose LoRA is not zero."""
     config = light_config(subject) if config is None else config
-    base = deepcopy(light_base(subject))
+    base = deepcopy(light_base(subject, layers))
     model = build_drawn(subject.implementation, base, config, seed)
     for part in (model.base, model.hypernet):
         part.to(dtype)
@@ -138,24 +148,24 @@ def _of_step(values: Mapping[str, Any]) -> str:
     return f"loss_step {sorted(other.items())}"
 
 
-def light_base(subject: "Subject") -> "PreTrainedModel":
+def light_base(subject: "Subject", layers: int = LAYERS) -> "PreTrainedModel":
     """Return the base of the light twin, to be copied; made once for all checks."""
 
     def make() -> "PreTrainedModel":
-        base_config = _light_base_config(subject.twin_base_config)
-        plan = plan_on_cpu(subject.implementation, light_config(subject), base_config)
+        base_config = _light_base_config(subject.twin_base_config, layers)
+        plan = plan_on_cpu(subject.implementation, light_config(subject, layers), base_config)
         return subject.implementation.build_base(base_config, plan, seed=0)
 
-    return shared(subject, "light_base", make)
+    return shared(subject, LIGHT_BASE if layers == LAYERS else f"{LIGHT_BASE} of {layers}", make)
 
 
-def _light_base_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Return the twin's base config with two layers, of two types where it has two, and two experts, both of them taken.
+def _light_base_config(config: "PreTrainedConfig", layers: int) -> "PreTrainedConfig":
+    """Return the twin's base config with so many layers, of two types where it has two, and two experts, both taken.
 
     With all experts taken nothing jumps where the routing changes, so the loss has a derivative everywhere.
     """
     values = config.to_dict()
-    layers = min(2, config.num_hidden_layers)
+    layers = min(layers, config.num_hidden_layers)
     for name, value in values.items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             kinds = list(dict.fromkeys(value)) if name == "layer_types" else []

@@ -1,16 +1,21 @@
 """Planted faults: a changed configuration, or an implementation with methods replaced; and which checks use those."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checks.implementation import Implementation
 from checks.result import NotApplicable
-from checks.subject import Subject, changed
-from checks.training.steps import light_base
+from checks.subject import Subject, changed, fields_set, plan_on_cpu, plans_noted
+from checks.training import staged_run
+from checks.training.steps import LAYERS, LIGHT_BASE, light_base
 from d2l.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def configure(**values: Any) -> Callable[[Subject], Subject]:
@@ -106,7 +111,8 @@ _COMPUTED: dict[str, set[str]] = {
 
 def compute_ahead(subject: Subject) -> None:
     """Compute what `inherit` hands on, for the processes that are forked from this one."""
-    for compute in (*(partial(getattr, subject, name) for name in _COMPUTED), partial(light_base, subject)):
+    bases = (partial(light_base, subject, layers) for layers in (staged_run.LAYERS, LAYERS))
+    for compute in (*(partial(getattr, subject, name) for name in _COMPUTED), *bases):
         with suppress(Exception):  # the checks that need it say why there is none
             compute()
 
@@ -120,8 +126,9 @@ def inherit(planted: Subject, subject: Subject, replaced: frozenset[str]) -> Non
     for name, methods in _COMPUTED.items():
         if name in computed and not methods & replaced:
             vars(planted)[name] = computed[name]
-    if "light_base" in computed.get("_shared", {}) and not _COMPUTED["_twin_base"] & replaced:
-        vars(planted)["_shared"] = {"light_base": computed["_shared"]["light_base"]}
+    if not _COMPUTED["_twin_base"] & replaced:
+        kept = computed.get("_shared", {})
+        vars(planted)["_shared"] = {key: value for key, value in kept.items() if key.startswith(LIGHT_BASE)}
 
 
 class _Overlay:
@@ -138,41 +145,56 @@ class _Watched:
     """An implementation that notes which of its methods are used."""
 
     def __init__(self, watched: Implementation) -> None:
-        self._watched, self.used = watched, set[str]()
+        self._watched, self.used = watched, Counter[str]()
 
     def __getattr__(self, name: str) -> Any:
-        self.used.add(name)
+        self.used[name] += 1
         return getattr(self._watched, name)
 
 
 @dataclass(frozen=True)
 class Used:
-    """What a check uses of a subject: methods of the implementation, and fields of the configuration."""
+    """What a check uses of a subject.
+
+    Attributes:
+        methods: of the implementation; `plan` is left out where it is used for tiny bases on the CPU alone.
+        fields: of the configuration.
+        plans: configuration and base's config of every plan of a tiny base on the CPU.
+    """
 
     methods: frozenset[str]
     fields: frozenset[str]
+    plans: "tuple[tuple[RunConfig, PreTrainedConfig], ...]" = ()
+
+
+def plans_differ(planted: Subject, subject: Subject, used: Used) -> bool:
+    """Tell whether a fault changes any plan of a tiny base that a check uses; most of a card's plan a tiny base has not."""
+    implementations = planted.implementation, subject.implementation
+    plans = ([plan_on_cpu(it, config, base_config) for it in implementations] for config, base_config in used.plans)
+    return any(plan != healthy for plan, healthy in plans)
 
 
 def use_of(subject: Subject, run: Callable[[Subject], object]) -> Used:
     """Run something on the same subject without anything computed yet, and return what it uses."""
     watch = _Watched(subject.implementation)
-    with _reads_noted(subject.config) as fields:
+    with _reads_noted(subject.config) as fields, plans_noted() as plans:
         run(replace(subject, implementation=watch))
-    return Used(frozenset(watch.used), frozenset(fields))
+    watch.used["plan"] -= len(plans)
+    return Used(frozenset(+watch.used), frozenset(fields), tuple(plans))
 
 
 @contextmanager
 def _reads_noted(config: RunConfig) -> Iterator[set[str]]:
-    """Note which fields are read of a configuration, and of any other one that has its value there.
+    """Note which fields are read of a configuration, and of any other one that has its value there and was not given it.
 
     A value that is derived from a run's is read first, so nothing that depends on a field escapes.
     """
-    values, read = vars(config), set[str]()
+    values, read, own = vars(config), set[str](), fields_set(config)
     plain = RunConfig.__getattribute__
 
     def noting(self: RunConfig, name: str) -> Any:
         value = plain(self, name)
-        if name in values and value == values[name]:
+        if name in values and value == values[name] and name not in fields_set(self) - own:
             read.add(name)
         return value
 

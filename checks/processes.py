@@ -1,5 +1,6 @@
 """Work shared by forked processes, which inherit whatever was read and computed before."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,11 +22,23 @@ def in_processes(task: Callable[[int], Value], count: int, workers: int) -> Iter
     Only the number of a task and its value, which pickle has to take, are sent between processes.
     """
     workers = min(count, workers)
-    if workers < 2 or "fork" not in get_all_start_methods() or current_process().daemon:
-        yield from map(task, range(count))
-        return
-    with _inherited(task), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        yield from pool.map(_inherited_task, range(count))
+    with _outside_collection():
+        if workers < 2 or "fork" not in get_all_start_methods() or current_process().daemon:
+            yield from map(task, range(count))
+            return
+        with _inherited(task), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            yield from pool.map(_inherited_task, range(count))
+
+
+@contextmanager
+def _outside_collection() -> Iterator[None]:
+    """Leave what there is out of garbage collection meanwhile: libraries are much to walk through, and stay."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 _tasks: list[Callable[[int], Any]] = []  # what forked workers find here

@@ -166,16 +166,19 @@ def _trials(
 
 def _concerns(rule: Rule, fault: Fault, planted: "Subject", subject: "Subject", used: "dict[str, Used]") -> bool:
     """Tell whether a fault could change a rule's outcome: it uses what differs."""
-    from checks.faults import changed_fields, only_records_differ  # here: they import torch
+    from checks.faults import changed_fields, only_records_differ, plans_differ  # here: they import torch
 
     if rule.code not in used:
         return True
+    own = used[rule.code]
     if fault.replaces:
-        return bool(used[rule.code].methods & fault.replaces or used[rule.code].fields & fault.configures)
+        if own.methods & fault.replaces or own.fields & fault.configures:
+            return True
+        return "plan" in fault.replaces and plans_differ(planted, subject, own)
     if only_records_differ(planted, subject):
         return rule.stage == "data"
     fields = changed_fields(planted, subject)
-    return not fields or bool(used[rule.code].fields & fields)
+    return not fields or bool(own.fields & fields)
 
 
 def _try(

@@ -4,7 +4,9 @@ Checks reach an implementation through the protocol `checks.implementation.Imple
 changed configuration (`configure`) or an implementation with one method replaced (`override`).
 """
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from d2l.data.records import Record
     from d2l.data.tokenize import Tokenized
     from d2l.fingerprint import Fingerprint
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call their number
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Subject:
     def twin_config(self) -> RunConfig:
         """Return the run's configuration with the hypernetwork and the data budgets of a twin; every switch stays."""
         small = {"lora_r": min(self.config.lora_r, 3), "latent_size": 8, "n_latent_queries": 4, "warmup_steps": 0}
+        small |= {"perceiver_heads": min(self.config.perceiver_heads, 8)}  # four queries to a key: two keys
+        small |= {"perceiver_head_dim": min(self.config.perceiver_head_dim, 8)}
         depth = {"num_blocks": min(self.config.num_blocks, 2), "layer_idx": self._twin_exit()}
         return changed(self.config, **small, **depth, dtype="float32")
 
@@ -90,10 +97,10 @@ class Subject:
 
     @cached_property
     def twin_base_config(self) -> "PreTrainedConfig":
-        """Return the real model's config, shrunk."""
+        """Return the real model's config, shrunk; of its experts a token takes two at most, out of twice as many."""
         from d2l.base.twin import twin_config
 
-        return twin_config(self.base_config)
+        return with_few_experts(twin_config(self.base_config))
 
     def twin_base(self) -> "PreTrainedModel":
         """Return a fresh copy of a random base of the real one's kind, tiny and in float32, held as the run would hold it."""
@@ -154,6 +161,8 @@ def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: 
     from d2l.base.load_plan import Choice, LoadPlan
 
     device, products = Choice("cpu", "a twin is tiny"), Choice("one_by_one", "a twin is on the CPU")
+    for plans in _noting_plans:
+        plans.append((config, base_config))
     try:
         if config.attn_implementation == FLASH_4:  # no CPU runs it
             config = changed(config, attn_implementation="auto")
@@ -165,6 +174,49 @@ def plan_on_cpu(implementation: Implementation, config: RunConfig, base_config: 
         return LoadPlan(attention, experts, quantization, dtype, device, products, expert_transient_bytes=0)
 
 
+@contextmanager
+def plans_noted() -> "Iterator[list[tuple[RunConfig, PreTrainedConfig]]]":
+    """Note what `plan_on_cpu` is asked for: it takes the method `plan` once for each."""
+    plans: list[tuple[RunConfig, PreTrainedConfig]] = []
+    _noting_plans.append(plans)
+    try:
+        yield plans
+    finally:
+        _noting_plans.remove(plans)
+
+
+_noting_plans: "list[list[tuple[RunConfig, PreTrainedConfig]]]" = []
+
+
+def with_few_experts(config: "PreTrainedConfig", taken: int = 2, choice: int = 2) -> "PreTrainedConfig":
+    """Return a twin's config with fewer experts; itself where it has no more, or chooses among groups of them.
+
+    Args:
+        taken: of these a token takes at most so many.
+        choice: so many times as many are there.
+    """
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if top_k is None or getattr(config, "n_group", None):
+        return config
+    few = min(taken, top_k)
+    wanted = {"num_experts_per_tok": few, **dict.fromkeys(EXPERTS, choice * few)}
+    names = {config.attribute_map.get(name, name): size for name, size in wanted.items()}
+    values = config.to_dict()
+    smaller = {name: min(size, values[name]) for name, size in names.items() if values.get(name) is not None}
+    return type(config).from_dict(values | smaller)
+
+
 def changed(config: RunConfig, **values: Any) -> RunConfig:
     """Return the configuration with other values, checked as if it had been read so."""
-    return RunConfig(**{**config.model_dump(), **values})
+    made = RunConfig(**{**config.model_dump(), **values})
+    _set_fields[id(made)] = fields_set(config) | values.keys()
+    weakref.finalize(made, _set_fields.pop, id(made)).atexit = False
+    return made
+
+
+_set_fields: dict[int, frozenset[str]] = {}  # of every configuration that `changed` made and that is still there
+
+
+def fields_set(config: RunConfig) -> frozenset[str]:
+    """Name the fields that `changed` has set on the way to this configuration, whatever they were before."""
+    return _set_fields.get(id(config), frozenset())

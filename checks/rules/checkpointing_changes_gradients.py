@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Takes the gradient of the task loss alone, without the L1 term, on the tiny twin: two packed rows with LoRAs of their
+Takes the gradient of the task loss alone, without the L1 term, on a twin of two layers: two packed rows with LoRAs of their
 own, two forwards, then one backward; with the run's checkpointing switched on, and without it.
 
 Why it matters
@@ -33,11 +33,13 @@ from checks.implementation import Implementation, Model
 from checks.probes import TOLERANCE, alone, difference, flat, gradients, norm, probe_rows
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
+from checks.training.steps import light_config, light_model
 from d2l.hypernet.model import checkpoint_layers
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
+LOSS = ("loss", "use_per_ctx_average_loss")  # the run's own
 REMEDY = "set gradient_checkpointing_kwargs: {use_reentrant: false} and pass context_fn=checkpoint_contexts"
 
 
@@ -88,7 +90,8 @@ def _settings(subject: "Subject") -> dict[str, Any]:
 
 def _task_gradients(subject: "Subject", *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], int]:
     """Return the gradients, and how often a module of the base's first layer has run for them."""
-    model: Any = subject.twin()
+    config = light_config(subject, **{name: getattr(subject.config, name) for name in LOSS})
+    model: Any = light_model(subject, config, dtype=torch.float32)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(subject.config.gradient_checkpointing_kwargs)
@@ -97,7 +100,7 @@ def _task_gradients(subject: "Subject", *, checkpointing: bool) -> tuple[dict[st
     calls: list[None] = []
     leaf = next(module for module in first_layer.modules() if not any(module.children()))
     leaf.register_forward_pre_hook(lambda module, inputs: calls.append(None))
-    task, _ = subject.implementation.loss(model, batches, subject.twin_config)
+    task, _ = subject.implementation.loss(model, batches, config)
     return gradients(model, task), len(calls)
 
 

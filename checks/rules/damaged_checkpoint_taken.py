@@ -33,29 +33,26 @@ from checks.faults import override
 from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.staged_run import staged_trainer
+from checks.training.kept_run import kept_run, other_trainer
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-# Steps 9 and 10 are kept: as texts they are in the other order.
-PLAN = {"max_steps": 10, "save_steps": 9, "save_total_limit": 2, "gradient_accumulation_steps": 1}
 REMEDY = "write a manifest of hashes last, compare it before reading, and refuse to save what is not finite"
 
 
 def check(subject: "Subject") -> Result:
     """Damage checkpoints, one way at a time, and see each refused."""
-    train, newest = subject.implementation.train, subject.implementation.newest
-    run: Any = staged_trainer(subject, (), **PLAN)
+    newest = subject.implementation.newest
+    left, run = kept_run(subject), other_trainer(subject)
     refused = []
-    with tempfile.TemporaryDirectory(prefix="d2l-") as place:
-        folder = Path(place) / "run"
-        folder.mkdir()
-        kept = train(run, folder)
+    with tempfile.TemporaryDirectory(prefix="d2l-") as place, left.written() as folder:
+        kept = [folder / path for path in left.kept]
         if newest(folder) != kept[-1]:
             return _finding(
                 "a run continues from another checkpoint than its newest", str(newest(folder)), kept[-1].name
             )
+        run.resume(kept[-1])
         for what, damaged in _damages(kept[-1], Path(place)):
             if _is_taken(lambda damaged=damaged: run.resume(damaged)):  # type: ignore[misc]
                 return _finding("a damaged checkpoint is read as if it were whole", f"resumed with {what}")

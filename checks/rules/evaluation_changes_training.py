@@ -21,6 +21,7 @@ How to fix
 Put back what an evaluation changes, in a finally block or by a context manager.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,20 +29,22 @@ import torch
 from checks.faults import override
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
+from checks.training.guarded_run import STEPS, guarded_run, guarded_trainer
 from checks.training.short_run import count_hooks
-from checks.training.steps import guarded_config, hypernet_values, light_model, loss_rows
+from checks.training.steps import hypernet_values, loss_rows
 
 if TYPE_CHECKING:
     from checks.implementation import Implementation, Stepper
     from checks.subject import Subject
 
-STEPS = 3
+HELDOUT = 2  # rows, one of which can be read in place of the other
 
 
 def check(subject: "Subject") -> Result:
     """Compare steps with evaluations between them with steps alone."""
-    plain, _ = _run(subject, evaluated=False)
-    evaluated, left = _run(subject, evaluated=True)
+    run = guarded_run(subject)
+    plain = _measured(run.metrics, run.weights[-1])
+    evaluated, left = _evaluated(subject)
     if left:
         return _finding(left)
     for name, expected in plain.items():
@@ -51,23 +54,25 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{STEPS} steps with evaluations between them are those without, to the last bit")
 
 
-def _run(subject: "Subject", *, evaluated: bool) -> tuple[dict[str, torch.Tensor], str]:
-    """Return weights and measurements after the steps, and what an evaluation left behind."""
-    config = guarded_config(subject).model_copy(update={"eval_steps": 1000})
-    model = light_model(subject, config)
-    rows = loss_rows(subject)
-    trainer = subject.implementation.trainer(model, rows, config)
-    measured, left = [], ""
+def _evaluated(subject: "Subject") -> tuple[dict[str, torch.Tensor], str]:
+    """Return weights and measurements after steps with evaluations between them, and what an evaluation left behind."""
+    trainer, rows = guarded_trainer(subject), loss_rows(subject)
+    metrics, left = [], ""
     for number in range(STEPS):
-        metrics = trainer.step()
-        measured.append([metrics.task_loss, metrics.grad_norm])
-        if evaluated and number < STEPS - 1 and not left:
+        metrics.append(trainer.step())
+        if number < STEPS - 1 and not left:
             before = _state(trainer)
-            subject.implementation.evaluate(trainer, rows)
+            subject.implementation.evaluate(trainer, rows[:HELDOUT])
             left = next(
                 (f"an evaluation changes {name}" for name, it in _state(trainer).items() if it != before[name]), ""
             )
-    return {**hypernet_values(model), "loss or gradient norm": torch.tensor(measured, dtype=torch.float64)}, left
+    return _measured(metrics, hypernet_values(trainer.model)), left
+
+
+def _measured(metrics: Sequence[Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what is compared: weights, losses and gradient norms."""
+    numbers = torch.tensor([[step.task_loss, step.grad_norm] for step in metrics], dtype=torch.float64)
+    return {**weights, "loss or gradient norm": numbers}
 
 
 def _state(trainer: "Stepper") -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Takes, on the tiny twin of an MXFP4 model, the gradient of the task loss by the output of every layer, with the run's
-experts and with dense experts that hold the same values; and the gradient of whole MLP blocks by inputs so large that
+Takes, on the tiny twin of an MXFP4 model, the gradient of a loss of its logits by the input of every layer's MLP, with the
+run's experts and with dense experts that hold the same values; and the gradient of whole MLP blocks by inputs so large that
 their clamp acts, against the published formulas. Packed experts are taken both ways there: one by one as on a CPU, and a
 layer at once as on newer GPUs.
 
@@ -116,19 +116,16 @@ def _block_gradients(subject: "Subject", base: Any) -> dict[int, float]:
 
 
 def _layer_gradients(subject: "Subject", base: Any) -> list[Tensor]:
-    """Compute the gradient of the task loss by the input of each decoder layer's MLP."""
-    model = subject.twin(base=base)
+    """Compute the gradient of a loss of the base's logits by the input of each decoder layer's MLP."""
     inputs: list[Tensor] = []
 
     def keep(module: Any, arguments: Any) -> Any:
         inputs.append(arguments[0] if arguments[0].requires_grad else arguments[0].requires_grad_())
         return None
 
-    batch = probe_batch(subject)
-    lora = model.lora(batch)
     hooks = [layer.post_attention_layernorm.register_forward_pre_hook(keep) for layer in base.get_decoder().layers]
     try:
-        loss = model.logits(batch, lora).float().logsumexp(-1).sum()
+        loss = base(input_ids=probe_batch(subject).input_ids, use_cache=False).logits.logsumexp(-1).sum()
     finally:
         for hook in hooks:
             hook.remove()

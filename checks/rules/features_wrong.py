@@ -50,7 +50,7 @@ def check(subject: "Subject") -> Result:
     """Compare the features of every chunk, packed, with those of the chunk alone: the run's kind, then all others."""
     own = subject.twin_config.ctx_encoder_type
     base = base_in_double(subject.twin_base())
-    rows = packed_rows(subject)
+    rows = packed_rows(subject)[:2]  # of three chunks
     inputs = [features.layer_inputs(base, chunk) for row in rows for chunk in row.chunks]
     evidence: dict[str, Any] = {}
     for kind in (own, *(kind for kind in KINDS if kind != own)):

@@ -32,7 +32,7 @@ from checks.probes import TOLERANCE, difference, probe_batch
 from checks.reference_file import reference_state, write_reference_file
 from checks.result import Fail, Inapplicable, Pass, Result
 from checks.rule import Fault, Rule
-from checks.subject import changed
+from checks.subject import build_drawn, changed
 from d2l.config.schema import RunConfig
 from d2l.errors import D2LError
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, torch.Tensor]
 
+UNNAMED = ("perceiver_heads", "perceiver_head_dim")  # no file of the reference names these: all have the same
 REMEDY = "import with `d2l import-reference`, every tensor under its own name, and keep the folder's config"
 
 
@@ -52,7 +53,8 @@ def check(subject: "Subject") -> Result:
         return Inapplicable(
             f"the reference has no {own}, so no checkpoint of it could be imported into this configuration"
         )
-    model = subject.twin()
+    config = changed(subject.twin_config, **{name: getattr(subject.config, name) for name in UNNAMED})
+    model = build_drawn(subject.implementation, subject.twin_base(), config, seed=0)
     tensors = dict(model.hypernet.state_dict())
     batch = probe_batch(subject)
     expected = model.lora(batch)
@@ -60,10 +62,10 @@ def check(subject: "Subject") -> Result:
     import_reference = subject.implementation.import_reference
     with tempfile.TemporaryDirectory(prefix="d2l-") as folder:
         file, imported = Path(folder) / "pytorch_model.bin", Path(folder) / "imported"
-        write_reference_file(file, reference_state(tensors, subject.twin_config, subject.twin_base_config, sizes))
+        write_reference_file(file, reference_state(tensors, config, subject.twin_base_config, sizes))
         try:
             import_reference(file, imported)
-            config, found = subject.implementation.read(imported)
+            read, found = subject.implementation.read(imported)
         except D2LError as error:
             return Fail(
                 message="a checkpoint of the reference cannot be imported",
@@ -84,7 +86,7 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     try:
-        fresh = subject.implementation.build(subject.twin_base(), config)
+        fresh = subject.implementation.build(subject.twin_base(), read)
         fresh.hypernet.load_state_dict(found)
         distance = _difference(fresh.lora(batch), expected)
     except (RuntimeError, D2LError) as problem:
@@ -109,8 +111,7 @@ def check(subject: "Subject") -> Result:
 
 def _beyond_the_reference(config: RunConfig) -> str:
     """Name what the configuration has and the reference has not; empty where there is nothing."""
-    own = ("perceiver_heads", "perceiver_head_dim")
-    keys = [key for key in own if getattr(config, key) != RunConfig.model_fields[key].default]
+    keys = [key for key in UNNAMED if getattr(config, key) != RunConfig.model_fields[key].default]
     values = {key: getattr(config, key) for key in keys}
     if config.ctx_encoder_type == "concat_layers":
         values["ctx_encoder_type"] = config.ctx_encoder_type

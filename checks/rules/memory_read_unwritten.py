@@ -31,17 +31,16 @@ import torch
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.steps import TOLERANCE, guarded_config, hypernet_values, light_model, loss_rows, worst_parameter
+from checks.training.guarded_run import STEPS, guarded_run, guarded_trainer
+from checks.training.steps import TOLERANCE, hypernet_values, worst_parameter
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-STEPS = 3
-
 
 def check(subject: "Subject") -> Result:
     """Compare the weights after steps over filled memory with those without."""
-    expected = _weights(subject)
+    expected = guarded_run(subject).weights[-1]
     try:
         with filled_memory():
             actual = _weights(subject)
@@ -55,12 +54,10 @@ def check(subject: "Subject") -> Result:
 
 def _weights(subject: "Subject") -> dict[str, torch.Tensor]:
     """Return the hypernetwork's parameters after some steps from the seed's weights."""
-    config = guarded_config(subject)
-    model = light_model(subject, config)
-    trainer = subject.implementation.trainer(model, loss_rows(subject), config)
+    trainer = guarded_trainer(subject)
     for _ in range(STEPS):
         trainer.step()
-    return hypernet_values(model)
+    return hypernet_values(trainer.model)
 
 
 @contextmanager

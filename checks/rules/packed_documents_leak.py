@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from checks.faults import override
 from checks.implementation import Implementation, Model
@@ -83,9 +84,13 @@ def _two_questions_each(subject: "Subject") -> "list[Row]":
 
 
 def _own_forward(model: Model, rows: "list[Row]") -> torch.Tensor:
-    """Return the base's logits of every question alone, as transformers computes them without masks of ours, `[T, V]`."""
-    questions = [torch.tensor([query.input_ids]) for row in rows for query in row.queries]
-    return torch.cat([model.base(input_ids=question, use_cache=False).logits[0] for question in questions])
+    """Return the base's logits of every question alone, as transformers computes them without masks of ours, `[T, V]`.
+
+    Each is a row of one batch, and what fills a shorter row stands behind the question, where a causal model cannot see it.
+    """
+    questions = [torch.tensor(query.input_ids) for row in rows for query in row.queries]
+    logits = model.base(input_ids=pad_sequence(questions, batch_first=True), use_cache=False).logits
+    return torch.cat([row[: len(question)] for row, question in zip(logits, questions, strict=True)])
 
 
 def _edit_first(batch: PackedBatch, vocabulary: int) -> PackedBatch:

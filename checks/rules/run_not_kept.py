@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Trains the light twin for five steps into a temporary folder as a run would, looks into the folder before the first step,
+Trains the light twin for ten steps into a temporary folder as a run would, looks into the folder before the first step,
 and opens what is left at the end.
 
 Why it matters
@@ -20,7 +20,6 @@ How to fix
 Save before the first step, every `save_steps`, and after the last step; remove older checkpoints beyond `save_total_limit`.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,49 +30,36 @@ from checks.faults import override
 from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.staged_run import staged_trainer
+from checks.training.kept_run import KEPT, STEPS, kept_run, other_trainer
+from checks.training.steps import hypernet_values
 
 if TYPE_CHECKING:
     from checks.implementation import Stepper
     from checks.subject import Subject
 
-STEPS, KEPT = 10, 2  # the last two of a number of digits each: names that are not padded sort wrongly
-PLAN = {"max_steps": STEPS, "save_steps": 9, "save_total_limit": KEPT, "gradient_accumulation_steps": 1}
 REMEDY = "save before the first step, every save_steps and after the last one, and keep save_total_limit checkpoints"
 
 
 def check(subject: "Subject") -> Result:
-    """Train into a folder, and look at what is kept."""
-    train = subject.implementation.train
-    trainer: Any = staged_trainer(subject, (), **PLAN)
-    step = trainer.step
-    saved: list[bool] = []  # before each step, whether anything was before the first one
-
-    with tempfile.TemporaryDirectory(prefix="d2l-") as place:
-        folder = Path(place)
-
-        def counted() -> Any:
-            saved.append(saved[0] if saved else any(path.is_dir() for path in folder.rglob("*")))
-            return step()
-
-        trainer.step = counted
-        kept = train(trainer, folder)
-        resumed: Any = staged_trainer(subject, (), seed=1, **PLAN)
-        if kept:
-            resumed.resume(kept[-1])
-    evidence = {"steps": len(saved), "kept": [path.name for path in kept]}
-    if len(saved) != STEPS:
-        return _finding("a run takes another number of steps", f"{STEPS} steps", f"{len(saved)}", evidence)
-    if not saved[0]:
+    """Look at what a run keeps, and resume from the newest of it."""
+    run = kept_run(subject)
+    resumed = other_trainer(subject)
+    if run.kept:
+        with run.written() as folder:
+            resumed.resume(folder / run.kept[-1])
+    evidence = {"steps": run.steps, "kept": [path.name for path in run.kept]}
+    if run.steps != STEPS:
+        return _finding("a run takes another number of steps", f"{STEPS} steps", f"{run.steps}", evidence)
+    if not run.saved_before:
         return _finding("nothing is saved before the first step", "a checkpoint", "an empty folder", evidence)
-    if len(kept) != KEPT:
+    if len(run.kept) != KEPT:
         return _finding(
-            "a run keeps another number of checkpoints", f"save_total_limit: {KEPT}", f"{len(kept)}", evidence
+            "a run keeps another number of checkpoints", f"save_total_limit: {KEPT}", f"{len(run.kept)}", evidence
         )
-    final = dict(trainer.model.hypernet.named_parameters())
-    other = [name for name, value in resumed.model.hypernet.named_parameters() if not torch.equal(value, final[name])]
+    own = hypernet_values(resumed.model)
+    other = [name for name, value in own.items() if not torch.equal(value, run.weights[name])]
     if other:
-        actual = f"{kept[-1].name} holds another {other[0]}"
+        actual = f"{run.kept[-1].name} holds another {other[0]}"
         return _finding("the last step is not in the newest checkpoint", "the weights at the end", actual, evidence)
     return Pass(
         f"{STEPS} steps: saved before the first, {KEPT} checkpoints kept, the last step in the newest", evidence

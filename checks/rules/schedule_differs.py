@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from d2l.config.schema import RunConfig
 
 EXACT = 1e-6
-PLAN = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_steps": 3, "decay_steps": 4, "max_steps": 12}
+PLAN: dict[str, Any] = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_steps": 3, "decay_steps": 4, "max_steps": 12}
 
 
 def check(subject: "Subject") -> Result:

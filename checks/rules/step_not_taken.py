@@ -32,15 +32,13 @@ from checks.implementation import Implementation
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.observed import observed_step
 from checks.training.steps import (
     TOLERANCE,
     guarded_config,
     hypernet_values,
-    light_config,
     light_model,
     loss_rows,
-    still_model,
+    loss_step_again,
     worst_parameter,
 )
 
@@ -108,8 +106,7 @@ def _still(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], evid
 
 def _added_up(subject: "Subject") -> Result | None:
     """Take the same step twice from the same weights, and compare its gradients."""
-    trainer = subject.implementation.trainer(still_model(subject), loss_rows(subject), light_config(subject))
-    first, second = (observed_step(trainer).gradients for _ in range(2))
+    first, second = (step.gradients for step in loss_step_again(subject))
     if not (first and second):
         return Fail(
             message="a step does not update the weights: no optimizer steps in it",

@@ -2,7 +2,7 @@
 
 What it does
 ------------
-Observes a short run of the run's own trainer on a twin, and three steps with Muon, whatever the run uses; betas, epsilon,
+Observes a short run of the run's own trainer on a twin, and two steps with Muon, whatever the run uses; betas, epsilon,
 weight decay and learning rates are the probe's. From the gradients that the optimizer gets, every parameter's next value
 is computed by the formulas of AdamW and Muon.
 
@@ -48,8 +48,9 @@ MUON = {
     "muon_learning_rate": 2e-2,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 0,
+    "gradient_accumulation_steps": 1,  # an update begins at the gradient, however it was added up
 }
-MUON_STEPS = 3
+MUON_STEPS = 2  # the second one has the first one's momentum
 REMEDY = (
     "check betas, epsilon, the groups with and without weight decay, and the learning rate of each group; every parameter "
     "of the hypernetwork belongs to one group"

@@ -66,8 +66,8 @@ def check(subject: "Subject") -> Result:
             removed = ""
     before, after = dict(written.state_dict()), dict(read.state_dict())
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
-    batch = probe_batch(subject)
-    expected, actual = (subject.twin(base=base).logits(batch, None) for base in (written, read))
+    ids = probe_batch(subject).input_ids
+    expected, actual = (base(input_ids=ids, use_cache=False).logits for base in (written, read))
     change = difference(actual, expected)
     evidence = {"tensors": len(before), "changed": changed, "logits": change}
     if changed or set(after) != set(before) or change > TOLERANCE:

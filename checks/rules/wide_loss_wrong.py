@@ -45,6 +45,7 @@ WIDE = 2**16
 TOLERANCE = 1e-3  # float32, for the sake of time: logits in the hundreds are rounded by 1e-5, and so is their softmax
 SLICE = 32  # rows of logits of this width, which are 8 MiB in float32
 LABELS = 33  # of the longest question: more than a slice
+WEIGHTS = (1.0, 0.7)  # of the losses' gradients in their sum
 LOSSES = ("ce", "kl")  # KL with many labels only: the rest is the same code
 # Supervised tokens of each context's question, and what the logits are multiplied by then.
 PROBES: dict[str, tuple[tuple[int, ...], float]] = {
@@ -113,17 +114,23 @@ def _rows(subject: "Subject", labels: Sequence[int]) -> list[Row]:
 
 
 def _errors(subject: "Subject", model: Any, rows: Sequence[Row], kinds: Sequence[str]) -> list[float]:
-    """Return for each loss the larger error of its value and its gradient by the hypernetwork, over the largest value."""
+    """Return for each loss the larger error of its value and of the gradient by the hypernetwork, over the largest value.
+
+    One backward pass takes the gradient of all losses, each by a weight of its own.
+    """
     batch = collate(rows)
     logits = model.logits(batch, model.lora(batch)).split(list(batch.contexts.lengths))
-    errors = []
-    for kind in kinds:
+    values, found, wanted = [], [], []
+    for kind, weight in zip(kinds, WEIGHTS, strict=False):
         task, _ = subject.implementation.loss(model, [batch], light_config(subject, loss=kind))
         losses = [[_formula(kind, own.unbind(), row.queries[0])] for own, row in zip(logits, rows, strict=True)]
         expected = loss.token_mean(losses)
-        found, wanted = (flat(gradients(model, it, keep_graph=True)) for it in (task, expected))
-        errors.append(max(difference(task.detach(), expected.detach()), difference(found, wanted)))
-    return errors
+        values.append(difference(task.detach(), expected.detach()))
+        found.append(weight * task)
+        wanted.append(weight * expected)
+    own, true = (flat(gradients(model, torch.stack(parts).sum())) for parts in (found, wanted))
+    by_hypernetwork = difference(own, true)
+    return [max(value, by_hypernetwork) for value in values]
 
 
 def _formula(kind: str, logits: Sequence[Tensor], query: Query) -> Tensor:

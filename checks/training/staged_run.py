@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 PER_STAGE, PER_STEP = 4, 2  # rows, each a micro-batch by itself: an epoch of a stage is two steps
+LAYERS = 1  # of the base: what is read, saved and resumed is the hypernetwork's, and the place in the data
 PLAN: dict[str, Any] = {
     "train_ds_names": ("needle",),
     "max_train_samples_per_ds": None,
@@ -40,7 +41,7 @@ class Stage:
 
 
 def staged_trainer(subject: "Subject", stages: Sequence[Stage], seed: int = 0, **values: Any) -> "Stepper":
-    """Make a trainer of a light twin over `PER_STAGE` rows for each stage.
+    """Make a trainer of a light twin with a base of one layer, over `PER_STAGE` rows for each stage.
 
     Args:
         stages: empty for a run without a curriculum, whose rows are answered right.
@@ -50,8 +51,8 @@ def staged_trainer(subject: "Subject", stages: Sequence[Stage], seed: int = 0, *
     curriculum = tuple(
         CurriculumStage(pairs=1, digits=1, passing=stage.passing, documents=PER_STAGE) for stage in stages
     )
-    config = light_config(subject, **{**PLAN, "curriculum": curriculum, **values})
-    model = light_model(subject, config, seed)
+    config = light_config(subject, LAYERS, **{**PLAN, "curriculum": curriculum, **values})
+    model = light_model(subject, config, seed, layers=LAYERS)
     answered = tuple(stage.answered for stage in stages) or (True,)
     rows = shared(subject, f"staged_rows {answered}", lambda: _rows(model, answered))
     return subject.implementation.trainer(model, rows, config)

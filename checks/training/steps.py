@@ -4,7 +4,7 @@ No setting here is the run's where it could hide a fault: a run's own schedule, 
 nothing. What decides which code runs (kind of base, encoder, targets, shape of the hypernetwork) is the run's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,7 @@ from d2l.data.tokenize import Query, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from checks.implementation import Model
+    from checks.implementation import Model, Stepper
     from checks.subject import Subject
     from d2l.config.schema import RunConfig
 
@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 # Equal computations in float64 twins differ by float32 rounding inside the model library (norms, softmax, rope), about
 # 1e-7 of the largest; a term that is lost or counted twice changes values by 1e-2 and more.
 TOLERANCE = 1e-4
+LIGHT_BASE = "light_base"  # what `shared` calls it
+LAYERS = 2  # of it
 TEACHER = 3  # tokens that the probes' teacher names for every label
 
 # The learning rate is so small that no weight moves: several steps can be compared from the same weights.
@@ -36,7 +38,9 @@ STILL: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1e30,
     "lr_scheduler_type": "constant_with_warmup",
+    "min_lr": 0.0,
     "warmup_steps": 0,
+    "decay_steps": 0,
     "max_steps": 1000,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
@@ -77,19 +81,27 @@ def shared(subject: "Subject", key: str, compute: Callable[[], Value]) -> Value:
     return kept[key]
 
 
-def light_config(subject: "Subject", **values: Any) -> "RunConfig":
-    """Return the twin's configuration with a smaller hypernetwork, settings for still weights, and other values."""
+def light_config(subject: "Subject", layers: int = LAYERS, **values: Any) -> "RunConfig":
+    """Return the twin's configuration with a smaller hypernetwork, settings for still weights, and other values.
+
+    Args:
+        layers: of the base that it is for.
+    """
     small = {"num_blocks": 1, "perceiver_heads": 4, "perceiver_head_dim": 4, "lora_r": 2, "n_latent_queries": 3}
-    exit_at = {"layer_idx": 1} if subject.config.layer_idx is not None else {}
+    exit_at = {"layer_idx": layers - 1} if subject.config.layer_idx is not None else {}
     return changed(subject.twin_config, **{**small, **exit_at, **STILL, **values})
 
 
 def light_model(
-    subject: "Subject", config: "RunConfig | None" = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    subject: "Subject",
+    config: "RunConfig | None" = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    layers: int = LAYERS,
 ) -> "Model":
-    """Make a twin of two layers, on the CPU, whose LoRA is not zero."""
+    """Make a twin of two layers, or of one, on the CPU, whose LoRA is not zero."""
     config = light_config(subject) if config is None else config
-    base = deepcopy(light_base(subject))
+    base = deepcopy(light_base(subject, layers))
     model = build_drawn(subject.implementation, base, config, seed)
     for part in (model.base, model.hypernet):
         part.to(dtype)
@@ -115,32 +127,45 @@ def still_model(subject: "Subject") -> "Model":
 
 def loss_step(subject: "Subject", **values: Any) -> Observed:
     """Return one step over the loss rows, of a new trainer on the still model; taken once for the same values."""
-
-    def take() -> Observed:
-        config = light_config(subject, **values)
-        return observed_step(subject.implementation.trainer(still_model(subject), loss_rows(subject), config))
-
-    return shared(subject, f"loss_step {sorted(values.items())}", take)
+    return shared(subject, _of_step(values), lambda: observed_step(_loss_trainer(subject, values)))
 
 
-def light_base(subject: "Subject") -> "PreTrainedModel":
+def loss_step_again(subject: "Subject") -> tuple[Observed, Observed]:
+    """Return the loss step without other values, taken anew, and the next step of the same trainer over the same rows."""
+    trainer = _loss_trainer(subject, {})
+    first = observed_step(trainer)
+    return shared(subject, _of_step({}), lambda: first), observed_step(trainer)
+
+
+def _loss_trainer(subject: "Subject", values: Mapping[str, Any]) -> "Stepper":
+    config = light_config(subject, **values)
+    return subject.implementation.trainer(still_model(subject), loss_rows(subject), config)
+
+
+def _of_step(values: Mapping[str, Any]) -> str:
+    """Return the key of the loss step with these values: what it would have anyway makes no other step."""
+    other = {name: value for name, value in values.items() if name not in STILL or STILL[name] != value}
+    return f"loss_step {sorted(other.items())}"
+
+
+def light_base(subject: "Subject", layers: int = LAYERS) -> "PreTrainedModel":
     """Return the base of the light twin, to be copied; made once for all checks."""
 
     def make() -> "PreTrainedModel":
-        base_config = _light_base_config(subject.twin_base_config)
-        plan = plan_on_cpu(subject.implementation, light_config(subject), base_config)
+        base_config = _light_base_config(subject.twin_base_config, layers)
+        plan = plan_on_cpu(subject.implementation, light_config(subject, layers), base_config)
         return subject.implementation.build_base(base_config, plan, seed=0)
 
-    return shared(subject, "light_base", make)
+    return shared(subject, LIGHT_BASE if layers == LAYERS else f"{LIGHT_BASE} of {layers}", make)
 
 
-def _light_base_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Return the twin's base config with two layers, of two types where it has two, and two experts, both of them taken.
+def _light_base_config(config: "PreTrainedConfig", layers: int) -> "PreTrainedConfig":
+    """Return the twin's base config with so many layers, of two types where it has two, and two experts, both taken.
 
     With all experts taken nothing jumps where the routing changes, so the loss has a derivative everywhere.
     """
     values = config.to_dict()
-    layers = min(2, config.num_hidden_layers)
+    layers = min(layers, config.num_hidden_layers)
     for name, value in values.items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             kinds = list(dict.fromkeys(value)) if name == "layer_types" else []

@@ -45,6 +45,21 @@ def _every_report_follows_its_schema() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _workers_fork_no_others() -> Iterator[None]:
+    """Let a worker of xdist run checks by itself: together the workers have every core already.
+
+    Forked processes would each compute anew what this one computes once and keeps.
+    """
+    from checks import runner, selftest  # here: workers that collect need no checks
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            for module in (runner, selftest):
+                patch.setattr(module, "available_cores", lambda: 1)
+        yield
+
+
 def _then(method: Any, look: Any) -> Any:
     return lambda self, *arguments, **named: look(method(self, *arguments, **named))
 

@@ -1,7 +1,6 @@
 """Random configurations of every base family: clean ones never turn a check red, and each planted fault always does.
 
-`make test` draws 5 clean ones and plants up to two faults of each rule into one; `make fuzz` draws 500 and plants every
-fault into ten.
+`make test` draws a clean one and plants a fault of each rule into one; `make fuzz` draws 500 and plants every fault into ten.
 A seed is a configuration, so that a failure names the one to look at. (Hypothesis draws many examples from a few by
 changing them a little: of its first 40 there were a dozen different models, and none in MXFP4.)
 """
@@ -20,7 +19,7 @@ from checks.runner import run_checks
 from checks.subject import Subject
 
 PLANTED = [(rule, fault) for rule in RULES for fault in rule.faults]
-FEW, MANY = 2, 500
+FEW, MANY = 1, 500
 TWIN_RULES = [rule for rule in RULES if rule.stage in ("static", "twin")]
 # Warnings that say what may be unwise, not that something is broken: targets that carry little, a short schedule.
 MAY_WARN = {"TGT102", "OPT101", "QNT103"}  # QNT103: on a machine whose GPU loops over experts
@@ -124,11 +123,11 @@ def plant(rule: Rule, fault: Fault, first_seed: int, places: int) -> None:
         pytest.param(rule, fault, id=f"{rule.code}-{fault.name}")
         for rule in RULES
         if rule.stage != "device"  # those take seconds; test_rules.py plants them once
-        for fault in rule.faults[:2]
+        for fault in rule.faults[:1]
     ],
 )
-def test_every_planted_fault_turns_its_check_red(rule: Rule, fault: Fault) -> None:
-    plant(rule, fault, first_seed=RULES.index(rule), places=1)  # the same for every fault of a rule
+def test_a_planted_fault_of_every_rule_turns_its_check_red(rule: Rule, fault: Fault) -> None:
+    plant(rule, fault, first_seed=RULES.index(rule), places=1)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_a_run_without_a_tokenizer_skips_what_needs_one(monkeypatch: pytest.Monk
     assert report.exit_code() == 4  # it was selected by name
 
 
-SPOILT = {"ATT101", "GRD204", "SAV201", "LBL301"}
+SPOILT = {"ATT101", "LOR203", "SAV201", "LBL301"}
 
 
 def test_planted_faults_turn_only_their_check_red() -> None:
@@ -81,11 +81,13 @@ def test_planted_faults_turn_only_their_check_red() -> None:
 
     `make fuzz` plants all before all checks, and the fuzz of `make test` looks at the faults' own checks alone.
     """
+    # SAV201 would bring half of all checks: here it stands behind fewer
+    rules = [replace(rule, requires=("LOR203",)) if rule.code == "SAV201" else rule for rule in RULES]
     needed = SPOILT
-    for rule in reversed(RULES):  # each stands after those that it requires
+    for rule in reversed(rules):  # each stands after those that it requires
         needed = needed | set(rule.requires) if rule.code in needed else needed
     some = [
-        replace(rule, faults=rule.faults[:1] if rule.code in SPOILT else ()) for rule in RULES if rule.code in needed
+        replace(rule, faults=rule.faults[:1] if rule.code in SPOILT else ()) for rule in rules if rule.code in needed
     ]
     selftest = run_selftest(make_subject(load_config()), some)
     assert selftest.exit_code() == 0, plain_text(selftest)
@@ -112,8 +114,15 @@ def on_device(overrides: dict[str, str], path: Path | None = None, **methods: An
     return override(gpu=lambda healthy: "cpu", **methods)(subject)
 
 
-@pytest.mark.parametrize("attention", ["packed_flex", "per_document"])
-@pytest.mark.parametrize("path", [None, REAL])
+@pytest.mark.parametrize(
+    ("path", "attention"),
+    [
+        (None, "packed_flex"),
+        pytest.param(None, "per_document", marks=pytest.mark.slow),
+        pytest.param(REAL, "packed_flex", marks=pytest.mark.slow),
+        (REAL, "per_document"),
+    ],
+)
 def test_attention_on_the_device_is_compared_with_eager(path: Path | None, attention: str) -> None:
     (outcome,) = run_checks(on_device({"attn_implementation": attention}, path), RULES, select=("ATT401",)).outcomes
     assert (outcome.outcome, outcome.evidence["attention"]) == ("pass", attention), outcome.message

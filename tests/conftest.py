@@ -80,6 +80,25 @@ def trained(run_folder: Path) -> "TrainedModel":
     return load_model(run_folder)
 
 
+@pytest.fixture(scope="module")
+def skeletons_kept() -> Iterator[None]:
+    """Build the skeleton of a base, whose names a plan of loading reads, once for each configuration of a base."""
+    from d2l.base import load_plan  # here: it imports torch
+
+    kept: dict[str, Any] = {}
+
+    def once(base_config: Any) -> Any:
+        text = base_config.to_json_string(use_diff=False)
+        if text not in kept:
+            kept[text] = build(base_config)
+        return kept[text]
+
+    build = load_plan.skeleton
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_plan, "skeleton", once)
+        yield
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the figures that are saved."""

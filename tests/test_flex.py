@@ -93,8 +93,19 @@ CASES: list[tuple[list[int], int | None, float | None, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("training", ["query key value sinks", "query", ""])
-@pytest.mark.parametrize(("lengths", "window", "cap", "with_sinks"), CASES)
+EVERYTHING, QUERY, NOTHING = "query key value sinks", "query", ""
+# The first case with all; of the others, each is compiled for one kind of training in `make test`
+QUICK = {(0, EVERYTHING), (0, QUERY), (0, NOTHING), (1, QUERY), (2, EVERYTHING), (3, NOTHING)}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "cap", "with_sinks", "training"),
+    [
+        pytest.param(*case, training, marks=() if (number, training) in QUICK else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+        for training in (EVERYTHING, QUERY, NOTHING)
+    ],
+)
 def test_what_is_compiled_computes_the_formula_in_value_and_gradient(
     lengths: list[int],
     window: int | None,

@@ -257,7 +257,7 @@ CAUSES = {
 SLOW = (
     *("norm of finite gradients overflows", "weight of the hypernetwork", "perceiver", "gradient of one parameter"),
     *("one expert that one document is routed to", "a weight that only questions pass", "head of one layer"),
-    *("teacher without a number", "square root at 0 behind a frozen weight"),
+    *("teacher without a number", "square root at 0 behind a frozen weight", "moment"),
 )
 
 

@@ -1,6 +1,7 @@
 """Random configurations of every base family: clean ones never turn a check red, and each planted fault always does.
 
-`make test` draws a clean one and plants a fault of each rule into one; `make fuzz` draws 500 and plants every fault into ten.
+`make test` draws a clean one and plants a fault of each rule into one, but for rules of which the kill matrix plants one;
+`make fuzz` draws 500 and plants every fault into ten.
 A seed is a configuration, so that a failure names the one to look at. (Hypothesis draws many examples from a few by
 changing them a little: of its first 40 there were a dozen different models, and none in MXFP4.)
 """
@@ -10,6 +11,7 @@ from functools import lru_cache
 import pytest
 from support.families import BASES
 from support.random_runs import described, random_subject
+from test_kill_matrix import MATRIX
 
 from checks.report import plain_text
 from checks.result import NotApplicable, NotOffered, Outcome
@@ -117,10 +119,15 @@ def plant(rule: Rule, fault: Fault, first_seed: int, places: int) -> None:
     pytest.fail(f"{rule.code} {fault.name} applies to {planted} of {draws} random configurations, wanted {places}")
 
 
+IN_MATRIX = {code for _, code, _ in MATRIX.values()}
+
+
 @pytest.mark.parametrize(
     ("rule", "fault"),
     [
-        pytest.param(rule, fault, id=f"{rule.code}-{fault.name}")
+        pytest.param(
+            rule, fault, id=f"{rule.code}-{fault.name}", marks=pytest.mark.slow if rule.code in IN_MATRIX else ()
+        )
         for rule in RULES
         if rule.stage != "device"  # those take seconds; test_rules.py plants them once
         for fault in rule.faults[:1]

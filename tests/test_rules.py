@@ -167,6 +167,7 @@ def test_flash_attention_4_is_allowed_where_it_is_installed(installed: bool, mon
     assert outcomes["ATT201"].outcome == "pass"
 
 
+@pytest.mark.slow
 def test_what_takes_no_float32_is_compared_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_differs_on_device, "FLASH_4", "packed_flex")  # it runs here
     (outcome,) = run_checks(on_device({"attn_implementation": "packed_flex"}), RULES, select=("ATT401",)).outcomes

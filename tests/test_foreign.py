@@ -53,7 +53,7 @@ def test_a_healthy_one_passes_every_check_that_it_offers_something_for(settings:
     [
         ("leak", {}, "ATT201"),
         pytest.param("plain forward", {}, "LOR201", marks=pytest.mark.slow),
-        ("reentrant", {}, "GRD201"),
+        pytest.param("reentrant", {}, "GRD201", marks=pytest.mark.slow),
         ("four dimensions", {}, "HYP201"),
         pytest.param("object in state", {}, "SAV201", marks=pytest.mark.slow),
         ("partial targets", {"target_modules": "[v_proj, gate_up_projection]"}, "TGT101"),
@@ -64,7 +64,9 @@ def test_a_bug_turns_exactly_its_check_red(bug: str, settings: dict[str, str], c
     assert red(report) == {code: "fail"}, plain_text(report)
 
 
-@pytest.mark.parametrize(("bug", "code"), [("plain forward", "LOR201"), ("object in state", "SAV201")])
+@pytest.mark.parametrize(
+    ("bug", "code"), [("plain forward", "LOR201"), ("object in state", "SAV201"), ("reentrant", "GRD201")]
+)
 def test_a_bug_that_blocks_few_checks_is_found_among_those_beside_its_own(bug: str, code: str) -> None:
     report = examine(bug, select=[code[:3]])
     assert red(report) == {code: "fail"}, plain_text(report)

@@ -39,7 +39,6 @@ from d2l.train.loop import Trainer
 from d2l.train.optimizer import make_optimizer, step_bytes
 from d2l.train.processes import OneProcess
 
-pytestmark = pytest.mark.usefixtures("skeletons_kept")
 GPT_OSS = read_base_config("openai/gpt-oss-20b")
 ON_H100 = Model(GPT_OSS, "cuda", HOPPER)
 # of the run that was measured; the rest of the file has stayed as it was
@@ -220,7 +219,7 @@ STEPS = {
 }
 
 
-QUICK_STEPS = {"documents, eager", "experts, nothing recomputed", "logits", "Muon"}
+QUICK_STEPS = {"documents, eager", "experts, nothing recomputed", "logits"}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ GROUPED = {
     "of documents": ([24] * 60, [8] * 60, {}),
 }
 TRANSIENTS = {"in slices": 2**21, "in one": 2**25}
-QUICK_GROUPED = {("kept", "in slices"), ("recomputed", "in one"), ("of documents", "in slices")}
+QUICK_GROUPED = {("kept", "in slices"), ("of documents", "in one")}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ from d2l.plan.rows import PARAGRAPH, AssumedRows, DataRows, RowShape
 from d2l.plan.sizes import HOPPER, Model, Sizes
 from d2l.plan.speed import MEAN_ROWS, MEASURED, Measurement, efficiency, micro_batch_seconds
 
-pytestmark = pytest.mark.usefixtures("skeletons_kept")
 ON_H100 = Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER)
 DOCUMENTED, RECOMMENDED = Path("configs/gpt_oss_20b.yaml"), Path("configs/gpt_oss_20b_recommended.yaml")
 # of the run that was measured; the rest of the file has stayed as it was

@@ -1,5 +1,6 @@
 """Published models are diagnosed without a false alarm, from their config.json alone: stages static and twin, no data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,21 @@ def test_the_sizes_are_the_published_ones(name: str) -> None:
     assert sum(parameter.numel() for parameter in parameters.values()) // 1000 == PARAMETERS[name]
 
 
-@each_model(OF_TWO_KINDS)
-def test_nothing_is_found_in_a_published_model(name: str) -> None:
-    report = preflight(load_config(None, {"model_name_or_path": config_file(name)}), stages=["static", "twin"])
+# Stage static, and of stage twin the checks of what is the base's own: its targets, attention, experts and files
+OF_A_BASE = ("TGT", "QNT", "HYP", "LOR", "ATT", "ENC", "BAS", "EXP")
+
+
+@pytest.mark.parametrize(
+    ("name", "select"),
+    [
+        (OF_TWO_KINDS, OF_A_BASE),
+        (SCALED, OF_A_BASE),
+        *(pytest.param(name, (), id=name, marks=pytest.mark.slow) for name in PARAMETERS),
+    ],
+)
+def test_nothing_is_found_in_a_published_model(name: str, select: Sequence[str]) -> None:
+    config = load_config(None, {"model_name_or_path": config_file(name)})
+    report = preflight(config, stages=["static", "twin"], select=select)
     allowed = {"pass", "skip", "inapplicable"}
     unexpected = [o.code for o in report if o.outcome not in allowed | ({"warn"} if o.code == "TGT102" else set())]
     assert not unexpected, plain_text(report)

@@ -1,6 +1,7 @@
 """The environment of every test, the oracle data beside the checkout where it exists, and the account of `make golden`."""
 
 import os
+import sys
 
 # Before torch is imported, and for subprocesses and the workers of xdist too: tiny operations on many threads crawl, and
 # no test may wait for a network. Set and not only suggested, so that a shell's own values do not decide what a test sees.
@@ -45,6 +46,21 @@ def _every_report_follows_its_schema() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _workers_fork_no_others() -> Iterator[None]:
+    """Let a worker of xdist run checks by itself: together the workers have every core already.
+
+    Forked processes would each compute anew what this one computes once and keeps.
+    """
+    from checks import runner, selftest  # here: workers that collect need no checks
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            for module in (runner, selftest):
+                patch.setattr(module, "available_cores", lambda: 1)
+        yield
+
+
 def _then(method: Any, look: Any) -> Any:
     return lambda self, *arguments, **named: look(method(self, *arguments, **named))
 
@@ -63,6 +79,27 @@ def trained(run_folder: Path) -> "TrainedModel":
     from d2l.inference.load import load_model
 
     return load_model(run_folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _skeletons_are_kept() -> Iterator[None]:
+    """Build the skeleton of a base, whose names a plan of loading reads, once for each configuration of a base."""
+    load_plan: Any = sys.modules.get("d2l.base.load_plan")
+    if load_plan is None:  # no test that was collected loads a base
+        yield
+        return
+    kept: dict[str, Any] = {}
+
+    def once(base_config: Any) -> Any:
+        text = base_config.to_json_string(use_diff=False)
+        if text not in kept:
+            kept[text] = build(base_config)
+        return kept[text]
+
+    build = load_plan.skeleton
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_plan, "skeleton", once)
+        yield
 
 
 @pytest.fixture

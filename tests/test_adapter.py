@@ -4,6 +4,7 @@ import json
 import warnings
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,21 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("family", BASES)
+# Every family in both precisions, with several chunks and a bias and with neither; GPT-OSS with all of them
+QUICK = {(True, 3, "float32"), (False, 1, "bfloat16")}
+EXPORTED = [
+    pytest.param(
+        family,
+        *case,
+        id=f"{family}-{'bias' if case[0] else 'nobias'}-{case[1]}-{case[2]}",
+        marks=() if family == "gpt_oss" or case in QUICK else pytest.mark.slow,
+    )
+    for family in BASES
+    for case in product([True, False], [1, 3], ["float32", "bfloat16"])
+]
+
+
+@pytest.mark.parametrize(("family", "bias", "chunks", "dtype"), EXPORTED)
 @torch.no_grad()
 def test_peft_gives_the_logits_of_the_bound_lora(
     tmp_path: Path, family: str, bias: bool, chunks: int, dtype: str
@@ -93,8 +105,13 @@ def test_peft_gives_the_logits_of_the_bound_lora(
     assert config["base_model_name_or_path"] == "some/base"
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 40])
-@pytest.mark.parametrize("family", ["gpt_oss", "llama", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "chunks"),
+    [
+        pytest.param(family, chunks, marks=() if family == "gpt_oss" or chunks == 40 else pytest.mark.slow)
+        for family, chunks in product(["gpt_oss", "llama", "gemma2", "qwen3", "mistral"], [1, 3, 40])
+    ],
+)
 @torch.no_grad()
 def test_peft_gives_the_logits_of_the_bound_lora_after_refactoring(tmp_path: Path, family: str, chunks: int) -> None:
     """The deltas have no more than the smaller rank, so that nothing is lost: chunks that are mixtures of a few rows."""

@@ -257,7 +257,7 @@ CAUSES = {
 SLOW = (
     *("norm of finite gradients overflows", "weight of the hypernetwork", "perceiver", "gradient of one parameter"),
     *("one expert that one document is routed to", "a weight that only questions pass", "head of one layer"),
-    *("teacher without a number", "square root at 0 behind a frozen weight"),
+    *("teacher without a number", "square root at 0 behind a frozen weight", "moment"),
 )
 
 
@@ -524,7 +524,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, place: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_damaged_autopsy_gets_one_line(stopped: Path, data: st.DataObject) -> None:
     stored = json.loads((stopped / "autopsy" / "autopsy.json").read_text())
     paths = [(), *((key,) for key in stored), ("suspects", 0), ("suspects", 0, "module"), ("trail", 0, "values", "low")]

@@ -42,7 +42,10 @@ def test_what_transformers_saves_is_whole(tmp_path: Path, family: str) -> None:
     assert outcome.evidence["values"] == stored >= outcome.evidence["parameters"] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",  # without experts and with them
+    [pytest.param(it, marks=() if it in ("llama", "mixtral") else pytest.mark.slow) for it in FAMILIES],
+)
 def test_any_tensor_that_is_missing_is_missed(tmp_path: Path, family: str) -> None:
     write(tmp_path, twin_config(AutoConfig.for_model(family)))
     whole = load_file(tmp_path / "model.safetensors")

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -342,41 +341,22 @@ def test_another_build_during_a_build(tmp_path: Path, tokenized_records: list[in
     assert files(tmp_path) == ALL_FILES
 
 
-BUILDER = """
-import sys
-from pathlib import Path
-from d2l.data import cache
-from d2l.data.chat.format import chat_format
-from d2l.data.chat.tokenizer import load_tokenizer
-from d2l.data.needles import needle_records
-from d2l.data.tokenize import Limits, tokenize_records
-
-cache.RECORDS_PER_SHARD = 3
-folder, records = Path(sys.argv[1]), needle_records(60, 1, 2, 8, seed=0)
-chat = chat_format(load_tokenizer("configs/models/tiny_gpt_oss"))
-fresh = tokenize_records(records, chat, Limits(), 0)
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(3):
-    assert tuple(cache.cached_rows(records, chat, Limits(), 0, folder).rows) == fresh.rows
-"""
-
-
 def test_two_processes_build_the_same_key_at_the_same_time(tmp_path: Path, chat: ChatFormat) -> None:
     records = needle_records(60, 1, 2, 8, seed=0)
     fresh = tokenize_records(records, chat, Limits(), 0)
-    command = [sys.executable, "-c", BUILDER, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        assert other.stdout.readline() == "ready\n"
-        other.stdin.write("go\n")
-        other.stdin.flush()
+    fork = get_context("fork")
+    both_ready = fork.Barrier(2, timeout=60)
+
+    def build_three_times() -> None:
+        both_ready.wait()
         for _ in range(3):
             assert_same(cached_rows(records, chat, Limits(), 0, tmp_path), fresh)
-        _, complaints = other.communicate(timeout=60)
-    assert other.returncode == 0, complaints
+
+    other = fork.Process(target=build_three_times)
+    other.start()
+    build_three_times()
+    other.join(60)
+    assert other.exitcode == 0
     (folder,) = tmp_path.iterdir()
     assert len(json.loads((folder / MANIFEST).read_text())["shards"]) == 20
     assert len(list(folder.iterdir())) == 21

@@ -191,7 +191,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     messages=conversations(),
     tools=st.none() | st.lists(tools_of(), max_size=2),

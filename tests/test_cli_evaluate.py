@@ -23,7 +23,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def evaluate(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments), "--max-new-tokens", "3"], prog_name="d2l")
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments), "--max-new-tokens", "1"], prog_name="d2l")
 
 
 def test_tables_show_every_condition_and_size_and_the_file_every_answer(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,44 +40,57 @@ def test_only_loads(shared):
 """
 
 
-def bare_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Pytest on the probe in a checkout of its own, as from a shell that sets none of our variables."""
+# One after the other in one process, which imports torch once: without the oracle data, and with it. A line begins each.
+RUNS = """
+import pathlib, pytest
+for arguments in (["-rs"], ["-m", "golden"], ["-m", "golden", "-n", "1"]):
+    if "-n" in arguments:
+        pathlib.Path("../kept").rename("../shared")
+    code = pytest.main(["-p", "no:cacheprovider", *arguments])
+    print(f"ended with {int(code)}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What pytest says on the probe in a checkout of its own, as from a shell that sets none of our variables."""
+    folder = tmp_path_factory.mktemp("bare")
+    golden = folder / "kept" / "golden" / "reference"
+    golden.mkdir(parents=True)
+    for name in ("compared", "only_loaded", "unread"):
+        (golden / f"{name}.json").write_text(json.dumps({"seed": 0}))
+        save_file({"out.x": torch.ones(2, 3)}, golden / f"{name}.safetensors")
     checkout = folder / "checkout"
-    shutil.copytree(ROOT / "tests" / "support", checkout / "tests" / "support", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tests" / "support", checkout / "tests" / "support")
     shutil.copy(ROOT / "tests" / "conftest.py", checkout / "tests")
     shutil.copy(ROOT / "pyproject.toml", checkout)
     (checkout / "tests" / "test_probe.py").write_text(PROBE)
     environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return re.split(r"(?<=ended with \d)\n", done.stdout)
 
 
-def test_without_any_variable_set_there_is_one_thread_and_no_network(tmp_path: Path) -> None:
-    result = bare_pytest(tmp_path, "-rs")
-    assert result.returncode == 0, result.stdout
-    assert "1 passed, 2 skipped" in result.stdout
-    assert "needs the oracle data in" in result.stdout
+def test_without_any_variable_set_there_is_one_thread_and_no_network(runs: list[str]) -> None:
+    assert "1 passed, 2 skipped" in runs[0]
+    assert "needs the oracle data in" in runs[0]
+    assert runs[0].endswith("ended with 0")
 
 
-def test_golden_cases_fail_where_their_folder_is_absent(tmp_path: Path) -> None:
-    result = bare_pytest(tmp_path, "-m", "golden")
-    assert result.returncode == 1
-    assert "1 passed, 2 errors" in result.stdout
-    assert f"needs the oracle data in {Path('..', 'shared')}" in result.stdout
+def test_golden_cases_fail_where_their_folder_is_absent(runs: list[str]) -> None:
+    assert "1 passed, 2 errors" in runs[1]
+    assert f"needs the oracle data in {Path('..', 'shared')}" in runs[1]
+    assert runs[1].endswith("ended with 1")
 
 
-def test_a_golden_file_that_nothing_is_compared_with_fails(tmp_path: Path) -> None:
-    folder = tmp_path / "shared" / "golden" / "reference"
-    folder.mkdir(parents=True)
-    for name in ("compared", "only_loaded", "unread"):
-        (folder / f"{name}.json").write_text(json.dumps({"seed": 0}))
-        save_file({"out.x": torch.ones(2, 3)}, folder / f"{name}.safetensors")
-    result = bare_pytest(tmp_path, "-m", "golden", "-n", "1")
-    assert result.returncode == 1
-    assert "loaded and not compared: only_loaded" in result.stdout
-    assert "1 failed, 2 passed" in result.stdout
-    assert "golden: 6 values compared: 6 in 1 files of components, 0 in 0 files of whole models" in result.stdout
-    assert "golden: FAILED, compared by no test: only_loaded, unread" in result.stdout
+def test_a_golden_file_that_nothing_is_compared_with_fails(runs: list[str]) -> None:
+    assert "loaded and not compared: only_loaded" in runs[2]
+    assert "1 failed, 2 passed" in runs[2]
+    assert "golden: 6 values compared: 6 in 1 files of components, 0 in 0 files of whole models" in runs[2]
+    assert "golden: FAILED, compared by no test: only_loaded, unread" in runs[2]
+    assert runs[2].endswith("ended with 1")
 
 
 def test_an_account_counts_values_and_names_what_was_only_loaded() -> None:

@@ -20,7 +20,7 @@ from d2l.inference.generate import ask, internalize
 from d2l.inference.load import TrainedModel, load_model
 
 RECORDS = needle_records(documents=3, pairs=2, digits=2, filler_words=8, seed=5, split="heldout")
-NEW_TOKENS = 4
+NEW_TOKENS = 2
 
 
 @pytest.fixture(scope="module")

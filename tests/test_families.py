@@ -262,11 +262,17 @@ def records() -> Iterator[Record]:
         yield Record(document, ("When?", "What leaves?"), (f"On day {day}.", "The ferry."), f"a.jsonl:{day}")
 
 
-@every_family
+# Each family once in `make test`, with one kind of target and the next with the other; both in `make kills`
+KINDS = {"attention": ATTENTION, "mlp": MLP}
+
+
 @pytest.mark.parametrize(
-    "targets",
-    [ATTENTION, MLP],
-    ids=["attention", "mlp"],
+    ("name", "targets"),
+    [
+        pytest.param(name, targets, id=f"{name}-{kind}", marks=() if (row + column) % 2 == 0 else pytest.mark.slow)
+        for row, name in enumerate(FAMILIES)
+        for column, (kind, targets) in enumerate(KINDS.items())
+    ],
 )
 def test_a_step_of_training_from_text_to_weights(name: str, targets: tuple[str, ...]) -> None:
     """One step changes what can change, the loss is finite, and with B at zero the first one is the base's own."""

@@ -93,8 +93,19 @@ CASES: list[tuple[list[int], int | None, float | None, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("training", ["query key value sinks", "query", ""])
-@pytest.mark.parametrize(("lengths", "window", "cap", "with_sinks"), CASES)
+EVERYTHING, QUERY, NOTHING = "query key value sinks", "query", ""
+# Each case is compiled for one kind of training in `make test`, and each kind in one case or more
+QUICK = {(0, EVERYTHING), (1, QUERY), (2, EVERYTHING), (3, NOTHING)}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "cap", "with_sinks", "training"),
+    [
+        pytest.param(*case, training, marks=() if (number, training) in QUICK else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+        for training in (EVERYTHING, QUERY, NOTHING)
+    ],
+)
 def test_what_is_compiled_computes_the_formula_in_value_and_gradient(
     lengths: list[int],
     window: int | None,
@@ -220,7 +231,7 @@ SLOW_LENGTHS = [pytest.param(lengths, marks=pytest.mark.slow) for lengths in ([1
 
 
 @pytest.mark.parametrize("lengths", [[11, 1, 9], *SLOW_LENGTHS])
-@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_model_on_what_is_compiled_is_the_eager_model(
     kind: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

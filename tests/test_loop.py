@@ -151,10 +151,10 @@ def test_a_run_at_its_end_takes_no_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("accumulation", "stop", "checkpointing", "muon_lr"),
     [
-        (1, 2, False, None),  # within the first epoch, which has three batches
+        pytest.param(1, 2, False, None, marks=pytest.mark.slow),  # within the first epoch, which has three batches
         (1, 3, False, None),  # at its end
         (2, 1, False, None),  # before a step that takes batches of two epochs
-        (2, 2, False, None),  # after it
+        pytest.param(2, 2, False, None, marks=pytest.mark.slow),  # after it
         (2, 2, True, None),
         (1, 2, False, 1e-3),
     ],

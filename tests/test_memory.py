@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ STEPS = {
 }
 
 
-QUICK_STEPS = {"documents, eager", "questions, per document", "experts, nothing recomputed", "logits", "Muon"}
+QUICK_STEPS = {"documents, eager", "experts, nothing recomputed", "logits"}
 
 
 @pytest.mark.parametrize(
@@ -237,10 +238,22 @@ GROUPED = {
     "recomputed": ([8] * 40, [24] * 40, {}),
     "of documents": ([24] * 60, [8] * 60, {}),
 }
+TRANSIENTS = {"in slices": 2**21, "in one": 2**25}
+QUICK_GROUPED = {("kept", "in slices"), ("of documents", "in one")}
 
 
-@pytest.mark.parametrize(("documents", "questions", "values"), GROUPED.values(), ids=GROUPED)
-@pytest.mark.parametrize("transient", [2**21, 2**25], ids=["in slices", "in one"])
+@pytest.mark.parametrize(
+    ("documents", "questions", "values", "transient"),
+    [
+        pytest.param(
+            *GROUPED[what],
+            TRANSIENTS[how],
+            id=f"{what}, {how}",
+            marks=() if (what, how) in QUICK_GROUPED else pytest.mark.slow,
+        )
+        for what, how in product(GROUPED, TRANSIENTS)
+    ],
+)
 def test_so_it_is_where_experts_are_grouped(documents, questions, values, transient: int) -> None:
     values = CONCAT | PER_DOCUMENT | values
     planned, counted = planned_and_counted(WIDE_EXPERTS, documents, questions, 4, values, transient)
@@ -287,11 +300,21 @@ def _pad(segments: Segments, x: Tensor) -> tuple[Tensor, Tensor]:
     return rearrange(padded, "l (n s) d -> l n s d", n=n), torch.ones(n, width, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK_PUBLISHED = {((1024,), "documented", "in pieces"), ((1024,), "recommended", "whole")}
+
+
 @pytest.mark.parametrize(
-    "documents",
-    [(1024,), pytest.param((300, 307, 274), marks=pytest.mark.slow), pytest.param((256,) * 8, marks=pytest.mark.slow)],
+    ("documents", "name", "whole"),
+    [
+        pytest.param(
+            documents,
+            name,
+            how == "whole",
+            id=f"{len(documents)} documents-{name}-{how}",
+            marks=() if (documents, name, how) in QUICK_PUBLISHED else pytest.mark.slow,
+        )
+        for documents, name, how in product([(1024,), (300, 307, 274), (256,) * 8], CONFIGS, ["in pieces", "whole"])
+    ],
 )
 def test_the_published_hypernetwork_keeps_what_the_plan_says(name: str, documents, whole: bool, monkeypatch) -> None:
     """Its real passes in the 20B model's shapes under autocast, on fake tensors: no memory is taken."""

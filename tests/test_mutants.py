@@ -134,7 +134,10 @@ def test_the_share_counts_neither_invalid_nor_judged_mutants() -> None:
     assert [verdict for _, verdict in from_json(table)] == [verdict for _, verdict in results]
 
 
-@pytest.mark.parametrize(("name", "config", "code"), KILLED)
+@pytest.mark.parametrize(
+    ("name", "config", "code"),
+    [pytest.param(*it, marks=() if number % 3 == 0 else pytest.mark.slow) for number, it in enumerate(KILLED)],
+)
 def test_a_mutant_is_killed(name: str, config: str, code: str) -> None:
     with planted(BY_NAME[name]):
         (outcome,) = checks.preflight(configurations()[config], select=[code])

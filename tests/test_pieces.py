@@ -1,5 +1,6 @@
 """The Perceiver in pieces is the Perceiver in one go, and the bytes that it keeps are those of its formula."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -82,8 +83,19 @@ def values_and_gradients(model: Hypernetwork, features: Tensor, lengths: tuple[i
     return [latents, *torch.autograd.grad((latents * probe).sum(), [features, *model.aggregator.parameters()])]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("lengths", [*LENGTHS, (0, 3)])
+def crossed(lengths: Sequence[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Cross lengths with variants; `make test` takes each variant with two lengths, and `make kills` all."""
+    return pytest.mark.parametrize(
+        ("lengths", "variant"),
+        [
+            pytest.param(those, variant, marks=() if (row - column) % len(lengths) < 2 else pytest.mark.slow)
+            for row, those in enumerate(lengths)
+            for column, variant in enumerate(VARIANTS)
+        ],
+    )
+
+
+@crossed([*LENGTHS, (0, 3)])
 def test_the_smallest_pieces_give_the_same_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any], lengths: tuple[int, ...]
 ) -> None:
@@ -137,8 +149,7 @@ def test_groups_of_chunks_come_out_in_the_order_of_the_row() -> None:
         torch.testing.assert_close(latents, model.aggregator(chunk, Segments((length,)))[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@crossed(LENGTHS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_bytes_that_are_kept_are_those_of_the_formula(
     variant: dict[str, Any], lengths: tuple[int, ...], autocast: bool

@@ -1,5 +1,6 @@
 """Published models are diagnosed without a false alarm, from their config.json alone: stages static and twin, no data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,17 @@ PARAMETERS = {
     "gpt-oss-20b": 20_914_757,
     "gpt-oss-120b": 116_829_156,
 }
-# A scaling of rope and kinds of layers beyond the shipped config's, and a head count that is no power of two.
-QUICK = (
-    "Llama-3.2-3B",
-    "gemma-3-1b",
-)
 
-each_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
-)
+
+def each_model(*quick: str) -> pytest.MarkDecorator:
+    """Parametrize a test by all models; `make fuzz` runs those that are not quick."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in PARAMETERS]
+    )
+
+
+# A scaling of rope and a head count that is no power of two; kinds of layers beyond the shipped config's
+SCALED, OF_TWO_KINDS = "Llama-3.2-3B", "gemma-3-1b"
 
 
 def config_file(name: str) -> str:
@@ -57,21 +60,33 @@ def test_every_file_is_in_the_table() -> None:
     assert {file.stem for file in FOLDER.glob("*.json")} == PARAMETERS.keys()
 
 
-@each_model
+@each_model(SCALED, OF_TWO_KINDS)
 def test_the_sizes_are_the_published_ones(name: str) -> None:
     parameters = dict(skeleton(read_base_config(config_file(name))).named_parameters())
     assert sum(parameter.numel() for parameter in parameters.values()) // 1000 == PARAMETERS[name]
 
 
-@each_model
-def test_nothing_is_found_in_a_published_model(name: str) -> None:
-    report = preflight(load_config(None, {"model_name_or_path": config_file(name)}), stages=["static", "twin"])
+# Stage static, and of stage twin the checks of what is the base's own: its targets, attention, experts and files
+OF_A_BASE = ("TGT", "QNT", "HYP", "LOR", "ATT", "ENC", "BAS", "EXP")
+
+
+@pytest.mark.parametrize(
+    ("name", "select"),
+    [
+        (OF_TWO_KINDS, OF_A_BASE),
+        (SCALED, OF_A_BASE),
+        *(pytest.param(name, (), id=name, marks=pytest.mark.slow) for name in PARAMETERS),
+    ],
+)
+def test_nothing_is_found_in_a_published_model(name: str, select: Sequence[str]) -> None:
+    config = load_config(None, {"model_name_or_path": config_file(name)})
+    report = preflight(config, stages=["static", "twin"], select=select)
     allowed = {"pass", "skip", "inapplicable"}
     unexpected = [o.code for o in report if o.outcome not in allowed | ({"warn"} if o.code == "TGT102" else set())]
     assert not unexpected, plain_text(report)
 
 
-@each_model
+@each_model(SCALED, OF_TWO_KINDS)
 def test_the_twin_has_the_ratio_of_heads(name: str) -> None:
     real = read_base_config(config_file(name))
     twin = twin_config(real)

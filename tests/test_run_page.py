@@ -16,6 +16,7 @@ from support.tiny_run import tiny_config
 from typer.testing import CliRunner, Result
 
 import cli
+from commands import run_page
 from commands.run_page import INK
 from d2l.data.chat.format import chat_format
 from d2l.data.chat.tokenizer import load_tokenizer
@@ -48,6 +49,12 @@ def report(run: Path, output: Path) -> tuple[str, Page]:
     page = Page(text)
     assert page.text["h2"] == HEADINGS
     return text, page
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the curves of a page out, where they are not the point."""
+    monkeypatch.setattr(run_page, "_curve", lambda *_: "")
 
 
 def outcome(code: str, kind: str, **values: str) -> dict[str, Any]:
@@ -139,6 +146,7 @@ def test_the_newest_evaluation_of_the_run_itself_is_a_table(run: Path, tmp_path:
     assert 'aria-label="held-out loss (nats) over steps"' in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_comes_from_data_stays_text(run: Path, tmp_path: Path) -> None:
     text, page = report(run, tmp_path / "page.html")
     assert "<script" not in text
@@ -149,10 +157,12 @@ def test_what_comes_from_data_stays_text(run: Path, tmp_path: Path) -> None:
     assert ("h1", {}) in page.seen
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_in_html_signs_is_named(run: Path, tmp_path: Path) -> None:
     assert "<h1>Run a&lt;b&gt;</h1>" in report(run, tmp_path / "page.html")[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_supervised_tokens_are_those_of_the_answers(run: Path, tmp_path: Path) -> None:
     page = report(run, tmp_path / "page.html")[1]
     answers = "".join(page.text["mark"]).removeprefix("supervised tokens")
@@ -162,6 +172,7 @@ def test_supervised_tokens_are_those_of_the_answers(run: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_of_a_run_gets_the_next_free_name_and_nothing_is_written_over(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "run")
     for name in ("report.html", "report-2.html"):
@@ -174,6 +185,7 @@ def test_the_page_of_a_run_gets_the_next_free_name_and_nothing_is_written_over(t
     assert (several.exit_code, "is a folder of runs: name one" in several.stderr) == (2, True)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -192,6 +204,7 @@ def test_what_is_missing_is_said(tmp_path: Path, change: Any, words: str) -> Non
     assert words in report(folder, tmp_path / "page.html")[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_data_that_is_gone_is_said(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "run", train_ds_names=[str(tmp_path / "gone.jsonl")])
     page = report(folder, tmp_path / "page.html")[1]

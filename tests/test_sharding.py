@@ -5,14 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.forked import run_forked
 from support.launch import run_here, train_alone
-from support.sharded_run import settings_of, trainer_for, write_base
+from support.sharded_run import main, settings_of, trainer_for, write_base
 from support.tiny_model import base_config, tiny_base
 
 from d2l.base.config import read_base_config
@@ -24,6 +26,7 @@ from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 from d2l.io.run_folder import EVALUATIONS, step_folder
 from d2l.train.autopsy import read_autopsy
+from d2l.train.processes import process_group
 
 CHECKPOINTED = {"name": "checkpointed", "family": "gpt_oss", "config": {"gradient_checkpointing": True}}
 OTHERS: list[dict[str, Any]] = [
@@ -53,8 +56,19 @@ LARGE = {
 }
 
 
+def fork_sharded(folder: Path, runs: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
+    """Run `sharded_run.py` in forked processes, and return the note of each."""
+
+    def task() -> None:
+        with process_group():
+            main(folder, runs)
+
+    run_forked(task, processes, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
 def run_sharded(folder: Path, runs: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
-    """Start `sharded_run.py`, and return the note of each process."""
+    """Start `sharded_run.py` by torchrun, and return the note of each process."""
     script = Path(__file__).parent / "support" / "sharded_run.py"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script)]
     environment = {
@@ -102,8 +116,9 @@ def assert_equal_to_whole(folder: Path, run: dict[str, Any], processes: int) -> 
         torch.testing.assert_close(expected[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_sharded_base_trains_the_same_weights(tmp_path: Path) -> None:
-    notes = run_sharded(tmp_path, [CHECKPOINTED], processes=2)
+@pytest.mark.parametrize("run", [fork_sharded, pytest.param(run_sharded, marks=pytest.mark.slow)])
+def test_a_sharded_base_trains_the_same_weights(run: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    notes = run(tmp_path, [CHECKPOINTED], processes=2)
     assert_equal_to_whole(tmp_path, CHECKPOINTED, processes=2)
     for note in notes:
         whole, sharded = note["checkpointed"]["none"], note["checkpointed"]["full"]

@@ -161,7 +161,8 @@ def test_the_likelihood_of_a_text_is_that_of_transformers(trained: TrainedModel)
     assert total == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_harm_tells_the_document_from_another_text(trained: TrainedModel) -> None:
+def test_harm_tells_the_document_from_another_text(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.smollm2.harm.ANSWER_TOKENS", 3)
     records = [RECORD, replace(RECORD, context="Another document, about the sea and all that swims in it.")]
     harm = measure_harm(trained, records, ["A text.", "Some other text."])
     alone = [text_likelihood(trained, None, it.context) for it in records]

@@ -1,6 +1,7 @@
 """Teacher logprobs against single forward passes of the base, and a KL run on them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import cli
+from checks.rule import Rule
+from checks.rules import RULES
 from d2l.build import Components
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
@@ -141,7 +144,17 @@ def test_the_command_writes_a_file_with_logprobs(tmp_path: Path) -> None:
     assert "never written over" in again.stderr
 
 
-def test_a_run_with_the_kl_loss_passes_its_preflight_and_trains(tmp_path: Path) -> None:
+# Those that read the data, of which the teacher is a part, and those of losses
+OF_A_TEACHER = tuple(rule for rule in RULES if rule.stage in ("static", "data") or rule.code in ("LSS201", "LSS204"))
+
+
+@pytest.mark.parametrize(
+    "rules", [pytest.param(OF_A_TEACHER, id="of a teacher"), pytest.param(RULES, id="all", marks=pytest.mark.slow)]
+)
+def test_a_run_with_the_kl_loss_passes_its_preflight_and_trains(
+    rules: Sequence[Rule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checks.rules.RULES", rules)
     data, distilled, tiny = tmp_path / "data.jsonl", tmp_path / "teacher.jsonl", "configs/tiny_gpt_oss.yaml"
     assert d2l("data", "needle", "-o", data, "--documents", 6).exit_code == 0
     assert d2l("data", "teacher", tiny, "-o", distilled, "--data", data, "--top-k", 4).exit_code == 0

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked import run_forked
 from support.launch import run_here, train_alone
 from support.tiny_model import random_rows, tiny_model
-from support.two_processes import HELDOUT, config_for
+from support.two_processes import HELDOUT, config_for, main
 
 from d2l.checkpoint import load_checkpoint
 from d2l.io.run_folder import EVALUATIONS, METRICS, step_folder
@@ -21,9 +24,10 @@ from d2l.train.metrics import MEASURED
 from d2l.train.watch import Watch
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+def start_by_torchrun(folder: Path) -> None:
+    """Run `two_processes.py` as its users start a run."""
     script = Path(__file__).parent / "support" / "two_processes.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -33,6 +37,15 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
 
+
+def fork(folder: Path) -> None:
+    """Run it in processes that need no start."""
+    run_forked(partial(main, folder), 2, folder)
+
+
+@pytest.mark.parametrize("start", [fork, pytest.param(start_by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(start: Callable[[Path], None], tmp_path: Path) -> None:
+    start(tmp_path)
     folder = tmp_path / "run"
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [note["folder"] for note in notes] == [str(folder)] * 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_model import random_rows, run_config, tiny_model
 from support.tiny_run import SHALLOW, needle_config
@@ -414,6 +414,7 @@ def record(text: str, source: str = "x") -> Record:
     return Record(context=text, prompts=("q",), responses=("a",), source=source)
 
 
+@settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.lists(st.text(max_size=3), min_size=40, max_size=80, unique=True), st.integers(2, 9), st.randoms())
 def test_the_choice_is_of_documents_and_not_of_their_order(texts: list[str], count: int, draw: Any) -> None:
     records = [record(text) for text in [*texts, *texts[:10]]]  # ten documents have two records

@@ -9,11 +9,14 @@ from support.sizes import MXFP4, NO_SPECIAL_TOKENS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from checks.production import make_subject
+from checks.training.steps import light_model
 from d2l.base.config import quantization_method, read_base_config, skeleton
 from d2l.base.load import random_base
 from d2l.base.load_plan import plan_load
 from d2l.base.masks import attention_layout, packed_masks
 from d2l.base.twin import TWIN_CANNOT_SHOW, WINDOW, twin_config
+from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
 
@@ -184,3 +187,11 @@ def test_a_config_that_cannot_be_shrunk_is_refused_by_name(monkeypatch: pytest.M
 
 def test_limits_are_stated() -> None:
     assert all(any(word in line for line in TWIN_CANNOT_SHOW) for word in ("memory", "bfloat16", "CUDA"))
+
+
+def test_the_light_twin_has_matrices_for_both_ways_of_muon() -> None:
+    """One whose sides are as 1 to 2 or more is orthogonalized by its Gram matrix; one iteration too few went unseen once."""
+    matrices = [it.shape[-2:] for it in light_model(make_subject(load_config())).hypernet.parameters() if it.dim() > 1]
+    long = [max(shape) >= 2 * min(shape) for shape in matrices if min(shape) > 2]
+    assert True in long
+    assert False in long

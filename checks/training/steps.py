@@ -87,7 +87,8 @@ def light_config(subject: "Subject", layers: int = LAYERS, **values: Any) -> "Ru
     Args:
         layers: of the base that it is for.
     """
-    small = {"num_blocks": 1, "perceiver_heads": 4, "perceiver_head_dim": 4, "lora_r": 2, "n_latent_queries": 3}
+    # heads of 3 make matrices of 12 x 8: d2l's Muon takes another way where one side is twice the other, as all others have it
+    small = {"num_blocks": 1, "perceiver_heads": 4, "perceiver_head_dim": 3, "lora_r": 2, "n_latent_queries": 3}
     exit_at = {"layer_idx": layers - 1} if subject.config.layer_idx is not None else {}
     return changed(subject.twin_config, **{**small, **exit_at, **STILL, **values})
 

@@ -76,7 +76,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("fix 2", "failure mode 10"),
-    requires=("ATT101", "HYP201"),
+    requires=("ATT101", "ATT202", "ATT201", "HYP201"),
     check=check,
     faults=(Fault("larger-scores", "scores a tenth larger", override(build=_with_larger_scores)),),
 )

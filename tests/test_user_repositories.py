@@ -94,7 +94,26 @@ def _expand(expression: str, context: str, values: dict[str, str]) -> str:
     return values.get(found[1], "")
 
 
-def test_the_action_annotates_the_line_of_the_key(workspace: Path) -> None:
+def record(workspace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Let d2l say in the action what it says to these arguments here, where its imports are there already."""
+    with monkeypatch.context() as patch:
+        patch.chdir(workspace)
+        said = CliRunner().invoke(cli.app, [*arguments], prog_name="d2l")
+    for name, text in (("out", said.stdout), ("err", said.stderr)):
+        (workspace.parent / name).write_text(text, encoding="utf-8")
+    (workspace.parent / "bin" / "d2l").write_text(
+        f'#!/bin/bash\n[ "$*" = {shlex.quote(" ".join(arguments))} ] || exit 99\n'
+        f'cat "{workspace.parent}/out"; cat "{workspace.parent}/err" >&2; exit {said.exit_code}\n',
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_action_annotates_the_line_of_the_key(
+    recorded: bool, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recorded:
+        record(workspace, monkeypatch, "preflight", "bad.yaml", *QUICK.split(), "--format", "github")
     done, outputs = act(workspace, config="bad.yaml", options=QUICK)
     assert done.returncode == 1
     assert outputs == {"exit-code": "1", "report": ""}

@@ -1,5 +1,6 @@
 """Processes of one group, forked from that of the tests: torchrun would let each of them import everything anew."""
 
+import gc
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ def run_forked(task: Callable[[], None], processes: int, folder: Path) -> None:
 def _run(task: Callable[[], None], environment: dict[str, str], log: Path) -> None:
     """Run the task, and end this process without what pytest would do at its end."""
     code = 1
+    gc.freeze()  # what the tests have made is neither collected nor copied here
     with log.open("w", encoding="utf-8") as file:
         try:
             for stream in (1, 2):

@@ -187,7 +187,7 @@ def test_version():
         (["preflight", "--selftest", "--format", "html"], "choose one of text, json, junit"),
         (["preflight", "--selftest", "--format", "sarif"], "--format sarif describes findings"),
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
-        (["explain", "ATT20"], "did you mean ATT204 window-of-another-size or ATT203"),
+        (["explain", "ATT20"], "did you mean ATT205 attention-terms-lost or ATT204"),
         (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
         (["train", "--resume", "absent"], "absent holds no config.yaml of a run: name the configuration"),
         (

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from checks.faults import override
 from checks.implementation import Implementation
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
 from d2l.errors import DataError
@@ -52,7 +52,7 @@ def check(subject: "Subject") -> Result:
     except DataError as error:
         if evaluated:
             raise
-        return Pass(f"the run does not evaluate itself, and could not: {str(error).splitlines()[0]}")
+        return Inapplicable(f"the run does not evaluate itself, and could not: {str(error).splitlines()[0]}")
     seen = {hash(row.chunks) for row in trained}  # of a million rows the tokens themselves would fill the memory
     both = [row for rows in stages for row in rows if hash(row.chunks) in seen]
     fewest = min((len({row.chunks for row in rows}) for rows in stages), default=0)

@@ -221,7 +221,8 @@ def test_kept_control_tokens_are_a_warning_where_the_data_has_any() -> None:
 
 
 def test_data_whose_control_tokens_are_kept_is_as_the_library_reads_it() -> None:
-    assert {it.outcome for it in data_report(subject_of("gpt_oss", control_tokens="keep")).outcomes} == {"pass", "warn"}
+    outcomes = data_report(subject_of("gpt_oss", control_tokens="keep")).outcomes
+    assert {it.outcome for it in outcomes if it.code != "DAT310"} == {"pass", "warn"}  # few can be held out
 
 
 def test_refused_control_tokens_are_refused_in_the_probe_too() -> None:

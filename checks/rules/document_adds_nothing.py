@@ -38,7 +38,7 @@ from checks.result import Pass, Result, Skip, Warn
 from checks.rule import Fault, Rule
 from checks.subject import changed
 from checks.trained_values import reckoned_sizes
-from checks.training.on_device import ON_CPU, nothing_to_load
+from checks.training.on_device import ON_CPU, nothing_to_load, nothing_to_train
 from d2l.plan.operations import active_weights
 
 if TYPE_CHECKING:
@@ -137,12 +137,6 @@ def _of_others(healthy: Implementation, records: "Sequence[Record]") -> "Sequenc
     return healthy.document_in_prompts(mixed)
 
 
-def _unless(subject: "Subject") -> str:
-    if nothing_to_load(subject) is not None:
-        return "there are no weights to load"
-    return "" if subject.records is not None and subject.tokenizer is not None else "there is no data"
-
-
 RULE = Rule(
     code="DAT401",
     name="document-adds-nothing",
@@ -156,12 +150,12 @@ RULE = Rule(
         Fault(
             "documents-left-out",
             "prompts without their documents",
-            override(_unless, document_in_prompts=lambda healthy, records: records),
+            override(nothing_to_train, document_in_prompts=lambda healthy, records: records),
         ),
         Fault(
             "anothers-documents",
             "prompts with the document of the next record",
-            override(_unless, document_in_prompts=_of_others),
+            override(nothing_to_train, document_in_prompts=_of_others),
         ),
     ),
 )

@@ -33,7 +33,7 @@ from checks.faults import override
 from checks.implementation import Implementation
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
-from checks.training.on_device import STEPS, DeviceSteps, device_steps, nothing_to_load
+from checks.training.on_device import STEPS, DeviceSteps, device_steps, nothing_to_train
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -73,12 +73,6 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{STEPS} steps on {steps.tokens:,} tokens{begun}; every parameter has a gradient", evidence)
 
 
-def _unless(subject: "Subject") -> str:
-    if nothing_to_load(subject) is not None:
-        return "there are no weights to load"
-    return "" if subject.records is not None and subject.tokenizer is not None else "there is no data"
-
-
 def _with_a_larger_head(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
     model.base.get_output_embeddings().weight.data.mul_(1.1)
     return healthy.trainer(model, rows, config)
@@ -113,11 +107,15 @@ RULE = Rule(
     lasting=True,
     faults=(
         Fault(
-            "larger-head", "a head that is a tenth larger than it was", override(_unless, trainer=_with_a_larger_head)
+            "larger-head",
+            "a head that is a tenth larger than it was",
+            override(nothing_to_train, trainer=_with_a_larger_head),
         ),
         Fault(
-            "frozen-part", "a part of the hypernetwork that is frozen", override(_unless, trainer=_with_a_frozen_part)
+            "frozen-part",
+            "a part of the hypernetwork that is frozen",
+            override(nothing_to_train, trainer=_with_a_frozen_part),
         ),
-        Fault("spoilt-update", "an update that leaves NaN", override(_unless, trainer=_with_a_spoilt_update)),
+        Fault("spoilt-update", "an update that leaves NaN", override(nothing_to_train, trainer=_with_a_spoilt_update)),
     ),
 )

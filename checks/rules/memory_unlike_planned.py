@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from checks.faults import override
 from checks.result import Pass, Result, Skip, Warn
 from checks.rule import Fault, Rule
-from checks.training.on_device import DeviceSteps, device_steps, nothing_to_load
+from checks.training.on_device import DeviceSteps, device_steps, nothing_to_load, nothing_to_train
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -71,7 +71,7 @@ RULE = Rule(
             "more-memory",
             "a step of a tebibyte",
             override(
-                lambda subject: "" if nothing_to_load(subject) is None else "there are no weights to load",
+                nothing_to_train,
                 peak_memory=lambda healthy, work: (work(), 2**40)[1],
             ),
         ),

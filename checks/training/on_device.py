@@ -64,6 +64,13 @@ def nothing_to_load(subject: "Subject") -> Result | None:
     return None
 
 
+def nothing_to_train(subject: "Subject") -> str:
+    """Say why the real weights cannot be asked about the run's data; empty where they can."""
+    if nothing_to_load(subject) is not None:
+        return "there are no weights to load"
+    return "" if subject.records is not None and subject.tokenizer is not None else "there is no data"
+
+
 def device_steps(subject: "Subject") -> DeviceSteps | Result:
     """Take the steps once for all checks, or return why none can be taken."""
     return shared(subject, "device_steps", lambda: _steps(subject))

@@ -13,8 +13,8 @@ model than the one that is served. Releases of transformers differ in what they 
 
 How it is detected
 ------------------
-In float32 equal computations agree to 1e-6 of the largest logit; the bound is 1e-4. Lost soft caps were 0.1 apart. On a GPU,
-where other kernels run, ATT401 compares the same.
+In float32 equal computations agree to 2e-4 of the largest logit, as large scores round; the bound is 1e-3. Lost soft caps were
+0.07 apart. On a GPU, where other kernels run, ATT401 compares the same.
 
 How to fix
 ----------
@@ -28,13 +28,14 @@ import torch
 
 from checks.faults import override
 from checks.implementation import Implementation, Model
-from checks.probes import TOLERANCE, alone, difference, probe_rows
+from checks.probes import alone, difference, probe_rows
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 
 if TYPE_CHECKING:
     from checks.subject import Subject
 
+TOLERANCE = 1e-3  # of the largest logit
 SHARPER = 8.0  # times; scores of a twin are about 1, and a cap of 50 changes those of 10 by more than 1%
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call their number
+TAKEN = 2  # of which a token takes at most so many, out of twice as many: routing has a choice
 
 
 @dataclass(frozen=True)
@@ -188,18 +189,13 @@ def plans_noted() -> "Iterator[list[tuple[RunConfig, PreTrainedConfig]]]":
 _noting_plans: "list[list[tuple[RunConfig, PreTrainedConfig]]]" = []
 
 
-def with_few_experts(config: "PreTrainedConfig", taken: int = 2, choice: int = 2) -> "PreTrainedConfig":
-    """Return a twin's config with fewer experts; itself where it has no more, or chooses among groups of them.
-
-    Args:
-        taken: of these a token takes at most so many.
-        choice: so many times as many are there.
-    """
+def with_few_experts(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return a twin's config with few experts; itself where it has none, or chooses among groups of them."""
     top_k = getattr(config, "num_experts_per_tok", None)
     if top_k is None or getattr(config, "n_group", None):
         return config
-    few = min(taken, top_k)
-    wanted = {"num_experts_per_tok": few, **dict.fromkeys(EXPERTS, choice * few)}
+    few = min(TAKEN, top_k)
+    wanted = {"num_experts_per_tok": few, **dict.fromkeys(EXPERTS, 2 * few)}
     names = {config.attribute_map.get(name, name): size for name, size in wanted.items()}
     values = config.to_dict()
     smaller = {name: min(size, values[name]) for name, size in names.items() if values.get(name) is not None}

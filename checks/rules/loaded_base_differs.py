@@ -63,6 +63,9 @@ def check(subject: "Subject") -> Result:
     """Compare what was loaded with the plan, and its logits with those of transformers' own loading."""
     if reason := nothing_to_load(subject):
         return reason
+    size = _dense_bytes(subject)
+    if subject.plan.device.value == "cpu" and size > ON_CPU:  # before anything is loaded: a laptop may not hold it
+        return _too_large(size, ON_CPU)
     base = subject.implementation.load_base(Path(subject.config.model_name_or_path), subject.plan)
     if otherwise := _otherwise(base, subject):
         return Fail(
@@ -71,10 +74,9 @@ def check(subject: "Subject") -> Result:
             actual=", ".join(f"{what} {found}" for what, _, found in otherwise),
             remedy=REMEDY,
         )
-    size, free = _dense_bytes(subject), subject.implementation.free_memory()
-    room = ON_CPU if subject.plan.device.value == "cpu" or free is None else free
-    if size > room:
-        return Skip(f"transformers' own copy takes {size / GIB:.1f} GiB, and {room / GIB:.1f} GiB are to be had")
+    free = subject.implementation.free_memory()
+    if subject.plan.device.value != "cpu" and free is not None and size > free:
+        return _too_large(size, free)
     probe = _Probe.of(subject)
     found = probe.packed(subject, base)
     del base  # a GPU need not hold both
@@ -85,7 +87,7 @@ def check(subject: "Subject") -> Result:
     else:
         exact = probe.alone_in_float32(plain)
         errors, own = probe.errors(found, exact), probe.errors(probe.alone(plain), exact)
-        worst, bound = max(error / rounding for error, rounding in zip(errors, own, strict=True)), ROUNDED
+        worst, bound = max(error / max(rounding, 1e-9) for error, rounding in zip(errors, own, strict=True)), ROUNDED
         measure = "logits with errors {:.2g} times those of eager attention"
     evidence = {"apart": worst, "dtype": subject.plan.dtype.value, "tokens": sum(probe.lengths)}
     if not worst <= bound:
@@ -97,6 +99,10 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     return Pass(f"loaded as planned; {measure.format(worst)}, beside transformers' own", evidence)
+
+
+def _too_large(size: int, room: int) -> Skip:
+    return Skip(f"transformers' own copy takes {size / GIB:.1f} GiB, and {room / GIB:.1f} GiB are to be had")
 
 
 def _otherwise(base: "PreTrainedModel", subject: "Subject") -> list[tuple[str, object, object]]:

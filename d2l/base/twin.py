@@ -26,6 +26,7 @@ TWIN_CANNOT_SHOW = (
     "running out of memory: a twin is a few megabytes",
     "overflow and rounding in bfloat16 at the real width and depth",
     "CUDA kernels: attention (ATT401 judges it on a GPU), Triton and fused kernels that only run on a GPU",
+    "what takes more than two experts a token: a twin's checks route to two of four",
     "damage to the real weights, such as a transposed or truncated tensor",
     "what the real model knows: losses of a random model say nothing about quality",
 )

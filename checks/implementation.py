@@ -149,6 +149,15 @@ class Implementation(Protocol):
     def evaluate(self, run: Any, rows: Sequence["Row"]) -> None:
         """Score held-out rows in the middle of a run, as its own evaluations do."""
 
+    def generate(
+        self, model: Any, lora: "Lora | None", prompts: Tensor, stop: Sequence[int], max_new_tokens: int
+    ) -> Tensor:
+        """Answer prompts, int64 [n, T], greedily, each with the LoRA of its own context; None: with the base alone.
+
+        Returns:
+            The new tokens, int64 [n, up to max_new_tokens]; behind a stop token, anything.
+        """
+
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""
 

@@ -36,6 +36,7 @@ from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
+from d2l.inference.generate import generate
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
@@ -131,6 +132,11 @@ class Production:
         with TemporaryDirectory(prefix="d2l-") as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said of a twin's documents helps nobody
             Watch(run, Path(folder), [rows]).evaluate(run.step_number)
+
+    def generate(
+        self, model: DocToLora, lora: Lora | None, prompts: Tensor, stop: Sequence[int], max_new_tokens: int
+    ) -> Tensor:
+        return generate(model, lora, prompts, stop=stop, max_new_tokens=max_new_tokens)
 
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder

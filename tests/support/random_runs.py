@@ -5,7 +5,7 @@ A seed is a run. Left out are only settings that a check refuses by design: `per
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from math import log
 from random import Random
 from typing import Any
@@ -32,7 +32,7 @@ NO_SDPA = ("gpt_oss", "gemma2")  # sinks, soft caps
 CHECKPOINTING = ({}, {"use_reentrant": False}, {"use_reentrant": False, "preserve_rng_state": False})
 
 
-@cache
+@lru_cache(maxsize=32)  # each keeps the twins that checks made of it, 30 MB
 def random_subject(seed: int) -> Subject:
     """The run of a seed: every second one on GPT-OSS, the others on the other families."""
     draw = Random(seed)

@@ -8,6 +8,7 @@ OLDEST := .venv-oldest
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+unexport PYTHONDONTWRITEBYTECODE # where it is set, every process of the tests would compile every module anew
 
 .PHONY: install run test oldest lint types golden fuzz pairs kills prove study reach real mutants layers bench gpu docs clean
 

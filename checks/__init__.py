@@ -37,7 +37,7 @@ def preflight(
     Raises:
         D2LError: the configuration, the base model or the data cannot be used, or a check or stage does not exist.
     """
-    from checks.choice import chosen_by
+    from checks.choice import chosen_by, reads_data
     from checks.plugins import with_plugins
     from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
     from checks.result import UsageError
@@ -50,8 +50,7 @@ def preflight(
         raise UsageError("stages and select are lists of names: write select=['ATT201']")
     name = "" if isinstance(config, RunConfig) else str(config or "")
     resolved = config if isinstance(config, RunConfig) else load_config(None if config is None else Path(config))
-    with_data = not stages or not {"data", "device"}.isdisjoint(stages)
     with one_thread():
-        subject = make_subject(resolved, name, implementation=implementation, with_data=with_data)
+        subject = make_subject(resolved, name, implementation=implementation, with_data=reads_data(stages))
         selected, ignored = chosen_by(resolved, select, ignore or {})
         return run_checks(subject, with_plugins(RULES), stages=stages, select=selected, ignore=ignored)

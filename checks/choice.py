@@ -42,6 +42,11 @@ class Ignore:
         return self.last_day is None or today <= self.last_day
 
 
+def reads_data(stages: Collection[str]) -> bool:
+    """Tell whether the checks of these stages read the run's data; empty means all."""
+    return not stages or not {"data", "device"}.isdisjoint(stages)
+
+
 def choose(rules: Sequence[Rule], stages: Collection[str], select: Collection[str]) -> Choice:
     """Return the rules of these stages and of this selection.
 

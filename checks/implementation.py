@@ -158,6 +158,12 @@ class Implementation(Protocol):
             The new tokens, int64 [n, up to max_new_tokens]; behind a stop token, anything.
         """
 
+    def prompt(self, chat: "ChatFormat", question: str) -> Sequence[int]:
+        """Return the tokens after which an evaluation lets a model answer a question."""
+
+    def answer(self, chat: "ChatFormat", ids: Sequence[int]) -> str:
+        """Return the text for the user of the tokens that a model wrote, without the one that ends them."""
+
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""
 

@@ -36,7 +36,7 @@ from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
-from d2l.inference.generate import generate
+from d2l.inference.generate import decode_answer, encode_prompt, generate
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
@@ -137,6 +137,12 @@ class Production:
         self, model: DocToLora, lora: Lora | None, prompts: Tensor, stop: Sequence[int], max_new_tokens: int
     ) -> Tensor:
         return generate(model, lora, prompts, stop=stop, max_new_tokens=max_new_tokens)
+
+    def prompt(self, chat: ChatFormat, question: str) -> Sequence[int]:
+        return encode_prompt(chat, question)
+
+    def answer(self, chat: ChatFormat, ids: Sequence[int]) -> str:
+        return decode_answer(chat, ids)
 
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder

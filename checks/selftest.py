@@ -4,7 +4,7 @@ A check that nobody saw fail is no check.
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,7 +107,7 @@ def run_selftest(
     stages = stages or STAGES_WITHOUT_DEVICE
     chosen = choose(rules, stages, select).rules
     present = choose(rules, stages, ()).rules
-    alone, used = _measure_alone(subject, present) if hasattr(subject, "twin") else ({}, {})
+    alone, used = measure_alone(subject, present) if hasattr(subject, "twin") else ({}, {})
     known = {outcome.code: outcome for outcome in alone}
     outcomes = examine(
         subject, present, {}, observe, known=lambda judged, rule: known.get(rule.code) if judged is subject else None
@@ -124,7 +124,7 @@ def run_selftest(
     )
 
 
-def _measure_alone(subject: "Subject", rules: Sequence[Rule]) -> "tuple[list[Outcome], dict[str, Used]]":
+def measure_alone(subject: "Subject", rules: Sequence[Rule]) -> "tuple[list[Outcome], dict[str, Used]]":
     """Run each rule by itself on the clean subject; return its outcome, and by its code what it uses.
 
     A fault in anything else cannot change its outcome.
@@ -164,7 +164,7 @@ def _trials(
         yield result
 
 
-def _concerns(rule: Rule, fault: Fault, planted: "Subject", subject: "Subject", used: "dict[str, Used]") -> bool:
+def concerns(rule: Rule, fault: Fault, planted: "Subject", subject: "Subject", used: "Mapping[str, Used]") -> bool:
     """Tell whether a fault could change a rule's outcome: it uses what differs."""
     from checks.faults import changed_fields, only_records_differ, plans_differ  # here: they import torch
 
@@ -206,7 +206,7 @@ def _try(
     except Exception as error:
         return "not_applied", f"planting crashed: {type(error).__name__}: {error}"
 
-    concerned = [other for other in present if other == rule or _concerns(other, fault, planted, subject, used)]
+    concerned = [other for other in present if other == rule or concerns(other, fault, planted, subject, used)]
     if used:
         inherit(planted, subject, fault.replaces)
 

@@ -241,11 +241,12 @@ def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":
 @contextmanager
 def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, Observer]]":
     """Yield what is examined, with the progress of it shown meanwhile."""
+    from checks.choice import reads_data
     from checks.production import make_subject, one_thread
 
-    needs_data = not asked.stages or not {"data", "device"}.isdisjoint(asked.stages)
+    with_data = reads_data(asked.stages)
     with checks_progress() as (observe, on_tokenize), one_thread():
-        yield make_subject(config, asked.name, on_tokenize, asked.implementation, needs_data), observe
+        yield make_subject(config, asked.name, on_tokenize, asked.implementation, with_data), observe
 
 
 def _detail(quiet: bool, verbose: bool) -> "Detail":

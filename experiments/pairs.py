@@ -4,7 +4,8 @@
     python experiments/pairs.py --all      # every fault with every fault of another check
 
 A report that names one cause of two, and turns green or silent about the other, would send its reader home too early.
-Only the two checks and what they require are run: nothing else decides their outcome.
+Only the two checks and what they require are run: nothing else decides their outcome. A requirement that uses nothing of
+what either fault changes keeps the outcome that it has without them.
 """
 
 import argparse
@@ -13,18 +14,19 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from checks.faults import override
+from checks.faults import Used, override
 from checks.processes import available_cores, in_processes
 from checks.production import make_subject, one_thread
 from checks.result import NotApplicable, NotOffered, Outcome
 from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import examine
+from checks.selftest import concerns, measure_alone
 from checks.subject import Subject
 from d2l.config.load import load_config
 from d2l.errors import D2LError
@@ -41,6 +43,31 @@ class Pair:
     second: str
     result: str
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The run without faults, what every check says of it, and the checks of which a fault can change that."""
+
+    subject: Subject
+    outcomes: Mapping[str, Outcome]
+    changed: Mapping[Fault, frozenset[str]]
+
+    @classmethod
+    def of(cls, subject: Subject, planted: Sequence[Planted]) -> "Clean":
+        """Run every check on a subject, each by itself."""
+        outcomes, used = measure_alone(subject, RULES)
+        changed = {fault: frozenset(_changed_by(fault, subject, used)) for _, fault in planted}
+        return cls(subject, {outcome.code: outcome for outcome in outcomes}, changed)
+
+
+def _changed_by(fault: Fault, subject: Subject, used: Mapping[str, Used]) -> Iterator[str]:
+    """Yield the checks whose outcome a fault can change: any, where it cannot be planted by itself."""
+    try:
+        planted = fault.plant(subject)
+    except (NotApplicable, NotOffered, D2LError):
+        planted = None
+    yield from (rule.code for rule in RULES if planted is None or concerns(rule, fault, planted, subject, used))
 
 
 def clean_subject() -> Subject:
@@ -61,13 +88,20 @@ def pairs(planted: Sequence[Planted]) -> list[tuple[Planted, Planted]]:
     return [(one, two) for one, two in itertools.combinations(planted, 2) if one[0] != two[0]]
 
 
-def try_pair(subject: Subject, one: Planted, two: Planted) -> Pair:
+def try_pair(clean: Clean, one: Planted, two: Planted) -> Pair:
     """Plant both and look at what the report makes of them."""
     names = [f"{rule.code} {fault.name}" for rule, fault in (one, two)]
-    faulty, reason = _planted(subject, one[1], two[1])
+    faulty, reason = _planted(clean.subject, one[1], two[1])
     if faulty is None:
         return Pair(*names, "inapplicable", reason)
-    outcomes = {outcome.code: outcome for outcome in examine(faulty, _needed(one[0], two[0]), {}, lambda rule: None)}
+    rules = _needed(one[0], two[0])
+    changed = {one[0].code, two[0].code}.union(*(clean.changed.get(fault, ()) for _, fault in (one, two)))
+
+    def known(judged: Subject, rule: Rule) -> Outcome | None:
+        return None if rule.code in changed or judged is not faulty else clean.outcomes.get(rule.code)
+
+    found = examine(faulty, rules, {}, lambda rule: None, known=known)
+    outcomes = {outcome.code: outcome for outcome in found}
     first, second = outcomes[one[0].code], outcomes[two[0].code]
     if first.found_fault and second.found_fault:
         return Pair(*names, "both named")
@@ -117,9 +151,9 @@ def _words(outcome: Outcome) -> str:
     return f"{outcome.code} {outcome.outcome}{blocked}: {outcome.message[:80]}"
 
 
-def run(subject: Subject, chosen: Sequence[tuple[Planted, Planted]]) -> Iterator[Pair]:
+def run(clean: Clean, chosen: Sequence[tuple[Planted, Planted]]) -> Iterator[Pair]:
     """Try the pairs on all cores."""
-    return in_processes(lambda index: try_pair(subject, *chosen[index]), len(chosen), available_cores())
+    return in_processes(lambda index: try_pair(clean, *chosen[index]), len(chosen), available_cores())
 
 
 def main() -> None:
@@ -129,10 +163,11 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     with one_thread():
-        subject = clean_subject()
-        chosen = pairs(faults(options.all))
+        planted = faults(options.all)
+        chosen = pairs(planted)
+        clean = Clean.of(clean_subject(), planted)
         outcomes = []
-        for pair in run(subject, chosen):
+        for pair in run(clean, chosen):
             outcomes.append(pair)
             if pair.result == "lost":
                 sys.stdout.write(f"{pair.first} + {pair.second}: {pair.detail}\n")

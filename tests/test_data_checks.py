@@ -166,8 +166,10 @@ def test_a_template_whose_text_merges_with_the_document_is_green(
     path = tmp_path / "template.jinja"
     path.write_text(template, encoding="utf-8")
     clean = replace(subject_of("gpt_oss", chat_template=str(path), **LIMITS["chunked"]), tokenizer=generic)
-    report = data_report(clean, without)
+    report = data_report(clean, {*without, "EVL301"})
     assert_green(report)
+    (asked,) = run_checks(clean, RULES, select=("EVL301",)).outcomes
+    assert (asked.outcome, "generation prompt" in asked.remedy) == ("warn", True)  # questions would have no header
 
 
 def test_a_template_that_prints_the_date_by_the_clock_is_read_alike(tmp_path: Path) -> None:

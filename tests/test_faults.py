@@ -12,7 +12,7 @@ from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.rules.stale_token_cache import _exchange
-from checks.selftest import _concerns
+from checks.selftest import concerns
 from checks.subject import Subject, changed
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
@@ -86,7 +86,7 @@ class TestFaultsThatShowInAnotherRun:
         planted = fault.plant(subject)
         for methods, fields, expected in (("batches", "seed", True), ("rows", "lora_r", True), ("rows", "seed", False)):
             used = {rule.code: Used(frozenset({methods}), frozenset({fields}))}
-            assert _concerns(rule, fault, planted, subject, used) == expected
+            assert concerns(rule, fault, planted, subject, used) == expected
 
 
 class TestInheritance:

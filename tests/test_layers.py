@@ -5,24 +5,30 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from support.layers import PACKAGES, Graph, Import, circles, declared_floors, read_graph, room, wrong_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = declared_floors(ROOT)
-GRAPH = read_graph(ROOT)
 
 
-def test_every_room_stands_on_one_floor() -> None:
-    rooms = sorted({room(module).removeprefix("d2l.") for module in GRAPH.modules if module.startswith("d2l.")})
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """The imports of this tree."""
+    return read_graph(ROOT)
+
+
+def test_every_room_stands_on_one_floor(graph: Graph) -> None:
+    rooms = sorted({room(module).removeprefix("d2l.") for module in graph.modules if module.startswith("d2l.")})
     assert rooms == sorted(name for floor in FLOORS for name in floor)
 
 
-def test_imports_go_downwards() -> None:
-    assert wrong_imports(GRAPH, FLOORS) == []
+def test_imports_go_downwards(graph: Graph) -> None:
+    assert wrong_imports(graph, FLOORS) == []
 
 
-def test_no_two_modules_import_each_other_in_a_circle() -> None:
-    assert circles(GRAPH.arrows({module: module for module in GRAPH.modules})) == []
+def test_no_two_modules_import_each_other_in_a_circle(graph: Graph) -> None:
+    assert circles(graph.arrows({module: module for module in graph.modules})) == []
 
 
 def test_an_import_upwards_is_seen_on_every_floor(tmp_path: Path) -> None:

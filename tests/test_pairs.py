@@ -3,7 +3,7 @@
 import pytest
 
 from checks.rules import RULES
-from experiments.pairs import Planted, clean_subject, try_pair
+from experiments.pairs import Clean, Planted, clean_subject, try_pair
 
 
 def planted(code: str, name: str) -> Planted:
@@ -25,5 +25,5 @@ def planted(code: str, name: str) -> Planted:
     ],
 )
 def test_both_are_named_or_one_waits_for_the_other(one: tuple[str, str], two: tuple[str, str], result: str) -> None:
-    pair = try_pair(clean_subject(), planted(*one), planted(*two))
+    pair = try_pair(Clean(clean_subject(), {}, {}), planted(*one), planted(*two))
     assert pair.result == result, pair

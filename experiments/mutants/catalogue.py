@@ -3,6 +3,7 @@
 from collections import Counter
 
 from experiments.mutants import (
+    bugs_answers,
     bugs_base,
     bugs_chat,
     bugs_checkpoint,
@@ -28,7 +29,7 @@ MUTANTS: tuple[Mutant, ...] = (
         *bugs_losses.MUTANTS,
     ),
     *(*bugs_trainer.MUTANTS, *bugs_optimizer.MUTANTS, *bugs_data.MUTANTS, *bugs_packing.MUTANTS, *bugs_chat.MUTANTS),
-    *(*bugs_base.MUTANTS, *bugs_masks.MUTANTS, *bugs_checkpoint.MUTANTS),
+    *(*bugs_base.MUTANTS, *bugs_masks.MUTANTS, *bugs_checkpoint.MUTANTS, *bugs_answers.MUTANTS),
 )
 
 _twice = [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1]

@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 
-from experiments.mutants import witnesses_base, witnesses_data, witnesses_files, witnesses_model, witnesses_training
+from experiments.mutants import (
+    witnesses_answers,
+    witnesses_base,
+    witnesses_data,
+    witnesses_files,
+    witnesses_model,
+    witnesses_training,
+)
 from experiments.mutants.values import Values
 
 WITNESSES: dict[str, Callable[[Values], None]] = {
@@ -25,5 +32,6 @@ WITNESSES: dict[str, Callable[[Values], None]] = {
             witnesses_base.masks,
         ),
         *(witnesses_base.memory, witnesses_files.checkpoint, witnesses_files.export, witnesses_files.reference),
+        witnesses_answers.answers,
     )
 }

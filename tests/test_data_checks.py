@@ -169,7 +169,7 @@ def test_a_template_whose_text_merges_with_the_document_is_green(
     report = data_report(clean, {*without, "EVL301"})
     assert_green(report)
     (asked,) = run_checks(clean, RULES, select=("EVL301",)).outcomes
-    assert (asked.outcome, "generation prompt" in asked.remedy) == ("warn", True)  # questions would have no header
+    assert (asked.outcome, "generation prompt" in asked.remedy) == ("fail", True)  # questions would have no header
 
 
 def test_a_template_that_prints_the_date_by_the_clock_is_read_alike(tmp_path: Path) -> None:

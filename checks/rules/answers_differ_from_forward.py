@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from checks.implementation import Implementation
     from checks.subject import Subject
 
-PROMPT, ANSWER = 5, 8  # tokens; together more than a twin's sliding window, which is at most 8
+PROMPT, ANSWER = 5, 12  # tokens, more than a twin's sliding window, which is at most 8, and enough for some to repeat
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from checks.data.expected import conversation_format
 from checks.faults import override
-from checks.result import Inapplicable, Pass, Result, Skip, Warn
+from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def _questions(subject: "Subject", form: "ConversationFormat") -> "Iterator[tupl
             yield where, question, answer, expected
 
 
-def _finding(message: str, expected: str, actual: str) -> Warn:
-    return Warn(
+def _finding(message: str, expected: str, actual: str) -> Fail:
+    return Fail(
         message=message,
         expected=expected,
         actual=actual,
@@ -102,7 +102,7 @@ RULE = Rule(
     code="EVL301",
     name="asked-otherwise-than-trained",
     stage="data",
-    severity="warning",
+    severity="error",
     sources=("failure mode 30", "https://huggingface.co/docs/transformers/chat_templating"),
     requires=("LBL301", "DAT302"),
     check=check,

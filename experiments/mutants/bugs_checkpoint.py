@@ -122,12 +122,6 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
-        "d2l.checkpoint:take_snapshot",
-        "resume",
-        ("moments-not-copied", "_copy(checkpoint.trainer)", "{}", "no checkpoint can be continued"),
-    ),
-    *bugs(
-        _RESUME,
         "d2l.checkpoint:_find_damage",
         "checkpoint",
         ("hashes-not-compared", "if _sha256(file) != digest:", "if False:", "damaged weights are loaded"),

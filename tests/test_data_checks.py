@@ -174,7 +174,8 @@ def test_a_template_whose_text_merges_with_the_document_is_green(
 
 def test_a_template_that_prints_the_date_by_the_clock_is_read_alike(tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
-    path.write_text("{{ strftime_now('%d %b %Y') }}|{{ strftime_now(\"%A\") }}" + CHATML, encoding="utf-8")
+    days = "{{ strftime_now('%d %b %Y') }}|{{ strftime_now(\"%A\") }}"
+    path.write_text(days + CHATML + "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}", encoding="utf-8")
     clean = replace(subject_of("gpt_oss", chat_template=str(path), current_date="2024-02-09"), tokenizer=generic)
     form = conversation_format(clean)
     assert form.document("x").startswith("09 Feb 2024|Friday<|start|>user")

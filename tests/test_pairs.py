@@ -18,6 +18,7 @@ def planted(code: str, name: str) -> Planted:
         (("TGT102", "keys-only"), ("DAT304", "tail-lost"), "both named"),
         (("HYP201", "rank-broadcast"), ("GRD201", "latest-binding"), "blocked"),
         (("ATT201", "no-mask"), ("LOR204", "scale-over-r"), "blocked"),
+        pytest.param(("LOR204", "scale-over-r"), ("ATT205", "larger-scores"), "blocked", marks=pytest.mark.slow),
         pytest.param(("GRD201", "reentrant"), ("GRD202", "not-handed-on"), "blocked", marks=pytest.mark.slow),
         pytest.param(("STP201", "no-guard"), ("LSS203", "one-too-many"), "both named", marks=pytest.mark.slow),
         (("DAT301", "tight-budget"), ("DAT304", "document-cut"), "blocked"),

@@ -69,8 +69,13 @@ RULE = Rule(
     faults=(
         Fault(
             "one-short-row",
-            "a step of one row of 1,024 document tokens, of documents that are not generated",
-            configure(train_ds_names=(), curriculum=(), max_packed_ctx_len=1024, gradient_accumulation_steps=1),
+            "a step of one row of 1,024 document tokens, of documents that are not all generated",
+            configure(
+                train_ds_names=(*NEEDLES, "documents.jsonl"),
+                curriculum=(),
+                max_packed_ctx_len=1024,
+                gradient_accumulation_steps=1,
+            ),
         ),
     ),
 )

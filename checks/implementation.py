@@ -162,7 +162,7 @@ class Implementation(Protocol):
         """Return the tokens after which an evaluation lets a model answer a question."""
 
     def answer(self, chat: "ChatFormat", ids: Sequence[int]) -> str:
-        """Return the text for the user of the tokens that a model wrote, without the one that ends them."""
+        """Return the text for the user of the tokens that a model wrote, up to the one that ends its answer."""
 
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""

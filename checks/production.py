@@ -36,7 +36,7 @@ from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
-from d2l.inference.generate import decode_answer, encode_prompt, generate
+from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
@@ -142,7 +142,7 @@ class Production:
         return encode_prompt(chat, question)
 
     def answer(self, chat: ChatFormat, ids: Sequence[int]) -> str:
-        return decode_answer(chat, ids)
+        return decode_answer(chat, truncate_at_stop(ids, find_stop_ids(chat, chat.tokenizer.eos_token_id)))
 
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder

@@ -4,8 +4,8 @@
     python experiments/pairs.py --all      # every fault with every fault of another check
 
 A report that names one cause of two, and turns green or silent about the other, would send its reader home too early.
-Only the two checks and what they require are run: nothing else decides their outcome. A requirement that uses nothing of
-what either fault changes keeps the outcome that it has without them.
+Only the two checks and what they require are run: nothing else decides their outcome; and where one is skipped, the checks
+that it names. A requirement that uses nothing of what either fault changes keeps the outcome that it has without them.
 """
 
 import argparse
@@ -94,22 +94,28 @@ def try_pair(clean: Clean, one: Planted, two: Planted) -> Pair:
     faulty, reason = _planted(clean.subject, one[1], two[1])
     if faulty is None:
         return Pair(*names, "inapplicable", reason)
-    rules = _needed(one[0], two[0])
     changed = {one[0].code, two[0].code}.union(*(clean.changed.get(fault, ()) for _, fault in (one, two)))
 
     def known(judged: Subject, rule: Rule) -> Outcome | None:
         return None if rule.code in changed or judged is not faulty else clean.outcomes.get(rule.code)
 
-    found = examine(faulty, rules, {}, lambda rule: None, known=known)
-    outcomes = {outcome.code: outcome for outcome in found}
-    first, second = outcomes[one[0].code], outcomes[two[0].code]
+    def outcomes(*rules: Rule) -> dict[str, Outcome]:
+        found = examine(faulty, _needed(*rules), {}, lambda rule: None, known=known)
+        return {outcome.code: outcome for outcome in found}
+
+    found = outcomes(one[0], two[0])
+    first, second = found[one[0].code], found[two[0].code]
     if first.found_fault and second.found_fault:
         return Pair(*names, "both named")
     for named, hidden in ((first, second), (second, first)):
-        waits = hidden.outcome == "skip" and named.code in hidden.message
-        blocked = hidden.outcome == "blocked" and hidden.blocked_by == named.code
-        if named.found_fault and (waits or blocked):
-            return Pair(*names, "blocked", f"{hidden.code} by {named.code}")
+        if not named.found_fault:
+            continue
+        if hidden.blocked_by and found[hidden.blocked_by].found_fault:
+            return Pair(*names, "blocked", f"{hidden.code} by {hidden.blocked_by}")
+        if hidden.outcome == "skip":  # it says which checks judge what it waits for; one of them has to be red
+            judges = [rule for rule in RULES if rule.code in hidden.message]
+            if causes := [code for code, outcome in outcomes(*judges).items() if outcome.found_fault]:
+                return Pair(*names, "blocked", f"{hidden.code} by {', '.join(causes)}")
     return Pair(*names, "lost", "; ".join(map(_words, (first, second))))
 
 

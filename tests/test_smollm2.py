@@ -23,7 +23,7 @@ from d2l.inference.load import TrainedModel, load_model
 from d2l.train.losses import Normalizer, compute_loss
 from experiments.smollm2.convert import convert
 from experiments.smollm2.documents import Passage, clean_sentences, find_passages
-from experiments.smollm2.facts import Shape, fact_records
+from experiments.smollm2.facts import Shape, Words, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
 from experiments.smollm2.material import single_words
@@ -137,18 +137,31 @@ def test_words_are_single_tokens_and_of_one_split(trained: TrainedModel, monkeyp
         single_words(passages, trained.chat)
     monkeypatch.setattr("experiments.smollm2.material.FEWEST_WORDS", 1)
     words = single_words(passages, trained.chat)
-    assert words
-    assert all(len(trained.chat.encode_contents(word)) == 1 for word in words)
-    many = [f"word{n}" for n in range(60)]
+    assert words.first
+    assert words.further
+    assert all(len(trained.chat.encode_contents(word)) == 1 for word in words.first)
+    assert all(len(trained.chat.encode_contents(f" {word}")) == 1 for word in words.further)
+    many = Words([f"word{n}" for n in range(60)], [f"other{n}" for n in range(60)])
     records = {
         split: fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 80, 0, split, many)
         for split in ("train", "heldout")
     }
     values = {split: {it.responses[0] for it in made} for split, made in records.items()}
-    assert values["train"] | values["heldout"] <= set(many)
+    assert values["train"] | values["heldout"] <= set(many.first)
     assert values["train"].isdisjoint(values["heldout"])
-    with pytest.raises(DataError, match="no free string of the split"):
-        fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 1, 0, "heldout", [next(iter(values["train"]))])
+    with pytest.raises(DataError, match="no words of the split heldout"):
+        fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 1, 0, "heldout", Words([next(iter(values["train"]))]))
+
+
+def test_a_value_of_several_words_has_none_of_the_other_split() -> None:
+    many = Words([f"word{n}" for n in range(60)], [f"other{n}" for n in range(60)])
+    shape = Shape((0, 0), (1, 1), words=1.0, value_words=(1, 3))
+    train, heldout = (fact_records(PASSAGES, shape, 80, 0, split, many) for split in ("train", "heldout"))
+    lengths = {len(record.responses[0].split()) for record in train}
+    assert lengths == {1, 2, 3}
+    assert all(record.responses[0] in record.context for record in (*train, *heldout))
+    used = [{word for record in records for word in record.responses[0].split()} for records in (train, heldout)]
+    assert used[0].isdisjoint(used[1])
 
 
 @torch.no_grad()

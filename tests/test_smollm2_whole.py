@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.smollm2 import __main__ as experiment
 from experiments.smollm2 import material, recipe, training
 from experiments.smollm2.documents import Passage
-from experiments.smollm2.facts import Shape
+from experiments.smollm2.facts import Words
 from experiments.smollm2.folder import Folder
 from experiments.smollm2.training import progress_of, saved_config
 
@@ -28,7 +28,10 @@ PASSAGES = [
 def small(stage: recipe.Stage, documents: int) -> recipe.Stage:
     tokens = (min(stage.shape.tokens[0], 20), min(stage.shape.tokens[1], 40))
     return replace(
-        stage, documents=documents, shape=Shape(tokens, (1, 2), stage.shape.words), taught=4 if stage.taught else 0
+        stage,
+        documents=documents,
+        shape=replace(stage.shape, tokens=tokens, facts=(1, 2)),
+        taught=4 if stage.taught else 0,
     )
 
 
@@ -55,7 +58,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     monkeypatch.setattr(training, "START_MINUTES", 0.02)
     monkeypatch.setattr(training, "TOLERANCE", 0.001)
     monkeypatch.setattr(experiment, "find_passages", lambda: PASSAGES)
-    monkeypatch.setattr(experiment, "single_words", lambda passages, chat: [f"word{n}" for n in range(99)])
+    monkeypatch.setattr(
+        experiment,
+        "single_words",
+        lambda passages, chat: Words(*([f"{kind}{n}" for n in range(99)] for kind in ("word", "other"))),
+    )
     return folder
 
 

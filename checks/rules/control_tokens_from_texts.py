@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from d2l.data.records import Record
 
 LETTERS = 200  # of a text of the data that go into a probe
+MERGED = 2  # tokens around a document that may be one with its edges
+LOST = (-1, -1)  # in the place of two counts
 REMEDY = "set control_tokens: text, or refuse; encode documents and messages without the tokenizer's special tokens"
 
 
@@ -65,7 +67,9 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     names = _names(form)
-    written, expected = _made(subject, names), _made(subject, ["x"] * len(names))
+    written, expected = _made(subject, form, names), _made(subject, form, ["x"] * len(names))
+    if LOST in (written, expected):
+        return Skip("the run loses part of a record, which DAT303 and DAT304 judge")
     evidence |= {"probe": names, "in_rows": written, "of_the_template": expected}
     if mode == "refuse" and names and written is not None:
         return Fail(
@@ -96,18 +100,28 @@ def _names(form: ConversationFormat) -> list[str]:
     return [name for name in form.special.by_name if name in text] or [*form.special.by_name][:1]
 
 
-def _made(subject: "Subject", names: list[str]) -> tuple[int, int] | None:
-    """Let the run tokenize a record with names in its texts; count special ids in chunks and questions; None: refused."""
+def _made(subject: "Subject", form: ConversationFormat, names: list[str]) -> tuple[int, int] | None:
+    """Let the run tokenize a record with names in its texts; count special ids in chunks and questions.
+
+    Returns:
+        The two counts; None: refused; `LOST`: there are fewer tokens than the texts have at least.
+    """
     assert subject.records is not None
-    record = subject.records[next(iter(subject.rows.rows)).record]
+    record = _spelling(subject.records[next(iter(subject.rows.rows)).record], names)
     config = unlimited(subject.config)
     try:
-        rows = subject.implementation.rows(config, subject.chat, (_spelling(record, names),)).rows
+        rows = subject.implementation.rows(config, subject.chat, (record,)).rows
     except D2LError:
         return None
-    special = conversation_format(subject).special.ids
+    special = form.special.ids
     chunks = [token for row in rows for chunk in row.chunks for token in chunk]
     queries = [token for row in rows for query in row.queries for token in query.input_ids]
+    # control tokens count as one token each here, so that texts have more tokens than this wherever they are whole
+    around = min(len(before) + len(after) for before, after in form.affixes)
+    read = around - MERGED + len(form.encode(record.context))
+    asked = len(form.encode(record.prompts[0])) + len(form.encode(record.responses[0]))
+    if len(chunks) < read or len(queries) < asked:
+        return LOST
     return sum(token in special for token in chunks), sum(token in special for token in queries)
 
 

@@ -176,7 +176,7 @@ def generate_answers(
 ) -> list[str]:
     """Generate greedy answers; questions of equal length share a batch."""
     prompts = [encode_prompt(trained.chat, question) for question in questions]
-    stop = find_stop_ids(trained)
+    stop = find_stop_ids(trained.chat, trained.model.base.generation_config.eos_token_id)
     answers = [""] * len(prompts)
     for length in sorted({len(ids) for ids in prompts}):
         places = [place for place, ids in enumerate(prompts) if len(ids) == length]

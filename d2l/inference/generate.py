@@ -68,7 +68,7 @@ def ask(
         on_text: called with the answer so far, while it is generated; see `AnswerStreamer`.
     """
     prompt = torch.tensor([encode_prompt(trained.chat, question)])
-    stop = find_stop_ids(trained)
+    stop = find_stop_ids(trained.chat, trained.model.base.generation_config.eos_token_id)
 
     def decode(ids: Sequence[int]) -> str:
         return decode_answer(trained.chat, truncate_at_stop(ids, stop))
@@ -109,9 +109,12 @@ def truncate_at_stop(ids: Sequence[int], stop: Sequence[int]) -> Sequence[int]:
     return ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]
 
 
-def find_stop_ids(trained: TrainedModel) -> list[int]:
-    """Return the ids of tokens that end an answer: the one supervised in training, and those in the model's files."""
-    chat = trained.chat
+def find_stop_ids(chat: ChatFormat, named: int | list[int] | None) -> list[int]:
+    """Return the ids of tokens that end an answer: the one supervised in training, and those in the model's files.
+
+    Args:
+        named: `eos_token_id` of the base's generation_config.
+    """
     if has_harmony_tokens(chat.tokenizer):
         vocabulary = chat.tokenizer.get_added_vocab()
         names = ["<|return|>", "<|call|>", "<|endoftext|>", *(["<|end|>"] if _is_prefilled(chat) else [])]
@@ -120,12 +123,9 @@ def find_stop_ids(trained: TrainedModel) -> list[int]:
         ]  # under `sampled`, <|end|> only ends the analysis
     encoded = chat.encode(PROBE)
     added = set(chat.tokenizer.get_added_vocab().values())
-    supervised_end = [it for it, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on and it in added][
-        -1:
-    ]
-    named: int | list[int] | None = trained.model.base.generation_config.eos_token_id
+    supervised = (it for it, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on and it in added)
     listed = named if isinstance(named, list) else [named, chat.tokenizer.eos_token_id]
-    return sorted({*supervised_end, *(it for it in listed if it is not None)})
+    return sorted({*list(supervised)[-1:], *(it for it in listed if it is not None)})
 
 
 @torch.no_grad()

@@ -69,7 +69,6 @@ MUTANTS = [
             "return chat.control.reveal(final, hidden).strip()",
             "return final.strip()",
             "answers that spell a control token hold other letters",
-            "outside the claims: EVL301 reads the answers of the run's data, and these spell no control token",
         ),
     ),
 ]

@@ -26,7 +26,7 @@ from experiments.smollm2 import recipe
 from experiments.smollm2.convert import convert
 from experiments.smollm2.documents import Passage, find_passages
 from experiments.smollm2.evaluation import evaluate
-from experiments.smollm2.facts import fact_records
+from experiments.smollm2.facts import Words, fact_records
 from experiments.smollm2.fetch import fetch
 from experiments.smollm2.folder import Folder, Report
 from experiments.smollm2.material import single_words, teach, write_once
@@ -105,7 +105,7 @@ def make_data(folder: Folder, report: Report) -> list[Path]:
     report(f"{len(passages):,} passages of real text")
     base = base_alone(folder)
     words = single_words(passages, base.chat)
-    report(f"{len(words):,} words of one token, the rarest of them {words[-1]!r}")
+    report(f"{len(words.first):,} words of one token, the rarest of them {words.first[-1]!r}")
     for stage in (*recipe.HELDOUT, recipe.WATCHED):
         heldout = fact_records(passages, stage.shape, stage.documents, recipe.SEED, "heldout", words)
         write_once(folder.data(stage.name), lambda made=heldout: certain(made, base.chat))  # watched under both losses
@@ -124,7 +124,7 @@ def make_data(folder: Folder, report: Report) -> list[Path]:
 
 
 def make_stage(
-    passages: Sequence[Passage], words: Sequence[str], stage: recipe.Stage, taught: Sequence[Record], base: TrainedModel
+    passages: Sequence[Passage], words: Words, stage: recipe.Stage, taught: Sequence[Record], base: TrainedModel
 ) -> list[Record]:
     """Make the documents of a stage; with teacher logprobs where real text has them."""
     records = fact_records(passages, stage.shape, stage.documents, recipe.SEED, "train", words)

@@ -29,6 +29,22 @@ Draw = Callable[[random.Random], str]
 
 
 @dataclass(frozen=True)
+class Words:
+    """Words of one token each: at the beginning of an answer, and behind another word."""
+
+    first: Sequence[str]
+    further: Sequence[str] = ()
+
+    def of(self, split: Split) -> "Words":
+        """Return those of one split, which the other never has, in no place."""
+        return Words(*([word for word in words if split_of(word) == split] for words in (self.first, self.further)))
+
+    def draw(self, generator: random.Random, count: int) -> str:
+        """Draw a value of so many words."""
+        return " ".join([generator.choice(self.first), *(generator.choice(self.further) for _ in range(count - 1))])
+
+
+@dataclass(frozen=True)
 class Template:
     """Sentence about a name with a value, and questions for the value."""
 
@@ -108,28 +124,35 @@ class Shape:
     Attributes:
         tokens: fewest and most tokens of real text around the facts; 0 and 0: facts alone.
         facts: fewest and most facts.
-        words: share of the facts whose value is a single word.
+        words: share of the facts whose value is words that have nothing to do with each other.
+        value_words: fewest and most of them.
     """
 
     tokens: tuple[int, int]
     facts: tuple[int, int]
     words: float = 0.0
+    value_words: tuple[int, int] = (1, 1)
 
 
 def fact_records(
-    passages: Sequence[Passage], shape: Shape, documents: int, seed: int, split: Split, words: Sequence[str] = ()
+    passages: Sequence[Passage], shape: Shape, documents: int, seed: int, split: Split, words: Words | None = None
 ) -> list[Record]:
     """Make documents of one split; the same arguments give the same records.
 
     Args:
-        words: single words of both splits, some of which are values.
+        words: of both splits, some of which are values; needed where the shape has a share of them.
 
     Raises:
         DataError: too few words are of this split.
     """
     generator = random.Random(f"{seed} {split} {shape}")
     own = [passage for passage in passages if passage.split == split]
-    templates = [Template(*it, lambda draw: draw.choice(words)) for it in WORD_TEMPLATES]
+    own_words = (words or Words(())).of(split)
+    if (shape.words and not own_words.first) or (shape.value_words[1] > 1 and not own_words.further):
+        raise DataError(f"no words of the split {split} for values: there are too few, or none were passed")
+    templates = [
+        Template(*it, lambda draw: own_words.draw(draw, draw.randint(*shape.value_words))) for it in WORD_TEMPLATES
+    ]
     return [_record(own, shape, generator, split, number, templates) for number in range(documents)]
 
 

@@ -12,6 +12,7 @@ from d2l.errors import DataError
 from d2l.evaluation.run import generate_answers
 from d2l.inference.load import TrainedModel
 from experiments.smollm2.documents import Passage
+from experiments.smollm2.facts import Words
 from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES
 
 ASK = "{text}\n\nWrite one short question that this text answers."
@@ -22,20 +23,25 @@ FEWEST_WORDS, MOST_WORDS = 100, 2000
 TOGETHER = 8  # prompts of one length that are answered in one batch
 
 
-def single_words(passages: Sequence[Passage], chat: ChatFormat) -> list[str]:
-    """Return words of the text that are one token each at the beginning of an answer, the most frequent first.
+def single_words(passages: Sequence[Passage], chat: ChatFormat) -> Words:
+    """Return words of the text that are one token each, the most frequent first.
 
     Raises:
         DataError: there are too few of them.
     """
     counts = Counter(word for passage in passages for it in passage.sentences for word in WORD.findall(it))
-    words = [word for word, _ in counts.most_common() if len(chat.encode_contents(word)) == 1][:MOST_WORDS]
-    if len(words) < FEWEST_WORDS:
+    by_frequency = [word for word, _ in counts.most_common()]
+    first, further = (
+        [word for word in by_frequency if len(chat.encode_contents(before + word)) == 1][:MOST_WORDS]
+        for before in ("", " ")
+    )
+    if min(len(first), len(further)) < FEWEST_WORDS:
         raise DataError(
-            f"expected at least {FEWEST_WORDS} words of one token in the text, found {len(words)}; install packages with "
-            "documentation, or take a base with a larger vocabulary"
+            f"expected at least {FEWEST_WORDS} words of one token in the text, found {len(first)} at the beginning of an "
+            f"answer and {len(further)} behind a space; install packages with documentation, or take a base with a larger "
+            "vocabulary"
         )
-    return words
+    return Words(first, further)
 
 
 def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> None:

@@ -33,7 +33,7 @@ def _answer(trained: TrainedModel, adapter: Path, question: str) -> str:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what newer releases of transformers rename
         model = PeftModel.from_pretrained(deepcopy(trained.model.base), str(adapter)).eval()
     prompt = torch.tensor([encode_prompt(trained.chat, question)]).to(trained.model.base.device)
-    stop = find_stop_ids(trained)
+    stop = find_stop_ids(trained.chat, trained.model.base.generation_config.eos_token_id)
     tokens = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

@@ -90,7 +90,7 @@ def test_the_whole_experiment_goes_through_its_stages_and_is_resumed(folder: Fol
     before = len(said)
     experiment.run_experiment(folder, options, said.append)  # what the last stage still lacks
     assert progress_of(folder.run)[0] >= taken
-    assert not [text for text in said[before:] if text.startswith("stage words")]
+    assert not [text for text in said[before:] if text.startswith("stage word:")]
     assert options.page.read_text(encoding="utf-8").startswith("# On a real language model")
 
 

@@ -16,7 +16,16 @@ from experiments.smollm2.facts import Words
 from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES
 
 ASK = "{text}\n\nWrite one short question that this text answers."
-OTHER_QUESTIONS = ("What is this text about?", "Summarize the text in one sentence.")
+ABOUT_IT = ("What is this text about?", "Summarize the text in one sentence.")
+# What no text answers, so that a document's LoRA learns to leave other answers alone; none is asked where harm is measured.
+GENERAL = (
+    ("What is the capital of {}?", ("Spain", "Italy", "Japan", "Egypt", "Canada", "Norway", "Greece", "Cuba", "India")),
+    ("What colour is {}?", ("grass", "snow", "coal", "milk", "a lemon", "chocolate", "the sea", "blood")),
+    ("Where do {} live?", ("lions", "whales", "penguins", "camels", "owls", "frogs", "bears", "sharks")),
+    ("What is {} used for?", ("a hammer", "a needle", "soap", "a map", "salt", "a clock", "glue", "a ladder")),
+    ("How many legs has {}?", ("a dog", "a spider", "an ant", "a hen", "a horse", "a crab")),
+    ("What is the opposite of {}?", ("hot", "large", "early", "rich", "easy", "loud", "wet", "empty")),
+)
 PASSAGE_TOKENS = (30, 100)  # of the real text that the base is asked about
 WORD = re.compile(r"\b[a-z]{4,10}\b")
 FEWEST_WORDS, MOST_WORDS = 100, 2000
@@ -54,7 +63,7 @@ def write_once(file: Path, make: Callable[[], Sequence[Record]]) -> None:
 def teach(
     base: TrainedModel, passages: Sequence[Passage], seed: int, on_progress: Callable[[str], None]
 ) -> list[Record]:
-    """Let the base write a question about real text, and answer it and others with the text in its prompt.
+    """Let the base write a question about real text, and answer it and another one with the text in its prompt.
 
     Args:
         base: an untrained or trained model; its hypernetwork is not used.
@@ -63,7 +72,7 @@ def teach(
     texts = draw_texts(base, passages, seed)
     questions = answer(base, [ASK.format(text=text) for text in texts])
     generator = random.Random(f"{seed} questions")
-    asked = [(question.partition("?")[0] + "?", generator.choice(OTHER_QUESTIONS)) for question in questions]
+    asked = [(question.partition("?")[0] + "?", _other_question(generator)) for question in questions]
     on_progress(f"{len(texts)} questions written by the base")
     prompts = [f"{text}\n\n{question}" for text, pair in zip(texts, asked, strict=True) for question in pair]
     answers = iter(answer(base, prompts))
@@ -71,6 +80,14 @@ def teach(
         Record(text, pair, tuple(next(answers) for _ in pair), f"taught {number}")
         for number, (text, pair) in enumerate(zip(texts, asked, strict=True))
     ]
+
+
+def _other_question(generator: random.Random) -> str:
+    """Draw a question for any text: a third of them are about it."""
+    if generator.random() < 1 / 3:
+        return generator.choice(ABOUT_IT)
+    question, things = generator.choice(GENERAL)
+    return question.format(generator.choice(things))
 
 
 def draw_texts(base: TrainedModel, passages: Sequence[Passage], seed: int) -> list[str]:

@@ -1,6 +1,6 @@
 """What the experiment trains and measures: stages of documents, the hypernetwork, and the sizes of the evaluation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,27 @@ class Stage:
     decays: bool = False
 
 
-STAGES = (
-    Stage("words", 0.7, Shape(tokens=(0, 0), facts=(1, 1), words=1.0), 12_000),
-    Stage("text", 0.3, Shape(tokens=(0, 40), facts=(1, 2), words=1.0), 6_000, taught=60, slower=2, decays=True),
+_WORD = Shape(tokens=(0, 0), facts=(1, 1), words=1.0)
+_WORDS = Shape(tokens=(0, 0), facts=(1, 1), words=1.0, value_words=(1, 2))
+STAGES = (  # each adds one thing
+    Stage("word", 0.2, _WORD, 12_000),
+    Stage("words", 0.3, _WORDS, 12_000),
+    Stage("facts", 0.25, replace(_WORDS, facts=(1, 2), words=0.8), 12_000),
+    Stage(
+        "text", 0.25, replace(_WORDS, tokens=(0, 60), facts=(1, 2), words=0.8), 8_000, taught=800, slower=2, decays=True
+    ),
 )
 TEACHER_PASSAGES = 160  # of real text, whose questions and answers the base writes
 
-HELDOUT = (  # documents of the evaluation, by their length; the values of the last are of several tokens, as in no training
-    Stage("heldout-single", 1.0, Shape(tokens=(0, 0), facts=(1, 1), words=1.0), 48),
-    Stage("heldout-short", 1.0, Shape(tokens=(0, 0), facts=(2, 3), words=1.0), 16),
-    Stage("heldout-medium", 1.0, Shape(tokens=(50, 120), facts=(2, 3), words=1.0), 16),
-    Stage("heldout-long", 1.0, Shape(tokens=(200, 380), facts=(3, 4), words=1.0), 8),
+HELDOUT = (  # documents of the evaluation, by their length; those of `others` are of every kind of value but words
+    Stage("heldout-single", 1.0, _WORD, 48),
+    Stage("heldout-pairs", 1.0, replace(_WORDS, value_words=(2, 2)), 32),
+    Stage("heldout-short", 1.0, replace(_WORD, facts=(2, 3)), 16),
+    Stage("heldout-medium", 1.0, replace(_WORD, tokens=(50, 120), facts=(2, 3)), 16),
+    Stage("heldout-long", 1.0, replace(_WORD, tokens=(200, 380), facts=(3, 4)), 8),
     Stage("heldout-others", 1.0, Shape(tokens=(0, 0), facts=(1, 1)), 32),
 )
-WATCHED = Stage("watched", 1.0, Shape(tokens=(0, 0), facts=(1, 1), words=1.0), 32)  # evaluated while it trains
+WATCHED = Stage("watched", 1.0, _WORDS, 32)  # evaluated while it trains
 REAL_DOCUMENTS = 16  # of the real questions
 HARM_DOCUMENTS = 8
 ANSWER_TOKENS = 24
@@ -58,14 +65,14 @@ SHOWN = 10  # questions on the page
 # took 70 times as long.
 TRAINING: dict[str, Any] = {
     "attn_implementation": "per_document",
-    "lora_r": 8,
+    "lora_r": 4,
     "target_modules": ["down_proj"],
     "ctx_encoder_type": "concat_layers",
-    "latent_size": 192,
+    "latent_size": 384,
     "n_latent_queries": 32,
     "num_blocks": 2,
-    "perceiver_heads": 4,
-    "perceiver_head_dim": 48,
+    "perceiver_heads": 16,  # 4 key heads: what the latents read of a token are 256 numbers
+    "perceiver_head_dim": 64,
     "perceiver_query_scale": 10,
     "per_layer_processing": False,
     "max_ctx_chunk_len": 128,
@@ -73,6 +80,7 @@ TRAINING: dict[str, Any] = {
     "max_packed_ctx_len": 900,
     "muon_learning_rate": 1.6e-2,
     "learning_rate": 1.5e-3,
+    "use_per_ctx_average_loss": True,
     "weight_decay": 0.1,
     "adam_beta2": 0.98,
     "lr_scheduler_type": "warmup_stable_decay",

@@ -29,11 +29,17 @@ TRIED = """\
 | then 1–2 facts, 1–2 words; held out 2 | 384, 4 × 64 | `down_proj` | 8e-3, 7.5e-4 | 125 | 4.43 | 8.03 | 3.60 ± 0.19 | .00 |
 | | | | | 150 | 3.67 | 8.18 | 4.51 ± 0.24 | .00 |
 | | | | | 200 | 4.08 | 8.45 | 4.37 ± 0.25 | .00 |
+| 1 fact of a word; held out 1–2 words | 384, 4 × 64 | `down_proj` | 1.6e-2, 1.5e-3 | 50 | 3.67 | 8.05 | 4.39 ± 0.33 | .00 |
+| | | | | 100 | 1.99 | 9.11 | 7.11 ± 0.37 | .47 |
+| from step 125, 1 fact of 1–2 words | | | the same | 150 | 1.42 | 9.11 | 7.70 ± 0.48 | .59 |
+| | | | | 200 | 1.15 | 9.60 | 8.46 ± 0.45 | .75 |
+| | | | | 250 | 0.90 | 9.04 | 8.14 ± 0.33 | .66 |
 
-Width: of the latents, and of what they read of a token: its key heads by their size. It decided most: through one head of 48, 48
-numbers pass of what a token is, of 576 in the base, and held-out words came out as their neighbours (*switch* as *check*). Values
-of one word are read within 60 steps of 28 documents by the wider one, also words that training never had. Narrow, values of
-several tokens stayed at what all answers have in common, and a fifth of them mixed into words undid the words in 15 steps."""
+Width: of the latents, and of what they read of a token: its key heads by their size. The narrow ones had LoRAs of rank 8, the
+wider ones of rank 4, and nothing was changed alone. Through one head of 48, 48 numbers pass of what a token is, of 576 in the
+base, and held-out words came out as their neighbours (*switch* as *check*). Values of one word are read within 60 steps of 28
+documents by the wider one, also words that training never had. Narrow, values of several tokens stayed at what all answers have in common, and a fifth of them mixed into words undid the words in 15 steps. The
+last run (the loss averaged by document) took two words after one at the full rates; two facts at once at half of them did not."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ TRIED = """\
 Width: of the latents, and of what they read of a token: its key heads by their size. The narrow ones had LoRAs of rank 8, the
 wider ones of rank 4, and nothing was changed alone. Through one head of 48, 48 numbers pass of what a token is, of 576 in the
 base, and held-out words came out as their neighbours (*switch* as *check*). Values of one word are read within 60 steps of 28
-documents by the wider one, also words that training never had. Narrow, values of several tokens stayed at what all answers have in common, and a fifth of them mixed into words undid the words in 15 steps. The
-last run (the loss averaged by document) took two words after one at the full rates; two facts at once at half of them did not."""
+documents by the wider one, also words that training never had. Narrow, values of several tokens stayed at what all answers
+have in common, and a fifth of them mixed into words undid the words in 15 steps. The last run (the loss averaged by document)
+took two words after one at the full rates; two facts at once at half of them did not."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Production:
         return encode_prompt(chat, question)
 
     def answer(self, chat: ChatFormat, ids: Sequence[int]) -> str:
-        return decode_answer(chat, truncate_at_stop(ids, find_stop_ids(chat, chat.tokenizer.eos_token_id)))
+        return decode_answer(chat, truncate_at_stop(ids, find_stop_ids(chat, None)))
 
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder

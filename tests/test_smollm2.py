@@ -26,7 +26,7 @@ from experiments.smollm2.documents import Passage, clean_sentences, find_passage
 from experiments.smollm2.facts import Shape, Words, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
-from experiments.smollm2.material import single_words
+from experiments.smollm2.material import ABOUT_IT, TOGETHER, draw_questions, single_words
 from experiments.smollm2.page import named_share
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
@@ -151,6 +151,16 @@ def test_words_are_single_tokens_and_of_one_split(trained: TrainedModel, monkeyp
     assert values["train"].isdisjoint(values["heldout"])
     with pytest.raises(DataError, match="no words of the split heldout"):
         fact_records(PASSAGES, Shape((0, 0), (1, 1), words=1.0), 1, 0, "heldout", Words([next(iter(values["train"]))]))
+
+
+def test_questions_of_a_batch_have_one_length_and_some_are_about_the_text(trained: TrainedModel) -> None:
+    questions = draw_questions(trained.chat, 10 * TOGETHER + 1, seed=1)
+    lengths = [len(trained.chat.encode_contents(question)) for question in questions]
+    batches = [lengths[start : start + TOGETHER] for start in range(0, len(lengths), TOGETHER)]
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert len(set(lengths)) > 1
+    assert len(questions) == 10 * TOGETHER + 1
+    assert 0 < sum(question in ABOUT_IT for question in questions) < len(questions) / 2
 
 
 def test_a_value_of_several_words_has_none_of_the_other_split() -> None:

@@ -71,8 +71,8 @@ def teach(
     """
     texts = draw_texts(base, passages, seed)
     questions = answer(base, [ASK.format(text=text) for text in texts])
-    generator = random.Random(f"{seed} questions")
-    asked = [(question.partition("?")[0] + "?", _other_question(generator)) for question in questions]
+    others = draw_questions(base.chat, len(texts), seed)
+    asked = [(question.partition("?")[0] + "?", other) for question, other in zip(questions, others, strict=True)]
     on_progress(f"{len(texts)} questions written by the base")
     prompts = [f"{text}\n\n{question}" for text, pair in zip(texts, asked, strict=True) for question in pair]
     answers = iter(answer(base, prompts))
@@ -82,12 +82,17 @@ def teach(
     ]
 
 
-def _other_question(generator: random.Random) -> str:
-    """Draw a question for any text: a third of them are about it."""
-    if generator.random() < 1 / 3:
-        return generator.choice(ABOUT_IT)
-    question, things = generator.choice(GENERAL)
-    return question.format(generator.choice(things))
+def draw_questions(chat: ChatFormat, count: int, seed: int) -> list[str]:
+    """Draw a question for each text, a third of them about it; the texts of a batch get some of one length in tokens."""
+    generator = random.Random(f"{seed} questions")
+    general = [question.format(thing) for question, things in GENERAL for thing in things]
+    questions: list[str] = []
+    while len(questions) < count:
+        kind = ABOUT_IT if generator.random() < 1 / 3 else general
+        length = len(chat.encode_contents(generator.choice(kind)))
+        alike = [question for question in kind if len(chat.encode_contents(question)) == length]
+        questions += generator.choices(alike, k=TOGETHER)
+    return questions[:count]
 
 
 def draw_texts(base: TrainedModel, passages: Sequence[Passage], seed: int) -> list[str]:

@@ -10,7 +10,8 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 unexport PYTHONDONTWRITEBYTECODE # where it is set, every process of the tests would compile every module anew
 
-.PHONY: install run test oldest lint types golden fuzz pairs kills prove study reach real mutants layers bench gpu docs clean
+.PHONY: install run test tests oldest lint types golden fuzz pairs kills prove study reach real mutants layers bench gpu docs clean \
+  gpu-tests gpu-bench gpu-shapes gpu-dequantized gpu-recommended gpu-long gpu-longest
 
 install: $(VENV)/installed
 
@@ -31,7 +32,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test: lint types
+test: lint # types beside the tests: mypy keeps one core busy, the tests both
+	$(MAKE) --no-print-directory -j 2 types tests
+
+tests: install
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu'
 
 oldest: $(OLDEST)/installed # the same tests on the lower bounds of pyproject.toml, torch apart
@@ -97,15 +101,32 @@ bench: install # ratios against named rules, on CUDA where there is one; writes 
 	$(BIN)/python -m benchmarks.internalizing
 
 # What only a CUDA device shows, in minutes: its tests, the table of ratios, and steps of gpt-oss-20b's shapes on random
-# weights, which stay in CHECKPOINT. Where nothing can be installed: make gpu GPU_PYTHON=python3
-gpu:
-	$(GPU_PYTHON) -m pytest -m gpu
-	$(GPU_PYTHON) -m benchmarks.bench
-	$(GPU_PYTHON) benchmarks/real_shapes.py --folder $(CHECKPOINT)
-	$(GPU_PYTHON) benchmarks/real_shapes.py --folder $(CHECKPOINT) --set expert_weights=dequantize
-	$(GPU_PYTHON) benchmarks/real_shapes.py configs/gpt_oss_20b_recommended.yaml --inp 8192 --ctx 8192 --documents 24 --folder $(CHECKPOINT)
-	$(GPU_PYTHON) benchmarks/real_shapes.py --inp 8192 --ctx 8192 --documents 24 --folder $(CHECKPOINT)
-	$(GPU_PYTHON) benchmarks/real_shapes.py --inp 512 --ctx 32768 --documents 1 --folder $(CHECKPOINT)
+# weights, which stay in CHECKPOINT. Where nothing can be installed, and on after a failure: make -k gpu GPU_PYTHON=python3
+gpu: gpu-tests gpu-bench gpu-shapes gpu-dequantized gpu-recommended gpu-long gpu-longest
+
+# files by name: others need libraries of `make install`; warnings of other versions and of CUDA's own are not errors
+gpu-tests:
+	$(GPU_PYTHON) -m pytest -W default -m gpu $(addprefix tests/test_,device_stage.py flex.py grouped.py mxfp4_triton.py rules.py)
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.bench --no-preflights
+
+SHAPES = $(GPU_PYTHON) -m benchmarks.real_shapes --folder $(CHECKPOINT)
+
+gpu-shapes:
+	$(SHAPES)
+
+gpu-dequantized:
+	$(SHAPES) --kernels 0 --set expert_weights=dequantize
+
+gpu-recommended: # one row a step, as all others
+	$(SHAPES) --kernels 0 configs/gpt_oss_20b_recommended.yaml --inp 8192 --ctx 8192 --documents 24 --set gradient_accumulation_steps=1
+
+gpu-long:
+	$(SHAPES) --kernels 0 --inp 8192 --ctx 8192 --documents 24
+
+gpu-longest:
+	$(SHAPES) --kernels 0 --inp 512 --ctx 32768 --documents 1
 
 clean:
 	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

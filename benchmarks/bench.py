@@ -7,7 +7,7 @@ import argparse
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -51,16 +51,20 @@ class Line:
         return self.what, self.case, self.rule, f"{self.median:.2f}", self.spread, bound
 
 
-def lines(repeats: int) -> Iterator[Line]:
-    """Measure all lines."""
+def lines(repeats: int, preflights: bool, failed: Callable[[str], None]) -> Iterator[Line]:
+    """Measure all lines; what cannot be measured is told, and ends none of the others."""
     for make in comparisons():
-        it = make()
-        found = ratio(it.ours, it.other, repeats)
+        try:
+            it = make()
+            found = ratio(it.ours, it.other, repeats)
+        except Exception as error:
+            failed(f"{make}: {type(error).__name__}: {error}")
+            continue
         yield Line(it.what, it.case, it.rule, found.median, found.spread, it.bound)
     sizes, budgets = draw_sizes(100_000, 4096, 8192), (4096, 8192)
     batches = count_batches(sizes, budgets) / count_greedy_batches(sizes, budgets)
     yield Line("packing, batches", "100,000 rows, 4,096 / 8,192", "greedy", batches, "exact")
-    for case, arguments in PREFLIGHTS.items():
+    for case, arguments in PREFLIGHTS.items() if preflights else ():
         found = ratio(partial(_preflight, *arguments), _imports, repeats=3)
         yield Line(
             "preflight", f"{case}, whole process", "importing torch and transformers", found.median, found.spread
@@ -103,16 +107,20 @@ def write(found: list[Line], where: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each comparison")
+    parser.add_argument("--no-preflights", action="store_true", help="leave out whole processes, which take minutes")
     options = parser.parse_args()
-    found = []
-    for line in lines(options.repeats):
+    found: list[Line] = []
+    failures: list[str] = []
+    for line in lines(options.repeats, not options.no_preflights, failures.append):
         found.append(line)
         sys.stderr.write(f"{line.what}, {line.case}: {line.median:.2f}\n")
+        write(found, machine())  # each time: what was measured outlives what comes
     table = Table(*HEADER, title=machine())
     for line in found:
         table.add_row(*line.cells())
     Console().print(table)
-    write(found, machine())
+    if failures:
+        raise SystemExit("not measured:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +73,16 @@ def _bound_lora(lengths: tuple[int, ...]) -> Comparison:
     x = torch.randn(1, sum(lengths), 2880, device=DEVICE, dtype=DTYPE, requires_grad=True)
     A = torch.randn(len(lengths), 1, 16, 2880, device=DEVICE, dtype=DTYPE, requires_grad=True)
     B = torch.randn(len(lengths), 1, 16, 4096, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    gradient = torch.randn(
+        1, sum(lengths), 4096, device=DEVICE, dtype=DTYPE
+    )  # a sum's has no strides: grouped products refuse it
 
     def ours() -> None:
         with bind({"q_proj": [linear]}, Lora({"q_proj": A}, {"q_proj": B}, 1.0), Segments(lengths)):
-            torch.autograd.grad(linear(x).sum(), [x, A, B])
+            torch.autograd.grad(linear(x), [x, A, B], gradient)
 
     def plain() -> None:
-        torch.autograd.grad(linear(x).sum(), [x])
+        torch.autograd.grad(linear(x), [x], gradient)
 
     kind = "one" if len(lengths) == 1 else "equal" if len(set(lengths)) == 1 else "unequal"
     return Comparison("bound LoRA, R 16", f"{len(lengths)} contexts, {kind}", "the Linear alone", ours, plain, 1.15)
@@ -142,7 +146,7 @@ def random_batch(contexts: int, tokens: int, vocabulary: int = 4096) -> PackedBa
 
 def _hypernetwork(encoder: str) -> Comparison:
     """Compare features → LoRA, forward and backward, with the matrix products of its Linears alone."""
-    model = build_model(_config(ctx_encoder_type=encoder), small_base())
+    model = build_model(_config(ctx_encoder_type=encoder), small_base()).to(DEVICE)
     batch = random_batch(4, 1024)
     features = model.features(batch)
     sizes: list[tuple[nn.Linear, Tensor]] = []
@@ -152,17 +156,23 @@ def _hypernetwork(encoder: str) -> Comparison:
             sizes.append((module, inputs[0].detach()))
 
     hooks = [module.register_forward_hook(watch) for module in model.hypernet.modules()]
-    model.hypernet(features, batch.chunks)
+    model.chunk_loras(batch)
     for hook in hooks:
         hook.remove()
 
+    def as_in_a_run() -> torch.autocast:
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
     def ours() -> None:
-        lora = model.hypernet(features, batch.chunks)
+        with as_in_a_run():
+            lora = model.hypernet(features, batch.chunks)
         torch.autograd.grad(sum(x.sum() for x in (*lora.A.values(), *lora.B.values())), parameters, allow_unused=True)
 
     def products() -> None:
         for module, inputs in sizes:
-            torch.autograd.grad(F.linear(inputs, module.weight).sum(), [module.weight])
+            with as_in_a_run():
+                product = F.linear(inputs, module.weight)
+            torch.autograd.grad(product.sum(), [module.weight])
 
     parameters = list(model.hypernet.parameters())
     return Comparison("hypernetwork", f"{encoder}, 4 × 256 tokens", "its Linears' products alone", ours, products)
@@ -184,11 +194,19 @@ def _step(contexts: int = 4, tokens: int = 1024, layers: int = 2) -> Comparison:
     """Compare loss and gradients of a packed row with what the base alone costs on the same tokens."""
     model, batch, ours = _training(contexts, tokens, layers)
 
+    def at(position_ids: Tensor) -> dict[str, Any]:
+        return {
+            "position_ids": position_ids,
+            "attention_mask": model.attention_mask(position_ids),
+            "use_cache": False,
+        }
+
     def plain() -> None:
         with torch.no_grad():
-            model.base(batch.ctx_ids, use_cache=False, logits_to_keep=1)
+            model.base(batch.ctx_ids, **at(batch.ctx_position_ids), logits_to_keep=1)
         embedded = model.base.get_input_embeddings()(batch.input_ids).requires_grad_()
-        torch.autograd.grad(model.base(inputs_embeds=embedded, use_cache=False).logits.sum(), [embedded])
+        logits = model.base(inputs_embeds=embedded, **at(batch.position_ids)).logits
+        torch.autograd.grad(logits.sum(), [embedded])
 
     return Comparison(
         "whole step", f"{contexts} documents, {tokens:,} + {tokens:,} tokens", "the base alone", ours, plain

@@ -39,10 +39,11 @@ def preflight(
     """
     from checks.choice import chosen_by, reads_data
     from checks.plugins import with_plugins
-    from checks.production import make_subject, one_thread  # here: it imports torch, and `checks` should be light
+    from checks.production import make_subject  # here: it imports torch, and `checks` should be light
     from checks.result import UsageError
     from checks.rules import RULES
     from checks.runner import run_checks
+    from checks.threads import one_thread
     from d2l.config.load import load_config
     from d2l.config.schema import RunConfig
 

@@ -1,5 +1,6 @@
 """Libraries, processes, free memory and disk of this machine, and how fast that is, as a run would find them."""
 
+import gc
 import os
 import shutil
 import time
@@ -50,6 +51,7 @@ def free_memory() -> int | None:
     """Return the bytes of the GPU that a run can have, those that this process keeps for itself included; None without one."""
     if not torch.cuda.is_available():
         return None
+    gc.collect()
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
@@ -58,6 +60,7 @@ def peak_memory(work: Callable[[], object]) -> int | None:
     if not torch.cuda.is_available():
         work()
         return None
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     work()
     return torch.cuda.max_memory_allocated()

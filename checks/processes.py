@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,11 +24,17 @@ def in_processes(task: Callable[[int], Value], count: int, workers: int) -> Iter
     """
     workers = min(count, workers)
     with _outside_collection():
-        if workers < 2 or "fork" not in get_all_start_methods() or current_process().daemon:
+        if workers < 2 or not _can_fork() or current_process().daemon:
             yield from map(task, range(count))
             return
         with _inherited(task), ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
             yield from pool.map(_inherited_task, range(count))
+
+
+def _can_fork() -> bool:
+    """Tell whether a forked process can work: not with a CUDA that this one has asked for, which a fork cannot use."""
+    torch = sys.modules.get("torch")
+    return "fork" in get_all_start_methods() and not (torch is not None and torch.cuda.is_available())
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,17 +197,6 @@ class Another(Offered):
 
     def plugins(self) -> Sequence[Plugin]:
         return load_plugins()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread meanwhile: a twin's operations are too small to share, and waiting threads cost time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def make_subject(

@@ -4,6 +4,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from importlib import metadata
@@ -16,6 +17,7 @@ from checks.plugins import package_files
 from checks.processes import available_cores, in_processes
 from checks.result import Fail, Inapplicable, Kind, NotOffered, Outcome, Pass, Report, Skip, Warn
 from checks.rule import Rule
+from checks.threads import threads_of_a_run
 from checks.time_limit import SECONDS, TimedOut, time_limit
 from d2l.errors import D2LError
 
@@ -190,7 +192,7 @@ def _measure(rule: Rule, subject: "Subject", seconds: float) -> Outcome:
     """Run one rule. What d2l refuses is a finding; anything else that is raised is a crash of the rule and no finding."""
     start = time.perf_counter()
     try:
-        with time_limit(seconds):
+        with time_limit(seconds), threads_of_a_run() if rule.stage == "device" else nullcontext():
             result = rule.check(subject)
         outcome = _judge(rule, result)
     except TimedOut as late:

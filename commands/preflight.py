@@ -242,7 +242,8 @@ def _plant_faults(config: "RunConfig", asked: _Request) -> "Selftest":
 def _subject(config: "RunConfig", asked: _Request) -> "Iterator[tuple[Subject, Observer]]":
     """Yield what is examined, with the progress of it shown meanwhile."""
     from checks.choice import reads_data
-    from checks.production import make_subject, one_thread
+    from checks.production import make_subject
+    from checks.threads import one_thread
 
     with_data = reads_data(asked.stages)
     with checks_progress() as (observe, on_tokenize), one_thread():

@@ -159,10 +159,11 @@ def _check_and_train(
     from checks.choice import chosen_by
     from checks.gate import reuse
     from checks.plugins import with_plugins
-    from checks.production import make_subject, one_thread
+    from checks.production import make_subject
     from checks.report import print_report
     from checks.rules import RULES
     from checks.runner import run_checks
+    from checks.threads import one_thread
     from d2l.train.start import with_inputs
     from d2l.train.trackers import require_trackers
 

@@ -284,6 +284,6 @@ def build_base(config: RunConfig, base_config: PreTrainedConfig, processes: int 
 
 def build_model(config: RunConfig, base: PreTrainedModel) -> DocToLora:
     """Put a hypernetwork around a base, initialised from the run's seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would reach every GPU's state too
+        torch.default_generator.manual_seed(config.seed)
         return DocToLora(base, config)

@@ -21,13 +21,14 @@ from pathlib import Path
 
 from checks.faults import Used, override
 from checks.processes import available_cores, in_processes
-from checks.production import make_subject, one_thread
+from checks.production import make_subject
 from checks.result import NotApplicable, NotOffered, Outcome
 from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import examine
 from checks.selftest import concerns, measure_alone
 from checks.subject import Subject
+from checks.threads import one_thread
 from d2l.config.load import load_config
 from d2l.errors import D2LError
 

@@ -59,13 +59,13 @@ class Proof:
 
 
 def d2l(*arguments: object, log: Path, accepted: Sequence[int] = (0,), threads: int = 1) -> None:
-    """Run a command of this installation with its output in `log`; exit where its exit code is not accepted.
+    """Run a command of this checkout, installed or not, with its output in `log`; exit where its exit code is not accepted.
 
     Args:
         threads: of the processor; with more than one, processes that share the cores spin.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [str(Path(sys.executable).with_name("d2l")), *map(str, arguments)]
+    command = [sys.executable, "-m", "cli", *map(str, arguments)]
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode not in accepted:

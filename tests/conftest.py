@@ -9,6 +9,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TE
 os.environ.update(ENVIRONMENT)
 
 from collections.abc import Iterator  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -35,6 +36,11 @@ def shared(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _every_report_follows_its_schema() -> Iterator[None]:
     """Let every report and selftest that a test makes follow the published schema, and hold no key beside it."""
+    if (
+        find_spec("jsonschema") is None
+    ):  # a rented machine without it runs the tests of its GPU; test_formats fails there
+        yield
+        return
     from support.report_schema import validated  # here: workers that collect need no report
 
     from checks.result import Report

@@ -121,11 +121,7 @@ def world(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
     stand_in("checks.rules", RULES=world.rules)
-    stand_in(
-        "checks.production",
-        make_subject=lambda config, name, *rest, **options: Subject(name=name),
-        one_thread=nullcontext,
-    )
+    stand_in("checks.production", make_subject=lambda config, name, *rest, **options: Subject(name=name))
     for command in ("preflight", "train"):
         monkeypatch.setattr(f"commands.{command}.waited", lambda: 0.0)  # two runs print the same
     stand_in("d2l.build")

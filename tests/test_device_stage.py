@@ -14,7 +14,7 @@ from checks.faults import override
 from checks.probes import probe_rows
 from checks.production import make_subject
 from checks.result import Outcome
-from checks.rules import RULES, document_adds_nothing, loaded_base_differs
+from checks.rules import RULES, document_adds_nothing, loaded_base_differs, memory_unlike_planned
 from checks.runner import run_checks
 from checks.selftest import run_selftest
 from checks.subject import Subject
@@ -191,11 +191,19 @@ def test_few_records_are_too_few_to_say_so(needles: Subject, monkeypatch: pytest
     assert (outcome.outcome, outcome.message[:9]) == ("skip", "only 3 re"), outcome
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.2])
-def test_more_memory_than_reckoned_is_a_warning(needles: Subject, factor: float) -> None:
+@pytest.mark.parametrize(("more", "found"), [(-1, "pass"), (2**27, "pass"), (2**29, "warn")])
+def test_more_memory_than_reckoned_is_a_warning(needles: Subject, more: int, found: str) -> None:
     reckoned = judged(on_gpu(needles, lambda healthy, work: (work(), 1)[1]), "MEM402").evidence["reckoned"]
-    outcome = judged(on_gpu(needles, lambda healthy, work: (work(), int(factor * reckoned))[1]), "MEM402")
-    assert outcome.outcome == ("warn" if factor > 1.1 else "pass"), outcome
+    outcome = judged(on_gpu(needles, lambda healthy, work: (work(), reckoned + more)[1]), "MEM402")
+    assert outcome.outcome == found, outcome
+
+
+def test_a_tenth_more_memory_than_reckoned_is_not_much(needles: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_unlike_planned, "LEAST", 0)
+    reckoned = judged(on_gpu(needles, lambda healthy, work: (work(), 1)[1]), "MEM402").evidence["reckoned"]
+    for factor, found in ((1.09, "pass"), (1.11, "warn")):
+        outcome = judged(on_gpu(needles, lambda healthy, work, it=factor: (work(), int(it * reckoned))[1]), "MEM402")
+        assert outcome.outcome == found, outcome
 
 
 def on_gpu(subject: Subject, peak: Any) -> Subject:

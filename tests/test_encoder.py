@@ -1,5 +1,7 @@
 """The context encoder against the hidden states that transformers itself reports, and what it leaves behind: nothing."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -200,3 +202,18 @@ def test_a_decoder_that_is_built_otherwise_is_refused(family: type[PreTrainedCon
     base = AutoModelForCausalLM.from_config(family(**BASE))
     with pytest.raises(ModelError, match=r"expected a decoder with `layers` and `norm`, found \w+Model without them"):
         ContextEncoder(base, "embed_only")
+
+
+def test_a_dropped_encoder_keeps_no_weights() -> None:
+    """On a GPU they would stay beside the next model's until the garbage collection comes by."""
+    base = tiny_base()
+    encoder = ContextEncoder(base, "concat_layers")
+    ids, position_ids = documents()
+    encode(encoder, base, ids, position_ids)
+    kept = [weakref.ref(parameter) for parameter in base.parameters()]
+    gc.disable()
+    try:
+        del encoder, base
+        assert not any(reference() is not None for reference in kept)
+    finally:
+        gc.enable()

@@ -269,6 +269,13 @@ def test_where_the_kernels_run(
     assert obstacle is None if reason is None else reason in str(obstacle)
 
 
+def test_without_a_compiler_its_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "find_spec", lambda name: True)
+    monkeypatch.setattr(flex, "which", lambda name: None)
+    assert flex.kernel_obstacle(64) == "its kernels need a C compiler, and neither gcc nor clang is installed"
+    assert flex.kernel_obstacle(64, (9, 0)) is None, "of a card that is elsewhere this machine's compiler says nothing"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[300, 129, 83], [384], [77]])
 def test_compiled_kernels_compute_the_formula(lengths: list[int]) -> None:

@@ -1,5 +1,6 @@
 """Packed experts of a whole layer at once against one expert at a time: values, gradients, what is kept, what waits."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,35 @@ def test_a_layer_at_once_equals_one_expert_at_a_time(data: st.DataObject) -> Non
     for at_once, one_by_one in pairs:
         assert at_once.shape == one_by_one.shape
         assert apart(at_once, one_by_one) <= bound
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 4), (2, 3), (7, 1)])
+@torch.no_grad()
+def test_few_routes_of_an_answer_dequantize_their_own_experts_alone(
+    tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, (hidden, indices, weights) = packed(8, torch.float32), inputs(tokens, top_k, 8, torch.float32)
+    expected = module(hidden, indices, weights)
+    module.transient_bytes = 2**40
+    monkeypatch.setattr(grouped._GroupedExperts, "apply", None)
+    dequantized: list[int] = []
+    healthy = grouped.dequantize
+    monkeypatch.setattr(
+        grouped, "dequantize", lambda blocks, *rest: dequantized.append(len(blocks)) or healthy(blocks, *rest)
+    )
+    assert apart(module(hidden, indices, weights), expected) <= 1e-6
+    assert dequantized == [tokens * top_k] * 2
+
+
+@torch.no_grad()
+def test_routes_as_many_as_experts_or_copies_beyond_the_bound_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = packed(8, torch.float32)
+    monkeypatch.setattr(grouped, "_with_copies", None)
+    for tokens, transient in ((2, 2**40), (1, 1)):
+        arguments = inputs(tokens, 4, 8, torch.float32)
+        expected = packed(8, torch.float32)(*arguments)
+        module.transient_bytes = transient
+        assert apart(module(*arguments), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("transient", SLICES.values(), ids=SLICES.keys())
@@ -312,9 +342,13 @@ def test_on_cuda_nothing_waits_and_values_are_those_of_one_expert_at_a_time() ->
     module.transient_bytes = 2**27
     module(hidden, indices, weights).sum().backward()  # compiles, and compares the kernel with the table
     hidden.grad = weights.grad = None
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode of torch's is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         at_once = list(results(module, (hidden, indices, weights), 2**27))
+        with torch.autocast("cuda", torch.bfloat16):  # makes sums float32
+            assert module(hidden, indices, weights).dtype == torch.bfloat16
     finally:
         torch.cuda.set_sync_debug_mode("default")
     one_by_one = list(results(module, (hidden, indices, weights), None))

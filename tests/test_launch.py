@@ -5,11 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from d2l.config.load import load_config
+from d2l.errors import ProcessError
 from d2l.io.resources import resource
+from d2l.train.processes import processes
 
 FOLDER = resource("configs/launch")
 # Of the options that sbatch's manual lists, those that a training job may need (slurm.schedmd.com/sbatch.html).
@@ -109,3 +112,14 @@ def test_the_skypilot_task_has_documented_fields() -> None:
     assert {mount["mode"] for mount in task["file_mounts"].values()} <= {"MOUNT", "COPY", "MOUNT_CACHED"}
     subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, check=True)
     assert task["envs"]["RUN"].startswith(*task["file_mounts"])
+
+
+def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would say that another process is gone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ProcessError, match=r"^2 processes were started on a machine with 1 GPU\(s\)"):
+        processes()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert processes().device.type == "cpu"

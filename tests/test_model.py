@@ -146,6 +146,22 @@ def test_every_parameter_of_the_hypernetwork_gets_a_gradient(family: str, encode
     assert all(value.isfinite().all() and value.any() for value in found.values())
 
 
+@pytest.mark.parametrize("what", ["chunk_loras", "latents"])
+def test_the_base_reads_documents_outside_of_autocast(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's autocast makes every sum float32, and so the experts' output and all layers behind it."""
+    model, seen = tiny_model(run_config()), {}
+    monkeypatch.setattr(model, "_hypernet_precision", lambda: torch.autocast("cpu", torch.bfloat16))
+    linear = next(it for it in model.hypernet.modules() if isinstance(it, torch.nn.Linear))
+    for name, module in {"base": model.base.get_decoder().layers[0], "hypernetwork": linear}.items():
+        module.register_forward_pre_hook(lambda *_, it=name: seen.update({it: torch.is_autocast_enabled("cpu")}))
+    getattr(model, what)(random_batch())
+    assert seen == {"base": False, "hypernetwork": True}
+
+
+def test_attention_builds_no_plan_for_every_new_shape() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @every_family
 @every_encoder
 def test_gradient_checkpointing_changes_no_gradient(family: str, encoder_type: EncoderType) -> None:

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks.json_values import jsonable
+from checks.processes import in_processes
 from checks.result import Fail, Inapplicable, NotApplicable, NotOffered, Outcome, Pass, Skip, UsageError, Warn
 from checks.rule import Fault, Rule, find_rule
 from checks.runner import examine, run_checks
 from checks.selftest import Trial, run_selftest
+from checks.threads import one_thread
 from d2l.base.twin import TWIN_CANNOT_SHOW
 from d2l.config.schema import RunConfig
 from d2l.errors import ModelError
@@ -563,3 +565,34 @@ def test_selftest_json():
     assert [set(fault) for fault in document["faults"]] == [{"code", "fault", "result", "seconds", "detail"}]
     assert document["summary"]["caught"] == 1
     assert document["summary"]["exit_code"] == 0
+
+
+def test_work_is_forked_unless_there_is_a_gpu_which_a_fork_cannot_use(monkeypatch):
+    def processes():
+        return {*in_processes(lambda index: os.getpid(), 3, workers=2)}
+
+    assert os.getpid() not in processes()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert processes() == {os.getpid()}
+
+
+def test_checks_on_the_device_run_with_the_threads_of_a_run_and_all_others_with_one():
+    """A kernel that they compile serves the run: torch compiles anew for another number of threads."""
+    seen = {}
+
+    def note(code, stage):
+        return replace(
+            looks_for(code, "x", stage=stage, faults=()),
+            check=lambda subject: seen.update({stage: torch.get_num_threads()}) or Pass(""),
+        )
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            run_checks(Subject(), [note("TOY201", "twin"), note("TOY401", "device"), note("TOY301", "data")])
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"twin": 1, "device": 3, "data": 1}

@@ -147,7 +147,14 @@ def _as_transformers_loads(subject: "Subject") -> "PreTrainedModel":
         )
     if getattr(base.config, "num_experts_per_tok", None):
         base.set_experts_implementation("eager")
-    return base.eval().to(plan.torch_dtype)
+    _cast_weights(base, plan.torch_dtype)
+    return base.eval()
+
+
+def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of a module's parameters, and of no buffer: the frequencies of positions are float32 in any base."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -190,8 +197,8 @@ class _Probe:
         parts = [*decoder.layers, *(it for it in decoder.children() if it is not decoder.layers)]
         hooks = []
         for part in (*parts, base.get_output_embeddings()):
-            hooks.append(part.register_forward_pre_hook(lambda module, inputs: module.float() and None))
-            hooks.append(part.register_forward_hook(lambda module, inputs, output: module.to(dtype) and None))
+            hooks.append(part.register_forward_pre_hook(lambda module, inputs: _cast_weights(module, torch.float32)))
+            hooks.append(part.register_forward_hook(lambda module, inputs, output: _cast_weights(module, dtype)))
         try:
             return self.alone(base)
         finally:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 MOST, GIB = 1.1, 2**30
+LEAST = 2**28  # bytes more than reckoned that count: workspaces of libraries are as large, and nothing to a GPU
 
 
 def check(subject: "Subject") -> Result:
@@ -46,10 +47,11 @@ def check(subject: "Subject") -> Result:
         return Skip("the peak was not measured")
     evidence = {"peak": steps.peak, "reckoned": steps.reckoned, "tokens": steps.tokens}
     actual = f"{steps.peak / GIB:.2f} GiB on a row of {steps.tokens:,} tokens"
-    if steps.peak > MOST * steps.reckoned:
+    most = max(MOST * steps.reckoned, steps.reckoned + LEAST)
+    if steps.peak > most:
         return Warn(
             message="a step takes more memory than planned",
-            expected=f"at most {MOST * steps.reckoned / GIB:.2f} GiB, 1.1 times what d2l plan reckons",
+            expected=f"at most {most / GIB:.2f} GiB, where d2l plan reckons {steps.reckoned / GIB:.2f} GiB",
             actual=actual,
             remedy="choose the packed lengths by what was measured: leave as much room as the figures are apart",
             evidence=evidence,

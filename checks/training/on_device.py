@@ -148,7 +148,7 @@ def _starts_at_zero(model: "Model", batch: "PackedBatch") -> bool:
 @torch.no_grad()
 def own_loss(model: "Model", batch: "PackedBatch", config: "RunConfig") -> float:
     """Return the task loss of the base alone on a packed row that is a whole step, in nats."""
-    logits = model.logits(batch, None, positions=batch.prediction_positions).double().cpu()
+    logits = model.logits(batch, None, positions=batch.prediction_positions).cpu().double()
     tokens = _of_labels(logits, batch, config)
     of_queries = tokens.split(torch.bincount(batch.label_queries.cpu(), minlength=sum(batch.n_queries)).tolist())
     queries = iter(of_queries)

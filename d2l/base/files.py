@@ -96,6 +96,9 @@ def read_tensors(folder: Path, device: str, dtype: torch.dtype) -> Iterator[tupl
         ModelError: a file is absent or damaged.
     """
 
+    if device == "cuda":  # safetensors takes it for the first GPU, whichever is this process's
+        device = f"cuda:{torch.cuda.current_device()}"
+
     def read(file: Any, name: str) -> Tensor:
         tensor: Tensor = file.get_tensor(name)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -7,10 +7,12 @@ to it. Here one rule masks every layer (`d2l.base.blocks`), and a run compiles t
 Shape legend: H = query heads, K = key heads, T = tokens of the row, P = T padded to whole blocks, D = head size.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ def kernel_obstacle(head_size: int, capability: tuple[int, int] | None = None) -
         return f"its kernels take heads of {SMALLEST_HEAD} and more, found {head_size}"
     if capability is None and find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
+    if capability is None and not any(map(which, [os.environ.get("CC", ""), "gcc", "clang"])):
+        return "its kernels need a C compiler, and neither gcc nor clang is installed"
     if capability is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
     if capability is not None and capability < (8, 0):
@@ -118,7 +122,7 @@ def _by_kernels(
         rows = [x if x.requires_grad else x.detach().requires_grad_() for x in rows]
     for row in rows:
         torch._dynamo.maybe_mark_dynamic(row, 2)
-    # The encoder runs under autocast and the questions do not, and autocast belongs to what a graph is compiled for.
+    # autocast belongs to what a graph is compiled for: under a caller's own there would be two more graphs
     plain = torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=False)
     with torch.set_grad_enabled(trains), plain:
         output: Tensor = _compiled()(*rows, mask, sinks, scale, softcap)

@@ -19,6 +19,10 @@ from torch.nn.functional import grouped_mm
 from d2l.base.mxfp4 import BLOCK, dequantize
 from d2l.base.swiglu import clamped_swiglu
 
+# Compute capabilities, major, where torch 2.11 to 2.13 multiply all groups in one kernel; on others it copies the
+# offsets to the host and loops. Source: aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_cuda`.
+ONE_KERNEL_FOR_ALL = (9, 10)
+
 
 class Projection(NamedTuple):
     """A projection of all experts in MXFP4: blocks [E, out, in / 32, 16], scales [E, out, in / 32], bias [E, out]."""
@@ -95,10 +99,27 @@ def grouped_experts(
     Returns:
         [T, H].
     """
+    experts, hidden = down.bias.shape
+    matrix = gate_up.bias.shape[1] * hidden * hidden_states.dtype.itemsize
+    routes = router_indices.numel()
+    if not torch.is_grad_enabled() and routes < experts and routes * matrix <= settings.transient_bytes:
+        return _with_copies(hidden_states, router_indices, routing_weights, gate_up, down, settings)
     mixed: Tensor = _GroupedExperts.apply(
         hidden_states, routing_weights.to(hidden_states.dtype), router_indices, settings, *gate_up, *down
     )
     return mixed
+
+
+def _with_copies(
+    hidden_states: Tensor, indices: Tensor, weights: Tensor, gate_up: Projection, down: Projection, settings: Settings
+) -> Tensor:
+    """Mix few experts without gradients, each route by a copy of its own: a token of an answer takes 4 of 32 experts."""
+    dtype, chosen = hidden_states.dtype, indices.flatten()
+    gate_up, down = (Projection(*(part.index_select(0, chosen) for part in it)) for it in (gate_up.halves(), down))
+    rows = hidden_states.repeat_interleave(indices.shape[1], dim=0).unsqueeze(1)
+    both = rows @ dequantize(gate_up.blocks, gate_up.scales, dtype).flatten(1, 2).mT + gate_up.bias.flatten(1)[:, None]
+    outputs = _activate(both, settings) @ dequantize(down.blocks, down.scales, dtype).mT + down.bias[:, None]
+    return (outputs.view(*indices.shape, -1) * weights.to(dtype).unsqueeze(-1)).sum(1, dtype=dtype)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -118,7 +139,7 @@ class _GroupedExperts(torch.autograd.Function):
             matrices = dequantize(down.blocks[:, part], down.scales[:, part], dtype)
             outputs = product(activated, matrices.mT, routes.ends)
             outputs += down.bias[:, part].index_select(0, routes.experts)
-            mixed.append(routes.by_token(outputs).mul_(weights.unsqueeze(-1)).sum(1))
+            mixed.append(routes.by_token(outputs).mul_(weights.unsqueeze(-1)).sum(1, dtype=dtype))
         ctx.settings = settings
         ctx.save_for_backward(weights, indices, *routes, *packed, *both)
         return _joined(mixed)
@@ -193,7 +214,7 @@ def _both_backward(grad_both: Tensor, gate_up: Projection, routes: Routes, setti
         groups = slice(part.start // BLOCK, part.stop // BLOCK)
         parts = gate_up.blocks[:, :, :, groups], gate_up.scales[:, :, :, groups]
         matrices = dequantize(*parts, grad_both.dtype).flatten(1, 2)
-        grads.append(routes.by_token(product(grad_both, matrices, routes.ends)).sum(1))
+        grads.append(routes.by_token(product(grad_both, matrices, routes.ends)).sum(1, dtype=grad_both.dtype))
     return _joined(grads)
 
 

@@ -7,12 +7,9 @@ from transformers import PreTrainedConfig
 
 from d2l.base.config import head_size, quantization_method, skeleton
 from d2l.base.flex import PACKED_FLEX, kernel_obstacle
+from d2l.base.grouped import ONE_KERNEL_FOR_ALL
 from d2l.base.masks import causal_lm_class
 from d2l.config.schema import RunConfig
-
-# Compute capabilities, major, where torch 2.11 to 2.13 multiply all experts in one kernel; on others it copies the
-# offsets to the host and loops. Source: aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_cuda`.
-_ONE_KERNEL_A_LAYER = (9, 10)
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def _plan_expert_products(device: str, dtype: str, capability: tuple[int, int] |
     if dtype != "bfloat16":
         return Choice("one_by_one", f"grouped products are one kernel in bfloat16 only, and dtype is {dtype}")
     major, minor = capability or torch.cuda.get_device_capability(device)
-    if major in _ONE_KERNEL_A_LAYER:
+    if major in ONE_KERNEL_FOR_ALL:
         return Choice("grouped", f"CUDA SM {major}{minor} multiplies all experts of a layer in one kernel")
     return Choice(
         "one_by_one",

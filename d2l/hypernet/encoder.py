@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from d2l.base.masks import Masks
-from d2l.base.sharding import as_forward
+from d2l.base.sharding import as_forward, is_sharded
 from d2l.errors import ModelError
 
 EncoderType = Literal["embed_only", "per_layer_activations", "early_exit", "concat_layers"]
@@ -54,7 +54,8 @@ class ContextEncoder:
         self.feature_size: int = base.config.hidden_size * (len(layers) if encoder_type == "concat_layers" else 1)
         last = {"early_exit": exit_at, "embed_only": 0}
         self.last = last.get(encoder_type, len(layers) - 1)
-        self._read = as_forward(base, self._read_documents)
+        # kept for a sharded base alone: a bound method of its own is a circle, and keeps a dropped model's memory
+        self._sharded_read = as_forward(base, self._read_documents) if is_sharded(base) else None
 
     @property
     def per_layer(self) -> bool:
@@ -70,7 +71,7 @@ class ContextEncoder:
             position_ids: int64 `[1, T]`, restarting at 0 where a document (or chunk of one) starts.
             attention_mask: what keeps the documents apart (`d2l.base.masks.packed_masks`).
         """
-        return self._read(ids, position_ids, attention_mask)
+        return (self._sharded_read or self._read_documents)(ids, position_ids, attention_mask)
 
     def _read_documents(self, ids: Tensor, position_ids: Tensor, attention_mask: Masks) -> Tensor:
         """Run the decoder up to the last layer wanted."""

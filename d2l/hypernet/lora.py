@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from d2l.base.grouped import ONE_KERNEL_FOR_ALL
 from d2l.base.segments import Segments
 from d2l.base.transfer import moved
 from d2l.hypernet.targets import Targets
@@ -212,14 +213,14 @@ class _Slot:
 
 
 def _has_grouped_products(tokens: Tensor, A: Tensor, B: Tensor, lengths: Sequence[int]) -> bool:
-    """Return whether one kernel multiplies all contexts: in bfloat16 on SM 90 and newer, where rows have whole 16 bytes.
+    """Return whether one kernel multiplies all contexts: in bfloat16 on SM 90 and 100, where rows have whole 16 bytes.
 
-    Older GPUs would loop over the contexts, and ask the host for their lengths.
+    Other GPUs would loop over the contexts, and ask the host for their lengths.
     """
     aligned = all(size % 8 == 0 for size in (tokens.shape[-1], A.shape[-2], B.shape[-1]))
     if not (tokens.is_cuda and tokens.dtype == torch.bfloat16 and aligned and all(lengths)):
         return False
-    return torch.cuda.get_device_capability(tokens.device) >= (9, 0)
+    return torch.cuda.get_device_capability(tokens.device)[0] in ONE_KERNEL_FOR_ALL
 
 
 @lru_cache(maxsize=8)

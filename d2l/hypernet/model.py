@@ -62,8 +62,9 @@ class DocToLora(nn.Module):
 
     def latents(self, batch: PackedBatch) -> Tensor:
         """Return the aggregator's output for every chunk, `[chunks, layers, modules, rank, latent]`."""
+        features = self.features(batch)
         with self._hypernet_precision():
-            return self.hypernet.aggregator(self.features(batch), batch.chunks)
+            return self.hypernet.aggregator(features, batch.chunks)
 
     def lora(self, batch: PackedBatch) -> Lora:
         """Make the merged LoRA of every context of a packed row: its chunks along the rank, then the learned bias."""
@@ -71,8 +72,9 @@ class DocToLora(nn.Module):
 
     def chunk_loras(self, batch: PackedBatch) -> Lora:
         """Make the LoRA of every chunk of a packed row, without the bias: one entry per chunk."""
+        features = self.features(batch)
         with self._hypernet_precision():
-            chunks: Lora = self.hypernet(self.features(batch), batch.chunks)
+            chunks: Lora = self.hypernet(features, batch.chunks)
         return chunks
 
     def logits(self, batch: PackedBatch, lora: Lora | None, positions: Tensor | None = None) -> Tensor:
@@ -104,16 +106,21 @@ class DocToLora(nn.Module):
         transformers checkpoints only modules in training mode, so the base is put into it; it is loaded without dropout.
 
         Args:
-            kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is off unless it is named.
+            kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` and `preserve_rng_state` are off unless they
+                are named.
         """
-        options: dict[str, Any] = {"use_reentrant": False, **kwargs}
+        # A base without dropout draws nothing: random states of CPU and GPU need not be kept for each layer.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **kwargs}
         if not options["use_reentrant"]:  # the reentrant kind takes no contexts
             options["context_fn"] = checkpoint_contexts
         checkpoint_layers(self.base, options)
         self.base.train()
 
     def _hypernet_precision(self) -> torch.autocast:
-        """Use bfloat16 products for the float32 hypernetwork beside a bfloat16 base on a GPU; else float32."""
+        """Use bfloat16 products for the float32 hypernetwork beside a bfloat16 base on a GPU; else float32.
+
+        Not around the base: autocast makes sums float32 on CUDA, and so all that follows the first layer of experts.
+        """
         wanted = self.base.device.type == "cuda" and self.base.dtype == torch.bfloat16
         return torch.autocast(self.base.device.type, dtype=torch.bfloat16, enabled=wanted)
 

@@ -4,7 +4,7 @@ from d2l.base.attention import PER_DOCUMENT
 from d2l.base.mxfp4 import BITS_PER_WEIGHT
 from d2l.plan.expert_memory import mlp_backward_bytes, mlp_forward_bytes, mlp_kept_bytes
 from d2l.plan.sizes import Sizes
-from d2l.train.losses import SLICE_BYTES
+from d2l.train.losses import slice_bytes
 
 _FLOAT32 = 4
 # Bytes a weight while transformers dequantizes, measured on a CPU: result, transpose, indices, casts. CUDA takes fewer.
@@ -95,7 +95,8 @@ def _attention_kept(sizes: Sizes, tokens: int, longest: int) -> int:
 def logits_bytes(sizes: Sizes, label_tokens: int) -> int:
     """Return the bytes of the logits at labels and their gradient, and of three slices of them in float32 at work."""
     values = label_tokens * sizes.base.vocabulary
-    return 2 * values * sizes.element + _SLICES_AT_WORK * min(values * _FLOAT32, SLICE_BYTES)
+    slices = _SLICES_AT_WORK * min(values * _FLOAT32, slice_bytes("cuda" if sizes.on_gpu else "cpu"))
+    return 2 * values * sizes.element + slices
 
 
 def _packed(sizes: Sizes) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,14 +9,6 @@ from torch import Tensor, distributed, nn
 # As in DistributedDataParallel: large enough that a sum is worth its latency, small enough that the first one starts
 # early in the backward pass.
 BUCKET_BYTES = 25 * 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class _Sum:
-    """A bucket's sum under way: all gradients one after another."""
-
-    flat: Tensor
-    work: distributed.Work
 
 
 class SummedGradients:
@@ -35,7 +26,7 @@ class SummedGradients:
                 self._buckets.append([])
             self._buckets[-1].append(parameter)
         self._missing = [{id(it) for it in bucket} for bucket in self._buckets]
-        self._sums: list[_Sum] = []
+        self._sums: list[distributed.Work] = []  # under way, in the order of the buckets
 
     @contextmanager
     def during(self) -> Iterator[None]:
@@ -56,15 +47,18 @@ class SummedGradients:
                 hook.remove()
         while len(self._sums) < len(self._buckets):
             self._start()
-        for bucket, total in zip(self._buckets, self._sums, strict=True):
-            total.work.wait()
-            for parameter, part in zip(bucket, total.flat.split([it.numel() for it in bucket]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        for work in self._sums:
+            work.wait()
 
     def _start(self) -> None:
-        """Start the sum of the next bucket: in the same order in every process, whatever came first in each."""
+        """Start the sum of the next bucket: in the same order in every process, whatever came first in each.
+
+        The gradients are parts of the bucket from here on: both at once would be all gradients twice.
+        """
         bucket = self._buckets[len(self._sums)]
         flat = torch.cat([(torch.zeros_like(it) if it.grad is None else it.grad).flatten() for it in bucket])
+        for parameter, part in zip(bucket, flat.split([it.numel() for it in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
         work = distributed.all_reduce(flat, async_op=True)
         assert work is not None
-        self._sums.append(_Sum(flat, work))
+        self._sums.append(work)

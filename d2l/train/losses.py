@@ -24,8 +24,14 @@ TokenLoss = Callable[[Tensor, PackedBatch, slice], Tensor]
 # Logits in float32 that a loss works on at a time: beside the logits [N, V] of all label tokens and their gradient, in the
 # base's dtype, it has about three such slices. 410 label tokens of GPT-OSS are 0.16 GB in bfloat16; all of them in float32
 # at once, with their softmax and its gradient, were 1 GB.
-SLICE_BYTES = 2**23
+SLICE_BYTES = 2**23  # what a processor keeps near
+SLICE_BYTES_OF_GPU = 2**27  # fewer kernels: a slice costs about twenty, and their launches
 _FLOAT32 = 4
+
+
+def slice_bytes(device: str) -> int:
+    """Return the bytes of a slice of logits in float32 on a kind of device."""
+    return SLICE_BYTES_OF_GPU if device == "cuda" else SLICE_BYTES
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def lora_l1(lora: Lora, normalizer: Normalizer) -> Tensor:
 
 def _token_losses(logits: Tensor, batch: PackedBatch, loss: TokenLoss) -> Tensor:
     """Compute the loss of every label token, float32 `[N]`, of a few tokens at a time where there are many."""
-    if logits.numel() * _FLOAT32 <= SLICE_BYTES:
+    if logits.numel() * _FLOAT32 <= slice_bytes(logits.device.type):
         return loss(logits, batch, slice(None))
     losses: Tensor = _InSlices.apply(logits, batch, loss)
     return losses
@@ -168,8 +174,8 @@ class _InSlices(torch.autograd.Function):
 
 
 def _slices(logits: Tensor) -> list[slice]:
-    """Cut the rows of logits `[N, V]` so that a slice of them in float32 has at most `SLICE_BYTES`, or is one row."""
-    step = max(1, SLICE_BYTES // (_FLOAT32 * logits.shape[-1]))
+    """Cut the rows of logits `[N, V]` so that a slice of them in float32 has at most `slice_bytes`, or is one row."""
+    step = max(1, slice_bytes(logits.device.type) // (_FLOAT32 * logits.shape[-1]))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 

@@ -1,5 +1,6 @@
 """Measurements of an optimizer step: one line of metrics.jsonl, whose keys are documented here."""
 
+import gc
 import resource
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ def forget_peak_memory(device: "torch.device") -> None:
     if device.type == "cuda":
         import torch
 
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -1,5 +1,6 @@
 """Processes that share each optimizer step, the device of this one, and how their group is left."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,17 @@ def processes() -> PartialState:
     """Return the process group of this run and the device of this process; the first call joins the group.
 
     On CPUs accelerate needs the option, or each of several processes acts as the only one.
+
+    Raises:
+        ProcessError: a machine has fewer GPUs than processes.
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    started, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not cpu and started > gpus:
+        raise ProcessError(
+            f"{started} processes were started on a machine with {gpus} GPU(s), and each needs one of its own: start "
+            f"{gpus}, and set gradient_accumulation_steps to what the others would have done"
+        )
     return PartialState(cpu=cpu, timeout=TIMEOUT)
 
 

@@ -186,6 +186,23 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
+        "d2l.base.grouped:_with_copies",
+        "grouped",
+        (
+            "few-routes-unweighted",
+            " * weights.to(dtype).unsqueeze(-1)",
+            "",
+            "answers on a GPU as if every expert weighed one",
+        ),
+        (
+            "few-routes-bias-lost",
+            " + down.bias[:, None]",
+            "",
+            "answers on a GPU without the experts' bias",
+        ),
+    ),
+    *bugs(
+        _AREA,
         "d2l.base.grouped:_GroupedExperts.backward",
         "grouped",
         (
@@ -218,7 +235,7 @@ MUTANTS = [
         "grouped",
         (
             "grouped-first-choice-gets-the-gradient",
-            "routes.ends)).sum(1)",
+            "routes.ends)).sum(1, dtype=grad_both.dtype)",
             "routes.ends))[:, 0]",
             "three of four gradients are lost on a GPU",
         ),

@@ -100,8 +100,8 @@ MUTANTS = [
         ("checkpointing-silently-off", "self.base.train()", "pass", "memory as without checkpointing"),
         (
             "checkpointing-reentrant",
-            '{"use_reentrant": False, **kwargs}',
-            '{**kwargs, "use_reentrant": True}',
+            '{"use_reentrant": False, "preserve_rng_state": False, **kwargs}',
+            '{"preserve_rng_state": False, **kwargs, "use_reentrant": True}',
             "the task's gradient may be lost",
         ),
     ),

@@ -421,11 +421,11 @@ def test_experts_one_by_one_are_dequantized_one_by_one() -> None:
 def test_logits_grow_with_the_label_tokens_and_one_slice() -> None:
     sizes = ON_H100.sizes(configured("documented"))
     few, many = (
-        step_phases(sizes, replace(ROWS[1024], label_tokens=count))["logits"]["logits"] for count in (64, 1024)
+        step_phases(sizes, replace(ROWS[1024], label_tokens=count))["logits"]["logits"] for count in (256, 1024)
     )
-    slices = 3 * 2**23
-    assert many - slices == 16 * (few - slices)
-    assert few == 64 * 201_088 * 2 * 2 + slices
+    slices = 3 * 2**27
+    assert many - slices == 4 * (few - slices)
+    assert few == 256 * 201_088 * 2 * 2 + slices
 
 
 @pytest.mark.parametrize("values", [BOTH, BOTH | {"per_layer_processing": False, "num_blocks": 4}])

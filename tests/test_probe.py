@@ -243,6 +243,15 @@ def test_a_server_that_sends_a_byte_at_a_time_is_left() -> None:
     assert caught.value.kind == "slow"
 
 
+def test_a_socket_that_tires_before_the_alarm_is_a_slow_server_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2l.inference.json_http._hang_up", lambda *arguments: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # connects, and never answers
+        server = JsonServer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.1)
+        with pytest.raises(ServerError, match=r"no whole answer within 0\.1 s") as caught:
+            server.get("/v1/models")
+    assert caught.value.kind == "slow"
+
+
 def drip(listener: socket.socket) -> None:
     connection, _ = listener.accept()
     with connection:

@@ -61,7 +61,7 @@ class JsonServer:
                 status, text = response.status, response.read(MAX_BYTES + 1)
                 kind, left = response.headers.get_content_type(), response.length  # bytes promised and not sent
         except (OSError, http.client.HTTPException) as error:
-            if late.is_set():
+            if late.is_set() or isinstance(error, TimeoutError):  # the socket's own may come first
                 raise ServerError("slow", f"{where}: no whole answer within {self.timeout:g} s") from None
             broken = f"{where}: the answer breaks off or is not HTTP ({type(error).__name__}: {error})"
             raise ServerError("nonsense", broken) from None

@@ -15,7 +15,7 @@ import torch
 
 from d2l.data.needles import needle_records
 from d2l.data.records import Record
-from d2l.evaluation.run import generate_answers
+from d2l.evaluation.answers import generate_answers
 from d2l.evaluation.scores import exact_match
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import ask, internalize
@@ -90,7 +90,7 @@ def measure_conflicts(trained: TrainedModel) -> list[float]:
 
 def recall(trained: TrainedModel, lora: Lora, record: Record) -> float:
     """Return the share of a document's questions that are answered right."""
-    answers = generate_answers(trained, lora, record.prompts, TOKENS)
+    answers = generate_answers(trained, [lora] * len(record.prompts), record.prompts, TOKENS)
     return float(np.mean([exact_match(*pair) for pair in zip(answers, record.responses, strict=True)]))
 
 

@@ -1,15 +1,19 @@
 """Evaluation: the LoRA and prompt of each condition, likelihoods, document sizes, and seeds."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from support.tiny_run import make_run
+from torch import Tensor
 
 from d2l.data.needles import needle_records
 from d2l.data.packing import collate
 from d2l.data.tokenize import Limits, Row, tokenize_record
 from d2l.errors import DataError
+from d2l.evaluation import answers
 from d2l.evaluation.run import (
     Evaluation,
     _draw_other_documents,
@@ -63,6 +67,52 @@ def test_each_condition_uses_its_lora_and_prompt(trained: TrainedModel, evaluati
             }
             found = {it.condition: it.answer for it in evaluation.answers if (it.record, it.query) == (index, query)}
             assert found == expected
+
+
+def test_answers_of_many_documents_share_batches_and_are_those_of_each_alone(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of one chunk and of several: LoRAs of two ranks; questions of two lengths; more than a batch may have."""
+    monkeypatch.setattr(answers, "ROWS", 4)
+    records = [*RECORDS, *needle_records(documents=3, pairs=2, digits=2, filler_words=100, seed=5, split="heldout")]
+    loras = [internalize(trained, record.context) for record in records for _ in record.prompts]
+    assert len({lora.rank for lora in loras}) > 1
+    questions = [f"{'Please: ' * (place % 2)}{it}" for record in records for place, it in enumerate(record.prompts)]
+    sizes: list[int] = []
+    healthy = answers.generate
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        sizes.append(len(given[2]))
+        return healthy(*given, **options)
+
+    monkeypatch.setattr(answers, "generate", counted)
+    found = answers.generate_answers(trained, loras, questions, NEW_TOKENS)
+    assert found == [ask(trained, *each, NEW_TOKENS) for each in zip(loras, questions, strict=True)]
+    assert sorted(sizes) == [2, 2, 4, 4]
+    monkeypatch.setattr(answers, "TOKENS", 1)
+    assert answers.generate_answers(trained, None, questions[:2], NEW_TOKENS) == [
+        ask(trained, None, question, NEW_TOKENS) for question in questions[:2]
+    ]
+    assert sizes[4:] == [1, 1]
+
+
+def test_likelihoods_are_the_same_however_many_questions_share_a_row(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = needle_records(documents=1, pairs=4, digits=2, filler_words=8, seed=5)[0]
+    lora = internalize(trained, record.context)
+    whole = answers.compute_likelihoods(trained, lora, record)
+    rows: list[int] = []
+    healthy = answers.collate
+    monkeypatch.setattr(answers, "collate", lambda given: rows.append(len(given[0].queries)) or healthy(given))
+    length = len(tokenize_record(0, record, trained.chat, Limits(), None).rows[0].queries[0].input_ids)
+    for most, shared in ((2 * length + 1, [2, 2]), (1, [1] * 4)):
+        config = trained.config.model_copy(update={"max_packed_inp_len": most})
+        alone = answers.compute_likelihoods(replace(trained, config=config), lora, record)
+        assert [nll for nll, _ in alone] == pytest.approx([nll for nll, _ in whole], rel=1e-5)
+        assert [count for _, count in alone] == [count for _, count in whole]
+        assert rows == shared
+        rows.clear()
 
 
 def test_likelihood_is_that_of_the_training_loss(trained: TrainedModel, evaluation: Evaluation) -> None:
@@ -119,7 +169,7 @@ def test_a_document_over_the_limits_is_refused_before_any_question(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a question was answered")
 
-    monkeypatch.setattr("d2l.evaluation.run.generate", fail)
+    monkeypatch.setattr("d2l.evaluation.answers.generate", fail)
     long = needle_records(documents=1, pairs=2, digits=2, filler_words=9000, seed=5)
     with pytest.raises(DataError, match="does not fit the checkpoint"):
         evaluate(trained, [*RECORDS, *long])

@@ -17,7 +17,7 @@ from d2l.data.packing import collate
 from d2l.data.records import Record
 from d2l.data.tokenize import tokenize_record
 from d2l.errors import DataError, ModelError
-from d2l.evaluation.run import generate_answers
+from d2l.evaluation.answers import generate_answers
 from d2l.inference.generate import internalize
 from d2l.inference.load import TrainedModel, load_model
 from d2l.train.losses import Normalizer, compute_loss
@@ -198,7 +198,7 @@ def test_harm_tells_the_document_from_another_text(trained: TrainedModel, monkey
 def test_peft_answers_as_d2l_does(trained: TrainedModel) -> None:
     asked = [(RECORD, question) for question in RECORD.prompts]
     lora = internalize(trained, RECORD.context)
-    own = generate_answers(trained, lora, RECORD.prompts, ANSWER_TOKENS)
+    own = generate_answers(trained, [lora] * len(RECORD.prompts), RECORD.prompts, ANSWER_TOKENS)
     assert own != generate_answers(trained, None, RECORD.prompts, ANSWER_TOKENS)
     assert peft_answers(trained, asked) == own
 

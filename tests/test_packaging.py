@@ -84,7 +84,8 @@ def test_an_installed_wheel_runs_from_an_empty_directory(installed: Path, tmp_pa
     assert listed.returncode == 0, listed.stderr
     links = [source["link"] for check in json.loads(listed.stdout) for source in check["sources"]]
     pages = {link.partition("#")[0] for link in links if not link.startswith("https://")}
-    assert {Path(page).name for page in pages} == {"nine_fixes.md", "failure_modes.md", "plugins.md", "targets.md"}
+    names = {"nine_fixes.md", "failure_modes.md", "plugins.md", "targets.md", "smollm2.md"}
+    assert {Path(page).name for page in pages} == names
     assert all("environment" in page and Path(page).is_file() for page in pages)
     shipped = ("configs/gpt_oss_20b.yaml", "--tokenizer", "configs/models/tiny_gpt_oss")
     chosen = ("--select", "TGT101", "--select", "LBL101", "--format", "json")

@@ -15,10 +15,9 @@ from d2l.hypernet.lora import Lora
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
 from d2l.inference.load import TrainedModel
 
-ROWS, TOKENS = (
-    16,
-    2**14,
-)  # of a batch of prompts, at most: a step of decoding takes hardly longer for many rows than for one
+# Of a batch of prompts, at most: a step of decoding takes hardly longer for many rows than for one.
+ROWS = 16
+TOKENS = 2**14
 
 
 def generate_answers(

@@ -27,7 +27,7 @@ from experiments.smollm2.facts import Shape, Words, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
 from experiments.smollm2.material import ABOUT_IT, TOGETHER, draw_questions, single_words
-from experiments.smollm2.page import named_share
+from experiments.smollm2.page import named_share, size_of
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
 from experiments.smollm2.teacher import certain
@@ -219,3 +219,15 @@ def test_a_value_among_other_words_is_named() -> None:
         "none": 0.0,
         "in_prompt": 1.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ([(17, 1)], "17–17 tokens, 1 chunk"),
+        ([(240, 2), (300, 2)], "240–300 tokens, 2 chunks"),
+        ([(380, 3), (100, 1)], "100–380 tokens, 1–3 chunks"),
+    ],
+)
+def test_the_page_says_how_long_documents_were(sizes: list[tuple[int, int]], text: str) -> None:
+    assert size_of([{"document_tokens": tokens, "chunks": chunks} for tokens, chunks in sizes]) == text

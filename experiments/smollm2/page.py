@@ -122,10 +122,11 @@ def _facts_table(findings: Findings) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, evaluation in findings.facts.items():
+        size = size_of(evaluation["answers"])
         for condition in CONDITIONS:
             score = evaluation["scores"][condition]
             cells = [
-                f"{evaluation['documents']} {name}",
+                f"{evaluation['documents']} {name}, {size}",
                 str(evaluation["questions"]),
                 LABELS[condition],
                 _interval(score["exact"]),
@@ -139,6 +140,13 @@ def _facts_table(findings: Findings) -> str:
         "it alone: compare its column *names the value*."
     )
     return "\n".join(lines) + "\n" + note
+
+
+def size_of(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Return the fewest and most tokens and chunks of the documents that were asked about."""
+    tokens, chunks = (sorted({it[key] for it in answers}) for key in ("document_tokens", "chunks"))
+    several = f"{chunks[0]}–{chunks[-1]}" if len(chunks) > 1 else str(chunks[0])
+    return f"{tokens[0]}–{tokens[-1]} tokens, {several} chunk{'s' if chunks[-1] > 1 else ''}"
 
 
 def _real(evaluation: Mapping[str, Any] | None) -> str:

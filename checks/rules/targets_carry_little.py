@@ -17,8 +17,8 @@ How it is detected
 A table of one study (experiments/targets.md: the same steps, documents and hypernetwork for every module, three seeds,
 exact match on unseen documents of two keys; chance is .10, a value without its key .55). It shows what a tiny base
 learns in a small budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are
-not judged. Nor is `down_proj`, which GPT-OSS has in its experts alone: on SmolLM2-135M (experiments/smollm2.md) it carries
-words and pairs of words, where v_proj, in a narrower hypernetwork and at half the learning rate, carried least.
+not judged. On SmolLM2-135M (experiments/smollm2.md) v_proj carries words of documents too, and so does down_proj, which
+GPT-OSS has in its experts alone; q_proj was not tried there.
 
 How to fix
 ----------

@@ -31,6 +31,8 @@ TRIED = """\
 | | | | | 200 | 4.08 | 8.45 | 4.37 ± 0.25 | .00 |
 | 1 fact of a word; held out 1–2 words | 384, 4 × 64 | `down_proj` | 1.6e-2, 1.5e-3 | 50 | 3.67 | 8.05 | 4.39 ± 0.33 | .00 |
 | | | | | 100 | 1.99 | 9.11 | 7.11 ± 0.37 | .47 |
+| the same, other targets | 384, 4 × 64 | `v_proj` | 1.6e-2, 1.5e-3 | 50 | 4.08 | 6.99 | 2.90 ± 0.29 | .00 |
+| | | | | 75 | 2.56 | 8.40 | 5.85 ± 0.41 | .38 |
 | from step 125, 1 fact of 1–2 words | | | the same | 150 | 1.42 | 9.11 | 7.70 ± 0.48 | .59 |
 | | | | | 200 | 1.15 | 9.60 | 8.46 ± 0.45 | .75 |
 | | | | | 250 | 0.90 | 9.04 | 8.14 ± 0.33 | .66 |
@@ -43,7 +45,8 @@ TRIED = """\
 Width: of the latents, and of what they read of a token: its key heads by their size. The narrow ones had LoRAs of rank 8, the
 wider ones of rank 4, and nothing was changed alone. Through one head of 48, 48 numbers pass of what a token is, of 576 in the
 base, and held-out words came out as their neighbours (*switch* as *check*). Values of one word are read within 60 steps of 28
-documents by the wider one, also words that training never had. Narrow, values of several tokens stayed at what all answers
+documents by the wider one, also words that training never had, with `v_proj` as with `down_proj`: what kept `v_proj` from
+reading was the width, not the target. Narrow, values of several tokens stayed at what all answers
 have in common, and a fifth of them mixed into words undid the words in 15 steps. Two facts at once, at half the rates and right
 after single words, were not learnt either. The last run is that of the tables below: 150 steps of one or two words at the full
 rates (the loss averaged by document) came between, and then two facts at once, other values and real text went along."""

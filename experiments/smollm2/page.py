@@ -46,7 +46,7 @@ Width: of the latents, and of what they read of a token: its key heads by their 
 wider ones of rank 4, and nothing was changed alone. Through one head of 48, 48 numbers pass of what a token is, of 576 in the
 base, and held-out words came out as their neighbours (*switch* as *check*). Values of one word are read within 60 steps of 28
 documents by the wider one, also words that training never had, with `v_proj` as with `down_proj`: what kept `v_proj` from
-reading was the width, not the target. Narrow, values of several tokens stayed at what all answers
+reading before was the width, or several facts from the first step. Narrow, values of several tokens stayed at what all answers
 have in common, and a fifth of them mixed into words undid the words in 15 steps. Two facts at once, at half the rates and right
 after single words, were not learnt either. The last run is that of the tables below: 150 steps of one or two words at the full
 rates (the loss averaged by document) came between, and then two facts at once, other values and real text went along."""

@@ -60,8 +60,8 @@ ANSWER_TOKENS = 24
 SHOWN = 10  # questions on the page
 
 # The features of all layers, and Muon: what learnt best in experiments/targets.md. Not its targets: after 40 steps on documents
-# of one fact the loss was 2.15 with down_proj, as in the paper, and 2.40 with o_proj; with v_proj, at half the learning rate
-# and with up to three facts, documents were read least. float32, as bfloat16 is emulated by processors without it: a product
+# of one fact the loss was 2.15 with down_proj, as in the paper, and 2.40 with o_proj; v_proj learns as well in a hypernetwork of
+# this width, and did not in a narrower one. float32, as bfloat16 is emulated by processors without it: a product
 # took 70 times as long.
 TRAINING: dict[str, Any] = {
     "attn_implementation": "per_document",

@@ -191,6 +191,17 @@ def test_few_records_are_too_few_to_say_so(needles: Subject, monkeypatch: pytest
     assert (outcome.outcome, outcome.message[:9]) == ("skip", "only 3 re"), outcome
 
 
+def test_the_exact_logits_of_a_half_precision_base_leave_its_rotation_as_it_is(mxfp4: Path) -> None:
+    """Frequencies rounded to bfloat16 would bend what both errors are measured against."""
+    subject = of_folder(mxfp4, dtype="bfloat16")
+    base = loaded_base_differs._as_transformers_loads(subject)
+    before = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    assert {buffer.dtype for name, buffer in before.items() if "inv_freq" in name} == {torch.float32}
+    loaded_base_differs._Probe.of(subject).alone_in_float32(base)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in base.named_buffers())
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("more", "found"), [(-1, "pass"), (2**27, "pass"), (2**29, "warn")])
 def test_more_memory_than_reckoned_is_a_warning(needles: Subject, more: int, found: str) -> None:
     reckoned = judged(on_gpu(needles, lambda healthy, work: (work(), 1)[1]), "MEM402").evidence["reckoned"]

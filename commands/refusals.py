@@ -16,9 +16,8 @@ from d2l.train.stopping import stop_on_signals
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PATIENCE = (
-    10.0  # seconds that a process waits for rank 0 to meet the same: they read the same files at about the same time
-)
+# seconds that a process waits for another one to meet the same: they read the same files at about the same time
+PATIENCE = 10.0
 _KEY = "refusal"
 
 
@@ -43,8 +42,8 @@ def tell_refusal(refusal: str, notes: Sequence[str] = ()) -> None:
 
 def _is_told_by_rank_0(refusal: str) -> bool:
     """Return whether rank 0 prints the same refusal, after waiting for it; False where nobody can be asked."""
-    if not _has_loaded():  # all that was read are arguments and files, and the first process of this host read the same
-        return os.environ.get("LOCAL_RANK", "0") != "0"
+    if not _has_loaded():
+        return os.environ.get("LOCAL_RANK", "0") != "0" and _is_stopped()
     if refusal.startswith(process_name()):
         return False
     # A launcher that sees another process end stops this one, which has something to say.
@@ -55,6 +54,18 @@ def _is_told_by_rank_0(refusal: str) -> bool:
                 return bool(store.get(_KEY).decode() == refusal)
             time.sleep(0.05)
     return False
+
+
+def _is_stopped() -> bool:
+    """Wait to be stopped, as a launcher does once the first process of this host has told and ended; False where none does.
+
+    All that was read are arguments and files, and that process read the same. Ending before it would have the launcher stop
+    it instead, before it has told.
+    """
+    with suppress(KeyboardInterrupt), stop_on_signals(_end_waiting):
+        time.sleep(PATIENCE)
+        return False
+    return True
 
 
 def _has_loaded() -> bool:

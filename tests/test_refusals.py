@@ -115,16 +115,32 @@ def test_before_libraries_are_loaded_the_first_process_of_each_host_tells(
     monkeypatch.setattr(refusals, "_has_loaded", lambda: False)
     monkeypatch.setattr(refusals, "_shared_store", lambda: pytest.fail("asked"))
     for rank in range(4):
+        stopping = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        if rank % 2:  # it waits for the launcher to stop it: were it the first to end, the launcher would stop rank 0
+            stopping.start()
         tell(monkeypatch, rank, "lora_r: found 0")
+        has_waited = not stopping.is_alive()
+        stopping.cancel()
+        assert has_waited
     told = capsys.readouterr().err
     assert told.count("Error: lora_r: found 0") == 2
     assert "in rank 2 of 4 on " in told
 
 
+def test_before_libraries_are_loaded_a_process_that_nobody_stops_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(refusals, "_has_loaded", lambda: False)
+    monkeypatch.setattr(refusals, "PATIENCE", 0.1)
+    tell(monkeypatch, 1, "lora_r: found 0")
+    assert capsys.readouterr().err.startswith("Error: lora_r: found 0\nin rank 1 of 2 on ")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--set lora_r=0", "lora_r: must be greater than or equal to 1"),
+        ('$(test "$LOCAL_RANK" = 1 || sleep 1)--set lora_r=0', "lora_r: must be greater than or equal to 1"),
         pytest.param("--data none.jsonl", "none.jsonl: does not exist", marks=pytest.mark.slow),
         pytest.param(
             '$(test "$RANK" = 0 || echo --data none.jsonl)', "none.jsonl: does not exist", marks=pytest.mark.slow
@@ -142,4 +158,4 @@ def test_two_processes_under_torchrun(tmp_path: Path, options: str, words: str) 
     )
     assert done.stderr.count(words) == 1, done.stderr
     told = done.stderr.split(words)[1].split("\nW")[0]
-    assert ("in rank 1 of 2 on " in told) == ("RANK" in options), done.stderr
+    assert ("in rank 1 of 2 on " in told) == ("$RANK" in options), done.stderr

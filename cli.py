@@ -45,8 +45,8 @@ class Commands(TyperGroup):
         except D2LError as error:
             tell_refusal(str(error), getattr(error, "__notes__", ()))
             raise typer.Exit(_exit_code(error)) from None
-        except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo("\n".join(["Interrupted.", *getattr(error, "__notes__", ())]), err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -1,5 +1,6 @@
 """Commands that make and show data. Heavy imports are late."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,7 @@ from commands.console import (
 
 if TYPE_CHECKING:
     from commands.packed_rows import ShownRow
+    from d2l.build import Components
     from d2l.config.schema import RunConfig
 
 Style = Literal["sentences", "pairs"]
@@ -83,7 +85,10 @@ def teacher(
         int, typer.Option(metavar="K", min=1, help="Keep the K likeliest tokens at every supervised one.")
     ] = 16,
 ) -> None:
-    """Add teacher logprobs to a run's data, from the base with the document in its prompt, for loss: kl."""
+    """Add teacher logprobs to a run's data, from the base with the document in its prompt, for loss: kl.
+
+    What is done when it is interrupted is kept in FILE.parts: the same command goes on from there.
+    """
     from d2l.config.load import load_config
     from d2l.io.atomic import require_new_file
 
@@ -91,16 +96,25 @@ def teacher(
     resolved = load_config(config, model=model, tokenizer=tokenizer, data=data)
     with libraries_to_stderr():
         from d2l.build import Components
-        from d2l.data.records import write_records
-        from d2l.train.teacher import add_teacher_logprobs
+        from d2l.train.taught import write_taught
+        from d2l.train.teacher import add_teacher_logprobs, require_teachable
 
         components = Components(resolved)
-        records, chat, base = components.records, components.chat, components.base
-        with progress("passes") as show:
-            options = {"top_k": top_k, "packed_tokens": resolved.max_packed_inp_len}
-            written = add_teacher_logprobs(records, base, chat, **options, on_progress=show)
-        write_records(output, written)
-    _print_counts(output, len(written), sum(len(record.prompts) for record in written))
+        records, chat = components.records, components.chat
+        with progress("documents tokenized") as show:
+            require_teachable(records, components.base_config, chat, top_k, show)
+        teach = partial(
+            add_teacher_logprobs,
+            base=components.base,
+            chat=chat,
+            top_k=top_k,
+            packed_tokens=resolved.max_packed_inp_len,
+        )
+        with progress("documents") as show:
+            kept = write_taught(output, records, teach, _made_by(components, top_k), show)
+    if kept:
+        typer.echo(f"Note: {kept:,} of {len(records):,} documents were done by an earlier call", err=True)
+    _print_counts(output, len(records), sum(len(record.prompts) for record in records))
 
 
 def show(
@@ -170,6 +184,16 @@ def _packed_rows(
             sides = {"documents": documents, "questions": questions}
             shown.append(describe_row(number, len(batches), row, sources, **sides))
         return shown
+
+
+def _made_by(components: "Components", top_k: int) -> dict[str, str]:
+    """Return what decides a teacher's values, by name."""
+    from d2l.fingerprint import run_fingerprint
+
+    config = components.config
+    parts = run_fingerprint(config, components.base_config, components.chat, components.records, {}).parts
+    settings = {"model": config.model_name_or_path, "seed": str(config.seed), "top_k": str(top_k)}
+    return settings | {name: parts[name] for name in ("base_config", "tokenizer", "chat", "data")}
 
 
 def _print_counts(output: Path, documents: int, questions: int) -> None:

@@ -68,7 +68,7 @@ def _data_sha256(records: Sequence[Record]) -> str:
     """Hash the JSON list of all records, record by record: as one text it would be as large as the data."""
     total = hashlib.sha256(b"[")
     for index, record in enumerate(records):
-        total.update(f"{', ' if index else ''}{json.dumps(_contents(record))}".encode())
+        total.update(f"{', ' if index else ''}{json.dumps(_contents(record), default=list)}".encode())
     total.update(b"]")
     return total.hexdigest()
 

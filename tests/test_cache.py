@@ -23,7 +23,7 @@ from d2l.data.chat.format import ChatFormat, Encoded, chat_format
 from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.epochs import epoch_batches
 from d2l.data.needles import needle_records
-from d2l.data.records import Record
+from d2l.data.records import Record, read_records, write_records
 from d2l.data.shards import row_sizes
 from d2l.data.tokenize import Limits, Tokenized, tokenize_record, tokenize_records
 from d2l.errors import DataError
@@ -139,9 +139,13 @@ def test_cold_and_warm_are_equal_to_no_cache(tmp_path: Path, tokenized_records: 
 
 def test_teacher_logprobs_come_back_exactly(tmp_path: Path) -> None:
     records = [Record("a b", ("q",), ("b " * n,), "s", **teacher(n + 1)) for n in range(1, 6)]
-    for _ in range(2):
-        ours = cached_rows(records, CHAT, Limits(), None, tmp_path)
+    lines = tmp_path / "records.jsonl"
+    write_records(lines, records)
+    cache = tmp_path / "cache"
+    for same in (records, read_records([lines]), records):  # read as tables, which change no key
+        ours = cached_rows(same, CHAT, Limits(), None, cache)
         assert_same(ours, tokenize_records(records, CHAT, Limits()))
+        assert len([*cache.iterdir()]) == 1
     assert ours.rows[4].queries[0].logprobs_vals == records[4].logprobs_vals[0]  # type: ignore[index]
 
 

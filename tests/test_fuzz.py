@@ -86,10 +86,13 @@ def test_packed_experts_wider_than_the_shipped_ones_are_judged_a_layer_at_once_t
     assert "layer 0, a layer at once" in outcomes[0].evidence
 
 
+drawn_once = lru_cache(maxsize=8)(random_subject)
+
+
 @lru_cache(maxsize=64)
 def clean_outcome(code: str, seed: int) -> tuple[Subject, Outcome]:
     """The check's outcome without a fault, once for all the faults of its rule."""
-    drawn = random_subject(seed)
+    drawn = drawn_once(seed)
     (outcome,) = run_checks(drawn, [rule for rule in RULES if rule.code == code]).outcomes
     return drawn, outcome
 
@@ -134,7 +137,7 @@ IN_MATRIX = {code for _, code, _ in MATRIX.values()}
     ],
 )
 def test_a_planted_fault_of_every_rule_turns_its_check_red(rule: Rule, fault: Fault) -> None:
-    plant(rule, fault, first_seed=RULES.index(rule), places=1)
+    plant(rule, fault, first_seed=RULES.index(rule) // 8, places=1)  # eight in a row share what is built for them
 
 
 @pytest.mark.slow

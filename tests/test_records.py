@@ -12,6 +12,7 @@ import pytest
 from d2l.build import load_records
 from d2l.config.schema import RunConfig
 from d2l.data.records import Record, read_records, write_records
+from d2l.data.tables import Table
 from d2l.errors import DataError
 
 GOOD = {"context": "Rollo led the Normans.", "prompts": ["Who led?", "Whom?"], "responses": ["Rollo", "the Normans"]}
@@ -50,6 +51,8 @@ def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
             }
             for value in values
         ], name
+        tables = [(record.logprobs_vals, record.logprobs_indices) for record in records]
+        assert {type(table) for both in tables for each in both for table in each or ()} == {Table}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])

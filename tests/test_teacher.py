@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.needles import needle_records
-from d2l.data.records import Record, read_records
+from d2l.data.records import Record, read_records, write_records
 from d2l.errors import DataError
+from d2l.train import taught
+from d2l.train import teacher as teacher_code
+from d2l.train.taught import parts_folder
 from d2l.train.teacher import add_teacher_logprobs
 
 CONFIG = Path("configs/needle_tiny.yaml")
@@ -142,6 +146,52 @@ def test_the_command_writes_a_file_with_logprobs(tmp_path: Path) -> None:
     again = d2l("data", "teacher", plain, "-o", distilled, "--data", data)
     assert (again.exit_code, read_records([distilled])) == (2, found)
     assert "never written over" in again.stderr
+
+
+def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, alone, output = tmp_path / "data.jsonl", tmp_path / "alone.jsonl", tmp_path / "taught.jsonl"
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(
+        "\n".join(it for it in CONFIG.read_text().splitlines() if not it.startswith(("curriculum", "  - {")))
+    )
+    d2l("data", "needle", "-o", data, "--documents", 4, "--style", "pairs", "--filler-words", 0)
+    monkeypatch.setattr(taught, "CHARACTERS", 1)  # a part for every document
+    command = ("data", "teacher", plain, "--data", data, "--top-k", 3, "-o")
+    assert d2l(*command, alone).exit_code == 0
+    asked: list[Record] = []
+
+    def interrupted(records: Sequence[Record], **options: Any) -> list[Record]:
+        asked.extend(records)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return add_teacher_logprobs(records, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_code, "add_teacher_logprobs", interrupted)
+        result = d2l(*command, output)
+    assert (result.exit_code, output.exists()) == (130, False)
+    assert result.stderr.endswith(f"Interrupted.\n2 of 4 documents are in {output}.parts: the same command goes on\n")
+    assert f"{output}.parts holds parts of a teacher with another top_k" in d2l(*command[:-2], 4, "-o", output).stderr
+    result = d2l(*command, output)
+    assert result.exit_code == 0
+    assert result.stderr.endswith("Note: 2 of 4 documents were done by an earlier call\n")
+    assert output.read_bytes() == alone.read_bytes()
+
+
+def test_what_the_teacher_cannot_read_is_refused_before_the_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, data = tmp_path / "plain.yaml", tmp_path / "data.jsonl"
+    plain.write_text(
+        "\n".join(it for it in CONFIG.read_text().splitlines() if not it.startswith(("curriculum", "  - {")))
+    )
+    short, *_, long = needle_records(3, 2, 2, 0, 1, style="pairs")
+    write_records(data, [short, replace(long, context=" ".join(["cat 1 2"] * 9_999))])
+    monkeypatch.setattr("d2l.build.build_base", lambda *arguments: pytest.fail("loaded"))
+    result = d2l("data", "teacher", plain, "--data", data, "-o", tmp_path / "taught.jsonl")
+    assert result.exit_code == 2
+    assert "record 1, prompt 0" in result.stderr
+    assert not parts_folder(tmp_path / "taught.jsonl").exists()
 
 
 # Those that read the data, of which the teacher is a part, and those of losses; the cache's keys are judged elsewhere

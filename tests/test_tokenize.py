@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from d2l.data.chat.tokenizer import load_tokenizer
 from d2l.data.chunks import split_context
 from d2l.data.limits import DoesNotFitError, Limits
 from d2l.data.records import Record, read_records
+from d2l.data.tables import compact
 from d2l.data.tokenize import IGNORE_INDEX, Query, Row, labels_from_mask, split_queries, tokenize_records
 from d2l.errors import ConfigError, DataError
 from d2l.io.resources import resource
@@ -132,8 +133,9 @@ def test_a_conversation_that_the_template_refuses_is_named() -> None:
     ]
 
 
-def test_teacher_logprobs_belong_to_the_labels() -> None:
-    teacher: dict[str, Any] = {"logprobs_vals": (((-1.0,), (-2.0,)),), "logprobs_indices": (((4,), (5,)),)}
+@pytest.mark.parametrize("form", [lambda rows: tuple(map(tuple, rows)), compact], ids=["tuples", "tables"])
+def test_teacher_logprobs_belong_to_the_labels(form: Callable[[Any], Any]) -> None:
+    teacher: dict[str, Any] = {"logprobs_vals": (form([[-1.0], [-2.0]]),), "logprobs_indices": (form([[4], [5]]),)}
     query = tokenize_records([record(**teacher)], CHAT, Limits()).rows[0].queries[0]
     assert (query.logprobs_vals, query.logprobs_indices) == (((-1.0,), (-2.0,)), ((4,), (5,)))
 
@@ -142,7 +144,10 @@ def test_teacher_logprobs_belong_to_the_labels() -> None:
         DataError, match=r"record 1, prompt 0 \(a.jsonl:9\): teacher logprobs: 2 entries for 3 supervised"
     ):
         tokenize_records([record(**teacher), longer], CHAT, Limits())
-    wider: dict[str, Any] = {"logprobs_vals": (((-1.0, -2.0),) * 2,), "logprobs_indices": (((4, 5),) * 2,)}
+    wider: dict[str, Any] = {
+        "logprobs_vals": (form([[-1.0, -2.0]] * 2),),
+        "logprobs_indices": (form([[4, 5]] * 2),),
+    }
     for k, other in ((0, {}), (2, wider)):
         lines = [f"  {k}: record 1 (b.jsonl:1)", "  1: record 0 (a.jsonl:1)"]
         with pytest.raises(DataError, match="same number of teacher logprobs") as caught:

@@ -77,7 +77,7 @@ def key_parts(
     content = hashlib.sha256()
     for record in records:
         values = (record.context, record.prompts, record.responses, record.logprobs_vals, record.logprobs_indices)
-        content.update(json.dumps(values).encode())
+        content.update(json.dumps(values, default=list).encode())
     return {
         "chat": chat.fingerprint,
         "tokenizer": chat.tokenizer_fingerprint,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from d2l.data.records import Record, listing
+from d2l.data.tables import Table
 from d2l.errors import DataError
 
 _MASS_TOLERANCE = 0.01  # a teacher's probabilities rounded to bfloat16 sum to at most this much above 1
@@ -83,7 +84,7 @@ def list_top_k_examples(records: Sequence[Record], top_k: Iterable[int]) -> str:
 
 def _top_k_of(vals: Any) -> int:
     """Return k of the first token; 0 where there is none, or in a malformed table of a record that was dropped."""
-    return len(vals[0]) if isinstance(vals, tuple) and vals and isinstance(vals[0], tuple) else 0
+    return len(vals[0]) if isinstance(vals, tuple | Table) and vals and isinstance(vals[0], tuple) else 0
 
 
 def _largest_id(ids: Any) -> int:

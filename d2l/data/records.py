@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from d2l.data.tables import compact
 from d2l.errors import DataError
 from d2l.io.atomic import write_new_file
 
@@ -34,7 +35,7 @@ class Record:
     """One document with its questions and answers.
 
     `source` is where it stands (`file:line`). `logprobs_vals` and `logprobs_indices` are a teacher's top-k natural-log
-    probabilities and token ids, nested as [prompt][supervised token][k].
+    probabilities and token ids, nested as [prompt][supervised token][k]: of each prompt a `Table`, or nested tuples.
     """
 
     context: str
@@ -119,7 +120,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     with write_new_file(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
         for record in records:
             values = {key: value for key, value in vars(record).items() if key != "source" and value is not None}
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.write(json.dumps(values, ensure_ascii=False, default=list) + "\n")
 
 
 def _read_path(path: Path, limit: int | None) -> list[Record]:
@@ -284,13 +285,13 @@ def _record(value: Mapping[str, Any], source: str) -> Record:
         prompts=tuple(value["prompts"]),
         responses=tuple(value["responses"]),
         source=source,
-        logprobs_vals=_tuples(value.get("logprobs_vals")),
-        logprobs_indices=_tuples(value.get("logprobs_indices")),
+        logprobs_vals=_tables(value.get("logprobs_vals")),
+        logprobs_indices=_tables(value.get("logprobs_indices")),
     )
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _tables(value: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if value is None else tuple(map(compact, value))
 
 
 def _kind(value: Any) -> str:

@@ -39,8 +39,8 @@ class Query:
 
     input_ids: Ids
     labels: Ids
-    logprobs_vals: tuple[tuple[float, ...], ...] | None = None
-    logprobs_indices: tuple[Ids, ...] | None = None
+    logprobs_vals: Sequence[tuple[float, ...]] | None = None
+    logprobs_indices: Sequence[Ids] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.labels) == len(self.input_ids) > 0

@@ -10,18 +10,37 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from d2l.base.masks import packed_masks
 from d2l.data.chat.format import ChatFormat
 from d2l.data.limits import DoesNotFitError, Limits, check_question_length
 from d2l.data.packing import PackedBatch, collate, pack
 from d2l.data.records import Record, document_in_prompts
+from d2l.data.tables import compact
 from d2l.data.tokenize import Query, Row, tokenize_record
 from d2l.errors import DataError
 
 TopK = tuple[Tensor, Tensor]  # log-probabilities and ids, [supervised token, k]
 _NO_DOCUMENT = ((0,),)  # a row needs a chunk; the teacher does not read it
+
+
+def require_teachable(
+    records: Sequence[Record],
+    base_config: PreTrainedConfig,
+    chat: ChatFormat,
+    top_k: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Refuse records that `add_teacher_logprobs` would refuse, before the base is loaded and hours are spent on others.
+
+    Raises:
+        DataError: as `add_teacher_logprobs`.
+    """
+    limits = _limits(base_config, top_k)
+    for index, record in enumerate(records):
+        _make_question_rows(index, _untaught(record), chat, limits)
+        on_progress(index + 1, len(records))
 
 
 @torch.no_grad()
@@ -49,11 +68,12 @@ def add_teacher_logprobs(
         DataError: a document with its question exceeds `max_position_embeddings` of the base, an answer has other
             supervised tokens with the document in the prompt, or `top_k` exceeds the vocabulary.
     """
-    if top_k > base.config.vocab_size:
-        raise DataError(f"top_k: {top_k:,} is more than the {base.config.vocab_size:,} tokens of the base")
-    limits = Limits(max_position_embeddings=getattr(base.config, "max_position_embeddings", None) or -1)
-    plain = [replace(record, logprobs_vals=None, logprobs_indices=None) for record in records]
-    rows = [row for index, record in enumerate(plain) for row in _make_question_rows(index, record, chat, limits)]
+    limits = _limits(base.config, top_k)
+    rows = [
+        row
+        for index, record in enumerate(records)
+        for row in _make_question_rows(index, _untaught(record), chat, limits)
+    ]
     packing = pack([row.size for row in rows], packed_tokens, len(rows), seed=0)
     passes = [*packing.groups, *((alone.row,) for alone in packing.oversized)]
     by_row: dict[int, TopK] = {}
@@ -62,6 +82,17 @@ def add_teacher_logprobs(
         on_progress(number, len(passes))
     in_order = iter(by_row[row] for row in range(len(rows)))
     return [_add_logprobs(record, list(islice(in_order, len(record.prompts)))) for record in records]
+
+
+def _limits(base_config: PreTrainedConfig, top_k: int) -> Limits:
+    """Return the base's limit on a question with its document; refuse a `top_k` beyond its vocabulary."""
+    if top_k > base_config.vocab_size:
+        raise DataError(f"top_k: {top_k:,} is more than the {base_config.vocab_size:,} tokens of the base")
+    return Limits(max_position_embeddings=getattr(base_config, "max_position_embeddings", None) or -1)
+
+
+def _untaught(record: Record) -> Record:
+    return replace(record, logprobs_vals=None, logprobs_indices=None)
 
 
 def _make_question_rows(index: int, record: Record, chat: ChatFormat, limits: Limits) -> list[Row]:
@@ -113,5 +144,5 @@ def _compute_top_k(base: PreTrainedModel, batch: PackedBatch, top_k: int) -> lis
 
 def _add_logprobs(record: Record, tables: Sequence[TopK]) -> Record:
     """Return a record with the teacher logprobs of its questions."""
-    values, ids = (tuple(tuple(map(tuple, table[part].tolist())) for table in tables) for part in (0, 1))
+    values, ids = (tuple(compact(table[part].tolist()) for table in tables) for part in (0, 1))
     return replace(record, logprobs_vals=values, logprobs_indices=ids)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,6 +140,9 @@ class Implementation(Protocol):
 
     def loss(self, model: Any, batches: Sequence["PackedBatch"], config: RunConfig) -> tuple[Tensor, Tensor]:
         """Return the task loss and the weighted L1 term of one step made of these micro-batches, with gradients."""
+
+    def in_pieces(self) -> AbstractContextManager[None]:
+        """Let hypernetworks meanwhile read the shortest documents in the smallest pieces, as they read long ones."""
 
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
         """Make a run at its start."""

@@ -1,7 +1,8 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
 from d2l.errors import ModelError
 from d2l.fingerprint import run_fingerprint
+from d2l.hypernet import memory
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
@@ -118,6 +120,15 @@ class Production:
         losses = [batch_loss(model, batch, normalizer, config) for batch in batches]
         task = torch.stack([loss.task for loss in losses]).sum()
         return task, config.gen_lora_l1_reg_coef * torch.stack([loss.l1 for loss in losses]).sum()
+
+    @contextmanager
+    def in_pieces(self) -> Iterator[None]:
+        whole = memory.PIECE_BYTES
+        memory.PIECE_BYTES = 1
+        try:
+            yield
+        finally:
+            memory.PIECE_BYTES = whole
 
     def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
         return Run(model, rows, config, OneProcess(model.base.device))

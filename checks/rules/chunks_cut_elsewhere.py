@@ -89,9 +89,16 @@ def check(subject: "Subject") -> Result:
     length = len(document.ids)
     overlap = min(subject.config.chunk_overlap, new // 2)
     evidence: dict[str, Any] = {"chunking": chunking, "overlap": overlap, "tokens": length, "chunks": {}}
-    for name, room, drawn in _cases(length, new + overlap):
-        expected = [document.ids[start:stop] for start, stop in cut(room, overlap, drawn)]
-        found = _chunks(subject, document, room, overlap, drawn)
+    unequal = next(n for n in (DRAWN, *COUNTS) if len(set(_lengths(cut(length, overlap, n)))) > 1)
+    shortest = min(_lengths(cut(length, overlap, unequal)))
+    for name, room, drawn, least in _cases(length, new + overlap, unequal, shortest + 1):
+        pieces = cut(room, overlap, drawn)
+        for count in range(unequal - 1, 0, -1):  # the nearest number below that makes none too short
+            if min(_lengths(pieces)) >= least:
+                break
+            pieces = cut(room, overlap, count)
+        expected = [document.ids[start:stop] for start, stop in pieces]
+        found = _chunks(subject, document, room, overlap, drawn, least)
         evidence["chunks"][name] = [len(chunk) for chunk in found]
         if found != expected:
             return Fail(
@@ -123,12 +130,21 @@ def _rule(form: ConversationFormat, document: _Document, chunking: str) -> tuple
     return partial(sentence_pieces, sentences, words), max(new, longest)
 
 
-def _cases(length: int, room: int) -> Iterator[tuple[str, int, int | None]]:
-    """Yield what is tried: its name, the most tokens of a chunk without the template's, and the number that is drawn."""
-    yield f"{length:,} tokens that just fit", length, None
-    yield f"{length:,} tokens, one too many for a chunk", length - 1, None
-    yield f"{length:,} tokens, at most {room} in a chunk", room, None
-    yield f"{length:,} tokens in {DRAWN} chunks, as drawn", length, DRAWN
+def _lengths(pieces: Sequence[Piece]) -> list[int]:
+    return [stop - start for start, stop in pieces]
+
+
+def _cases(length: int, room: int, unequal: int, least: int) -> Iterator[tuple[str, int, int | None, int]]:
+    """Yield what is tried: its name, the most tokens of a chunk without the template's, the number drawn, and the fewest.
+
+    Args:
+        unequal: a number of chunks of unequal lengths, the shortest below `least` and the longest not.
+    """
+    yield f"{length:,} tokens that just fit", length, None, 0
+    yield f"{length:,} tokens, one too many for a chunk", length - 1, None, 0
+    yield f"{length:,} tokens, at most {room} in a chunk", room, None, 0
+    yield f"{length:,} tokens in {DRAWN} chunks, as drawn", length, DRAWN, 0
+    yield f"{length:,} tokens, {unequal} chunks drawn, one of them shorter than {least}", length, unequal, least
 
 
 def _text(subject: "Subject", form: ConversationFormat) -> str:
@@ -160,11 +176,15 @@ def _document(subject: "Subject", form: ConversationFormat, text: str) -> _Docum
     return None
 
 
-def _chunks(subject: "Subject", document: _Document, room: int, overlap: int, count: int | None) -> list[list[int]]:
+def _chunks(
+    subject: "Subject", document: _Document, room: int, overlap: int, count: int | None, least: int
+) -> list[list[int]]:
     """Return the chunks of a document without the template's tokens."""
-    longest = room + sum(map(len, document.affixes))
-    drawn = None if count is None else {count: 1.0}
-    chunks = _rows(subject, document.text, max_ctx_chunk_len=longest, chunk_overlap=overlap, num_chunk_probs=drawn)
+    further = sum(map(len, document.affixes))
+    limits: dict[str, Any] = {"max_ctx_chunk_len": room + further, "chunk_overlap": overlap}
+    limits["num_chunk_probs"] = None if count is None else {count: 1.0}
+    limits["min_ctx_chunk_len"] = least + further if least else -1
+    chunks = _rows(subject, document.text, **limits)
     return [without_affixes(list(chunk), *document.affixes) or [] for chunk in chunks]
 
 
@@ -233,6 +253,7 @@ RULE = Rule(
     faults=(
         Fault("divided-evenly", "lengths of chunks differ by a token at most: 21 20 20 20 20", _recut(_evenly)),
         Fault("filled-one-by-one", "each chunk has as many tokens as fit: 25 25 25 25 1", _recut(_filled)),
+        Fault("short-chunks-made", "min_ctx_chunk_len is not heeded", override(rows=_without(min_ctx_chunk_len=-1))),
         Fault(
             "overlap-lost",
             "chunks begin with no token of the one before",

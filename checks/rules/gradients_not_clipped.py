@@ -3,7 +3,8 @@
 What it does
 ------------
 Takes the same step on a twin three times, with a limit that nothing reaches, with twice the gradient's norm as the limit,
-and with a tenth of it, and records the gradients that the optimizer gets.
+and with one below it, and records the gradients that the optimizer gets. Those of the parameters are brought to similar sizes
+before, so that none is too small for the norm of all to show whether it counts.
 
 Why it matters
 --------------
@@ -19,6 +20,9 @@ How to fix
 Clip by the norm of all gradients together, after the last micro-batch and before the optimizer's step.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +34,7 @@ from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import changed
-from checks.training.steps import TOLERANCE, loss_step, worst_parameter
+from checks.training.steps import TOLERANCE, loss_step_anew, still_model, worst_parameter
 
 if TYPE_CHECKING:
     from checks.subject import Subject
@@ -38,12 +42,30 @@ if TYPE_CHECKING:
 
 def check(subject: "Subject") -> Result:
     """Compare the gradients that the optimizer gets under a high limit and a low one with those under none."""
-    free = loss_step(subject, loss="ce", use_per_ctx_average_loss=False).gradients
+    with _of_similar_sizes(still_model(subject)):
+        return _clipped_as_configured(subject)
+
+
+@contextmanager
+def _of_similar_sizes(model: Any) -> Iterator[None]:
+    """Bring the parameters' gradients to norms of 1 and 2 by turns, so that none is too small to be missed in that of all."""
+
+    def scaled(gradient: torch.Tensor, size: float) -> torch.Tensor:
+        return gradient * (size / gradient.norm().clamp(min=1e-300))
+
+    with ExitStack() as hooks:
+        for number, parameter in enumerate(model.hypernet.parameters()):
+            hooks.callback(parameter.register_hook(partial(scaled, size=1.0 + number % 2)).remove)
+        yield
+
+
+def _clipped_as_configured(subject: "Subject") -> Result:
+    free = loss_step_anew(subject).gradients
     size = norm(free)
-    limits = {"above the norm": 2 * size, "below the norm": size / 10}
+    limits = {"above the norm": 2 * size, "below the norm": 0.5}  # below that of every parameter too
     errors = {}
     for where, limit in limits.items():
-        actual = loss_step(subject, loss="ce", use_per_ctx_average_loss=False, max_grad_norm=limit).gradients
+        actual = loss_step_anew(subject, max_grad_norm=limit).gradients
         error, name = worst_parameter(actual, clipped(free, limit))
         errors[where] = error
         if not error <= TOLERANCE:

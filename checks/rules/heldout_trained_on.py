@@ -13,8 +13,9 @@ control with another one's LoRA. A `val_ds_names` that cannot be used ends the r
 
 How it is detected
 ------------------
-The tokens of held-out documents, all of their chunks, are compared with those of every row of training. What refuses the
-held-out data, such as a KL loss without a teacher's logprobs in it, refuses it here.
+The tokens of held-out documents, all of their chunks, are compared with those of every row of training. Those rows are packed,
+and some of the batches must keep the budgets. What refuses the held-out data, such as a KL loss without a teacher's logprobs
+in it, refuses it here.
 
 How to fix
 ----------
@@ -24,20 +25,25 @@ Name files with other documents in `val_ds_names`, or leave it out: then some of
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from checks.faults import override
 from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
+from d2l.data.shards import SomeRows
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.config.schema import RunConfig
     from d2l.data.tokenize import Row
 
     Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
 
 REMEDY = "keep held-out documents, whatever records have them, out of the rows of training; name others in val_ds_names"
+PACKED = 64  # batches of training that are looked at, spread over the epoch
 STEPS = 100  # of a run that does not evaluate itself; any number divides its records alike
 
 
@@ -66,8 +72,41 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
+    if overfull := _overfull(subject, config, trained):
+        return Fail(
+            message="rows of training beside held-out documents are packed by other sizes than theirs",
+            expected=f"batches of at most {config.max_packed_inp_len:,} tokens of questions and "
+            f"{config.max_packed_ctx_len:,} of documents",
+            actual=overfull,
+            remedy="take the sizes of the rows that are left, not of the first ones",
+            evidence=evidence,
+        )
     said = "" if evaluated else "; the run does not evaluate itself (eval_steps)"
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
+
+
+def _overfull(subject: "Subject", config: "RunConfig", rows: "Sequence[Row]") -> str:
+    """Describe a batch of these rows that exceeds a budget, among some; empty where none does."""
+    batches = subject.implementation.batches(config, rows)
+    for place in range(0, len(batches), max(1, len(batches) // PACKED)):
+        sizes = batches[place].input_ids.shape[1], batches[place].ctx_ids.shape[1]
+        if sizes[0] > config.max_packed_inp_len or sizes[1] > config.max_packed_ctx_len:
+            return f"a batch of {sizes[0]:,} and {sizes[1]:,} tokens"
+    return ""
+
+
+class _HalfAsLong(SomeRows):
+    """Rows that are said to be half as long as they are."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return super().sizes // 2
+
+
+def _of_other_sizes(healthy: Implementation, *arguments: Any) -> "Divided":
+    """Give training's rows other sizes."""
+    trained, stages = healthy.divided(*arguments)
+    return _HalfAsLong(trained, range(len(trained))), stages
 
 
 def _with_heldout(healthy: Implementation, *arguments: Any) -> "Divided":
@@ -92,6 +131,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("heldout-in-training", "training reads the held-out documents too", override(divided=_with_heldout)),
+        Fault("other-sizes", "training packs its rows by other sizes", override(divided=_of_other_sizes)),
         Fault("one-document", "the same document stands for all that are held out", override(divided=_one)),
     ),
 )

@@ -5,7 +5,7 @@ What it does
 Trains a twin for four steps of two micro-batches, through the three stages of a curriculum, a warm-up and a line to zero,
 and saves it after the second: in the second stage, in the middle of an epoch, with half of what ends the stage. The folder
 is loaded into a twin with other weights, and the last two steps are taken there. The schedule, the stages and the data are the
-probe's, whatever the run uses.
+probe's, whatever the run uses; its optimizer is the run's.
 
 Why it matters
 --------------
@@ -49,6 +49,7 @@ REMEDY = (
     "keep tensors in safetensors, the rest in JSON, and restore optimizer, schedule, curriculum, data position and RNG"
 )
 BEFORE, AFTER = 2, 2  # steps
+MUON_RATE = 1e-2  # ten times the other parameters' rate
 # A step whose questions are all answered raises the moving average of exact match to 0.1, a second one to 0.19: the first
 # stage ends with the first step, the second with the third.
 STAGES = (Stage(0.05), Stage(0.15), Stage(0.9))
@@ -100,10 +101,11 @@ def check(subject: "Subject") -> Result:
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
     """Make a trainer with a curriculum, or without one where the implementation has none."""
+    muon = None if subject.config.muon_learning_rate is None else MUON_RATE
     try:
-        return staged_trainer(subject, STAGES, seed)
+        return staged_trainer(subject, STAGES, seed, muon_learning_rate=muon)
     except NotOffered:
-        return staged_trainer(subject, (), seed)
+        return staged_trainer(subject, (), seed, muon_learning_rate=muon)
 
 
 def _stepper(change: Callable[[Any], None]) -> Override:
@@ -161,6 +163,29 @@ def _lose_weights(run: Any) -> None:
     run.resume = forgetful
 
 
+def _at_one_rate(run: Any) -> None:
+    """Take the first step after resuming with the last group's learning rate for all parameters."""
+    resume, step = run.resume, run.step
+
+    def levelled(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.param_groups[-1]["lr"]
+
+    def first() -> Any:
+        run.step = step
+        hook = register_optimizer_step_pre_hook(levelled)
+        try:
+            return step()
+        finally:
+            hook.remove()
+
+    def resumed(folder: Path) -> None:
+        resume(folder)
+        run.step = first
+
+    run.resume = resumed
+
+
 def _on_other_batches(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
     """Resume everything but the place in the data: what comes next is that of the row after it, in every stage."""
     run: Any = healthy.trainer(model, rows, config)
@@ -187,6 +212,11 @@ RULE = Rule(
     faults=(
         Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
         Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
+        Fault(
+            "rates-mixed-up",
+            "all parameters resume with one rate",
+            _stepper(_at_one_rate).under(muon_learning_rate=1e-2),
+        ),
         Fault("position-lost", "other batches come next", override(trainer=_on_other_batches)),
         Fault("weights-lost", "the weights are not restored", _stepper(_lose_weights)),
     ),

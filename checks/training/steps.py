@@ -131,11 +131,22 @@ def loss_step(subject: "Subject", **values: Any) -> Observed:
     return shared(subject, _of_step(values), lambda: observed_step(_loss_trainer(subject, values)))
 
 
+def loss_step_anew(subject: "Subject", **values: Any) -> Observed:
+    """Return what `loss_step` does, taken once more, under whatever is planted into the still model now."""
+    return observed_step(_loss_trainer(subject, values))
+
+
 def loss_step_again(subject: "Subject") -> tuple[Observed, Observed]:
     """Return the loss step without other values, taken anew, and the next step of the same trainer over the same rows."""
     trainer = _loss_trainer(subject, {})
     first = observed_step(trainer)
     return shared(subject, _of_step({}), lambda: first), observed_step(trainer)
+
+
+def loss_step_in_pieces(subject: "Subject") -> Observed:
+    """Return the loss step without other values, taken where the hypernetwork reads documents in the smallest pieces."""
+    with subject.implementation.in_pieces():
+        return observed_step(_loss_trainer(subject, {}))
 
 
 def _loss_trainer(subject: "Subject", values: Mapping[str, Any]) -> "Stepper":

@@ -13,8 +13,8 @@ control with another one's LoRA. A `val_ds_names` that cannot be used ends the r
 
 How it is detected
 ------------------
-The tokens of held-out documents, all of their chunks, are compared with those of every row of training. Those rows are packed,
-and some of the batches must keep the budgets. What refuses the held-out data, such as a KL loss without a teacher's logprobs
+The tokens of held-out documents, all of their chunks, are compared with those of every row of training. The sizes by
+which those rows are packed must be their own. What refuses the held-out data, such as a KL loss without a teacher's logprobs
 in it, refuses it here.
 
 How to fix
@@ -32,18 +32,17 @@ from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
-from d2l.data.shards import SomeRows
+from d2l.data.shards import SomeRows, row_sizes
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config.schema import RunConfig
     from d2l.data.tokenize import Row
 
     Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
 
 REMEDY = "keep held-out documents, whatever records have them, out of the rows of training; name others in val_ds_names"
-PACKED = 64  # batches of training that are looked at, spread over the epoch
+LOOKED_AT = 64  # rows of training whose sizes are compared, spread over all
 STEPS = 100  # of a run that does not evaluate itself; any number divides its records alike
 
 
@@ -72,12 +71,11 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
-    if overfull := _overfull(subject, config, trained):
+    if wrong := _wrong_size(trained):
         return Fail(
-            message="rows of training beside held-out documents are packed by other sizes than theirs",
-            expected=f"batches of at most {config.max_packed_inp_len:,} tokens of questions and "
-            f"{config.max_packed_ctx_len:,} of documents",
-            actual=overfull,
+            message="rows of training are packed by other sizes than theirs",
+            expected="the sizes of the rows that are left beside the held-out ones",
+            actual=wrong,
             remedy="take the sizes of the rows that are left, not of the first ones",
             evidence=evidence,
         )
@@ -85,13 +83,13 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
 
 
-def _overfull(subject: "Subject", config: "RunConfig", rows: "Sequence[Row]") -> str:
-    """Describe a batch of these rows that exceeds a budget, among some; empty where none does."""
-    batches = subject.implementation.batches(config, rows)
-    for place in range(0, len(batches), max(1, len(batches) // PACKED)):
-        sizes = batches[place].input_ids.shape[1], batches[place].ctx_ids.shape[1]
-        if sizes[0] > config.max_packed_inp_len or sizes[1] > config.max_packed_ctx_len:
-            return f"a batch of {sizes[0]:,} and {sizes[1]:,} tokens"
+def _wrong_size(rows: "Sequence[Row]") -> str:
+    """Describe a row, among some, that packing would take for one of another size; empty where there is none."""
+    sizes = row_sizes(rows)
+    for place in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
+        size, taken = rows[place].size, tuple(sizes[place].tolist())
+        if size != taken:
+            return f"row {place}: {size[0]:,} and {size[1]:,} tokens, taken for {taken[0]:,} and {taken[1]:,}"
     return ""
 
 

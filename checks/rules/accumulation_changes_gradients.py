@@ -14,16 +14,17 @@ key takes steps of a fraction of the batch that was planned.
 How it is detected
 ------------------
 The gradients that the optimizer gets must agree, parameter by parameter, to 1e-4 of the parameter's largest entry, in
-float64.
+float64; so must the loss that the step reports.
 
 How to fix
 ----------
 Divide sums by counts of the whole optimizer step: label tokens, contexts, ranks.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checks.faults import override
+from checks.faults import override, override_step
 from checks.probes import norm
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
@@ -42,8 +43,8 @@ def check(subject: "Subject") -> Result:
     evidence: dict[str, Any] = {}
     for per_context, label in MEANS.items():
         mean = {"loss": "ce", "use_per_ctx_average_loss": per_context}
-        whole = loss_step(subject, **mean).gradients
-        accumulated = loss_step(subject, **mean, **TWO_BATCHES).gradients
+        steps = loss_step(subject, **mean), loss_step(subject, **mean, **TWO_BATCHES)
+        whole, accumulated = (step.gradients for step in steps)
         error, name = worst_parameter(accumulated, whole)
         evidence[label] = {"relative_error": error, "norm_whole": norm(whole), "norm_accumulated": norm(accumulated)}
         if not error <= TOLERANCE:
@@ -53,6 +54,16 @@ def check(subject: "Subject") -> Result:
                 actual=f"{error:.2g} in {name} (norm {norm(whole):.4g} in one batch, {norm(accumulated):.4g} in two)",
                 remedy="take gradient_accumulation_steps micro-batches for every optimizer step, and divide losses by "
                 "counts of the whole step, not of one micro-batch",
+                evidence=evidence,
+            )
+        losses = [getattr(step.metrics, "task_loss", 1.0) for step in steps]
+        evidence[label]["losses"] = losses
+        if not abs(losses[1] / losses[0] - 1) <= TOLERANCE:
+            return Fail(
+                message=f"the loss that is reported depends on how a step is cut into micro-batches ({label})",
+                expected=f"{losses[0]:.6g}, as in one batch",
+                actual=f"{losses[1]:.6g} in two",
+                remedy="report the sum of what the micro-batches add to the loss of the whole step",
                 evidence=evidence,
             )
     errors = [found["relative_error"] for found in evidence.values()]
@@ -76,6 +87,12 @@ def _weighed(healthy: "Implementation", model: Any, rows: Any, config: Any) -> A
     return healthy.trainer(model, rows, config)
 
 
+def _mean_loss(step: Any, trainer: Any) -> Any:
+    """Report the mean of what micro-batches add to the loss."""
+    metrics = step()
+    return replace(metrics, task_loss=metrics.task_loss / trainer.config.gradient_accumulation_steps)
+
+
 RULE = Rule(
     code="GRD203",
     name="accumulation-changes-gradients",
@@ -86,6 +103,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("ignored", "a step takes one micro-batch", override(trainer=_ignored)),
+        Fault("mean-reported", "the loss that is reported is a mean over micro-batches", override_step(_mean_loss)),
         Fault("weighed-by-itself", "each micro-batch is weighed by itself", override(trainer=_weighed)),
     ),
 )

@@ -13,7 +13,8 @@ control with another one's LoRA. A `val_ds_names` that cannot be used ends the r
 
 How it is detected
 ------------------
-The tokens of held-out documents, all of their chunks, are compared with those of every row of training. The sizes by
+The tokens of held-out documents, all of their chunks, are compared with those of every row of training; of generated
+needles also those of each question with its answer. The sizes by
 which those rows are packed must be their own. What refuses the held-out data, such as a KL loss without a teacher's logprobs
 in it, refuses it here.
 
@@ -23,6 +24,7 @@ Name files with other documents in `val_ds_names`, or leave it out: then some of
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
+from d2l.config.schema import NEEDLE
 from d2l.data.shards import SomeRows, row_sizes
 from d2l.errors import DataError
 
@@ -71,6 +74,14 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
+    if NEEDLE in config.train_ds_names and (known := _known_answers(trained, stages)):
+        return Fail(
+            message="needles that the run is evaluated on are among those of training",
+            expected="a key with its value either in training or held out",
+            actual=f"{known:,} questions with the answers that training gives them",
+            remedy="draw the two splits from pairs of key and value that they do not share",
+            evidence=evidence,
+        )
     if wrong := _wrong_size(trained):
         return Fail(
             message="rows of training are packed by other sizes than theirs",
@@ -81,6 +92,12 @@ def check(subject: "Subject") -> Result:
         )
     said = "" if evaluated else "; the run does not evaluate itself (eval_steps)"
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
+
+
+def _known_answers(trained: "Sequence[Row]", stages: "Sequence[Sequence[Row]]") -> int:
+    """Count the held-out questions that training asks too, with the same answer."""
+    seen = {hash(query.input_ids) for row in trained for query in row.queries}
+    return sum(hash(query.input_ids) in seen for rows in stages for row in rows for query in row.queries)
 
 
 def _wrong_size(rows: "Sequence[Row]") -> str:
@@ -113,6 +130,12 @@ def _with_heldout(healthy: Implementation, *arguments: Any) -> "Divided":
     return [*trained, *(row for rows in stages for row in rows)], stages
 
 
+def _asked_in_training(healthy: Implementation, *arguments: Any) -> "Divided":
+    """Ask about held-out documents what training asks."""
+    trained, stages = healthy.divided(*arguments)
+    return trained, [[replace(row, queries=trained[0].queries) for row in rows] for rows in stages]
+
+
 def _one(healthy: Implementation, *arguments: Any) -> "Divided":
     """Hold out one document, again and again."""
     trained, stages = healthy.divided(*arguments)
@@ -129,6 +152,11 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("heldout-in-training", "training reads the held-out documents too", override(divided=_with_heldout)),
+        Fault(
+            "answers-of-training",
+            "held-out needles are those of training",
+            override(divided=_asked_in_training).under(train_ds_names=(NEEDLE,), val_ds_names=()),
+        ),
         Fault("other-sizes", "training packs its rows by other sizes", override(divided=_of_other_sizes)),
         Fault("one-document", "the same document stands for all that are held out", override(divided=_one)),
     ),

@@ -115,7 +115,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("sanity run",),
-    requires=("LSS201",),
+    requires=("GRD203",),
     check=check,
     faults=(
         Fault(

@@ -586,3 +586,9 @@ def test_the_shipped_needles_are_green_in_every_stage_of_their_curriculum(pairs:
     stage = f"[{{pairs: {pairs}, digits: 1}}]"
     config = load_config(Path("configs/needle_tiny.yaml"), {"curriculum": stage, "needle_documents": "40"})
     assert red(make_subject(config), without) == set()
+
+
+def test_documents_of_which_the_base_reads_no_three_at_once_are_green() -> None:
+    """Its chunks hold 4,096 tokens, a document 1,900."""
+    config = load_config(None, {"needle_filler_words": "1600", "needle_documents": "4", "max_packed_ctx_len": "9000"})
+    assert_green(data_report(make_subject(config)))

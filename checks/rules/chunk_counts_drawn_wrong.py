@@ -2,8 +2,8 @@
 
 What it does
 ------------
-Tokenizes a hundred copies of one document, a text of the run three times or more, with probabilities of the check's own, and
-counts their chunks.
+Tokenizes a hundred copies of one document, the beginning of a text of the run three times or more, with probabilities of its
+own, and counts their chunks.
 
 Why it matters
 --------------
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COPIES = 100
 PROBABILITIES = {1: 0.6, 2: 0.1, 3: 0.3}
 DEVIATIONS = 5
-SHORT = 100  # characters
+SHORT, LONG = 100, 300  # characters: of more, three times as many could be more than the base reads in one chunk
 
 
 def check(subject: "Subject") -> Result:
@@ -49,7 +49,7 @@ def check(subject: "Subject") -> Result:
     record = subject.records[by_length[len(by_length) // 2].record]
     # a document of two tokens has no three chunks, and the equal ones of four tokens are two
     repeats = max(PROBABILITIES) if len(record.context) >= SHORT else 2 * max(PROBABILITIES)
-    text = " ".join([record.context] * repeats)
+    text = " ".join([record.context[:LONG]] * repeats)
     one = replace(record, context=text, prompts=record.prompts[:1], responses=record.responses[:1])
     copies = tuple(replace(one, logprobs_vals=None, logprobs_indices=None) for _ in range(COPIES))
     drawn = {"max_ctx_chunk_len": ROOM, "num_chunk_probs": PROBABILITIES, "chunking": subject.config.chunking}

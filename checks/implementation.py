@@ -100,6 +100,9 @@ class Implementation(Protocol):
     def build(self, base: "PreTrainedModel", config: RunConfig) -> Model:
         """Make the whole model around a base."""
 
+    def initial(self, base: "PreTrainedModel", config: RunConfig) -> Model:
+        """Make the whole model as a run begins with it: by the seed of its configuration, whatever was drawn before."""
+
     def targets(self, base: "PreTrainedModel", names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
         """Return the modules that would be adapted: for each name one in every layer."""
 

@@ -20,7 +20,7 @@ from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import LoadPlan, plan_load
-from d2l.build import Components, build_chat, fitted_base_config, load_records, tokenize
+from d2l.build import Components, build_chat, build_model, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
@@ -80,6 +80,9 @@ class Production:
 
     def build(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
         return DocToLora(base, config)
+
+    def initial(self, base: PreTrainedModel, config: RunConfig) -> DocToLora:
+        return build_model(config, base)
 
     def targets(self, base: PreTrainedModel, names: Sequence[str]) -> Mapping[str, Sequence[nn.Module]]:
         return find_targets(base, names)

@@ -3,18 +3,19 @@
 What it does
 ------------
 Builds a hypernetwork for the tiny twin's base, with the run's switches and enough weights to measure, and compares mean and
-spread of every parameter with the reference's initialisation.
+spread of every parameter with the reference's initialisation. Builds it as a run does, after other draws and from another seed.
 
 Why it matters
 --------------
 A LoRA that is not zero at the start is a run that does not begin with the base model. A scaler of A that starts at zero
 beside that of B has no gradient at all, for good. A head or a bias that is drawn too widely makes the first useful steps
-ten times as large as the learning rate was chosen for: the loss jumps, and settles where it should not.
+ten times as large as the learning rate was chosen for: the loss jumps, and settles where it should not. Where the seed decides
+nothing, runs of several seeds are one run, and processes that drew otherwise before begin with weights of their own.
 
 How it is detected
 ------------------
 Scalers, norms and zeros must be exact. Other means and standard deviations must be within six standard errors of those of
-the formulas, and no value of a uniform draw beyond its bound.
+the formulas, and no value of a uniform draw beyond its bound. The same seed must give the same weights, and another one others.
 
 How to fix
 ----------
@@ -32,12 +33,13 @@ from torch import Tensor
 from checks.faults import Override, override
 from checks.implementation import Implementation, Model
 from checks.oracles.initialisation import Distribution, distribution
-from checks.result import Fail, Inapplicable, Pass, Result
+from checks.result import Fail, Inapplicable, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
 from checks.subject import changed
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.config.schema import RunConfig
 
 # Thousands of values in most parameters: their spread is measured to a few percent.
 SIZES = {"latent_size": 32, "lora_r": 4, "num_blocks": 1, "n_latent_queries": 16, "perceiver_head_dim": 32}
@@ -79,7 +81,33 @@ def check(subject: "Subject") -> Result:
                 remedy=REMEDY,
                 evidence={"parameter": name, "shape": list(parameter.shape)},
             )
+    if finding := _unseeded(subject, config):
+        return finding
     return Pass(f"{measured} of {len(named)} parameters are drawn as published", {"parameters": measured})
+
+
+def _unseeded(subject: "Subject", config: "RunConfig") -> Result | None:
+    """Find that weights do not follow from the configuration's seed alone; None where a run has no beginning of its own."""
+
+    def head(seed: int, draws: int) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(draws)
+            model: Any = subject.implementation.initial(subject.twin_base(), changed(config, seed=seed))
+        return dict(model.hypernet.named_parameters())["head.weight"]
+
+    try:
+        first, again, other = head(0, draws=1), head(0, draws=2), head(1, draws=2)
+    except NotOffered:
+        return None
+    if torch.equal(first, again) and not torch.equal(first, other):
+        return None
+    what = "another seed gives the same" if torch.equal(first, again) else "other draws before give other ones"
+    return Fail(
+        message="initial weights do not follow from the seed",
+        expected="the same weights from the same seed, others from another one",
+        actual=f"head.weight: {what}",
+        remedy="seed the generator that initial weights are drawn from with the configuration's seed, right before",
+    )
 
 
 def _problem(values: Tensor, expected: Distribution) -> str:
@@ -110,6 +138,11 @@ def _initialised(change: Callable[[dict[str, Any]], None]) -> Override:
     return override(build=build)
 
 
+def _unmindful(healthy: Implementation, base: Any, config: Any) -> Model:
+    """Draw initial weights from wherever the generator is."""
+    return healthy.build(base, config)
+
+
 def _starts_off_zero(named: dict[str, Any]) -> None:
     for name, parameter in named.items():
         if name.startswith("scaler_B"):
@@ -131,6 +164,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("starts-off-zero", "scaler_B starts at one: the LoRA is not zero", _initialised(_starts_off_zero)),
+        Fault("seed-ignored", "the seed decides no weight", override(initial=_unmindful)),
         Fault("head-too-wide", "the head is drawn three times too widely", _initialised(_wide_head)),
     ),
 )

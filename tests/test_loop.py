@@ -281,6 +281,27 @@ def test_gradients_are_clipped_after_their_norm_is_measured() -> None:
     torch.testing.assert_close(torch.nn.utils.get_total_norm(left), torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
+def test_loss_and_norm_do_not_depend_on_micro_batches() -> None:
+    rows, roomy = random_rows(), {"max_packed_inp_len": 10_000, "max_packed_ctx_len": 10_000, "max_grad_norm": 1e6}
+    narrow = {"max_packed_inp_len": max(int(row.size[0]) for row in rows), "max_packed_ctx_len": 10_000}
+    batches = len(epoch_batches(run_config(**narrow), rows, epoch=0))
+    whole = trainer(run_config(**roomy), rows).step()
+    parts = trainer(run_config(**{**roomy, **narrow}, gradient_accumulation_steps=batches), rows).step()
+    assert batches > 1
+    assert parts.task_loss == pytest.approx(whole.task_loss, rel=1e-5)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+
+
+def test_the_norm_is_that_of_every_gradient() -> None:
+    new = trainer(run_config(max_grad_norm=1e6))
+    for parameter in new.model.hypernet.parameters():
+        if parameter.ndim == 1:
+            parameter.register_hook(lambda gradient: 1e4 * gradient)  # else one of vectors would hardly count
+    found = new.step().grad_norm
+    every = torch.cat([it.grad.flatten() for it in new.model.hypernet.parameters() if it.grad is not None])
+    assert found == pytest.approx(float(every.norm()), rel=1e-5)
+
+
 # The step that is refused
 
 

@@ -9,6 +9,7 @@ from support.tiny_model import random_batch, random_rows, run_config, tiny_base,
 from torch import Tensor
 
 from d2l.base.experts import PackedExperts
+from d2l.build import build_model
 from d2l.data.packing import PackedBatch, collate
 from d2l.hypernet.encoder import EncoderType
 from d2l.hypernet.model import DocToLora
@@ -103,6 +104,15 @@ def test_a_new_hypernetwork_leaves_the_base_as_it_is(family: str) -> None:
 
 
 # One base, frozen
+
+
+def test_initial_weights_follow_from_the_seed_alone() -> None:
+    def head(seed: int, draws: int) -> Tensor:
+        torch.manual_seed(draws)
+        return build_model(run_config(seed=seed), tiny_base()).hypernet.get_parameter("head.weight")
+
+    assert torch.equal(head(seed=3, draws=0), head(seed=3, draws=1))
+    assert not torch.equal(head(seed=3, draws=0), head(seed=4, draws=0))
 
 
 @every_family

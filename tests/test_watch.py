@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,6 +194,9 @@ def test_scores_are_those_of_documents_one_at_a_time(loss: Any, average: bool) -
     assert scores.gap == pytest.approx(
         sum(scores.answers["other"].by_document) / 5 - sum(scores.answers["document"].by_document) / 5
     )
+    own, other = (scores.answers[control].by_document for control in ("document", "other"))
+    gaps = np.array(other) - np.array(own)
+    assert scores.gap_error == pytest.approx(gaps.std(ddof=1) / np.sqrt(len(gaps)))
     assert heldout.evaluate() == scores, "the base's own answers are kept"
 
 

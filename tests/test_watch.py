@@ -19,7 +19,7 @@ from torch.nn import functional
 from d2l.build import Components, load_records
 from d2l.checkpoint import load_checkpoint
 from d2l.config.schema import CurriculumStage, RunConfig
-from d2l.data.heldout import SHARE, choose_heldout
+from d2l.data.heldout import SHARE, choose_heldout, without_records
 from d2l.data.packing import collate
 from d2l.data.records import Record
 from d2l.data.shards import row_sizes
@@ -450,6 +450,9 @@ def test_documents_that_are_kept_out_are_not_trained_on(config: RunConfig, tmp_p
     assert {row.record for row in some.rows} | some.kept_out == set(range(30))
     assert {row.record for row in some.heldout[0]} == some.kept_out
     assert row_sizes(some.rows).tolist() == [list(row.size) for row in some.rows[:]]
+    uneven = random_rows()
+    left = without_records(uneven, {uneven[0].record, uneven[2].record})
+    assert row_sizes(left).tolist() == [list(row.size) for row in left[:]]
     assert load_records(some.config) == some.records, "the preflight looks at all of them"
 
 

@@ -40,11 +40,13 @@ from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
+    from d2l.config.schema import RunConfig
     from d2l.data.tokenize import Row
 
     Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
 
 REMEDY = "keep held-out documents, whatever records have them, out of the rows of training; name others in val_ds_names"
+NEEDLES = 200  # held-out documents of needles, where a few may share no pair with training by luck
 LOOKED_AT = 64  # rows of training whose sizes are compared, spread over all
 STEPS = 100  # of a run that does not evaluate itself; any number divides its records alike
 
@@ -74,7 +76,7 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
-    if NEEDLE in config.train_ds_names and (known := _known_answers(trained, stages)):
+    if NEEDLE in config.train_ds_names and (known := _known_needles(subject, config)):
         return Fail(
             message="needles that the run is evaluated on are among those of training",
             expected="a key with its value either in training or held out",
@@ -94,8 +96,11 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
 
 
-def _known_answers(trained: "Sequence[Row]", stages: "Sequence[Sequence[Row]]") -> int:
-    """Count the held-out questions that training asks too, with the same answer."""
+def _known_needles(subject: "Subject", config: "RunConfig") -> int:
+    """Count the questions about many held-out needles that training asks too, with the same answer."""
+    assert subject.records is not None
+    many = changed(config, eval_documents=max(NEEDLES, config.eval_documents))
+    trained, stages = subject.implementation.divided(many, subject.chat, subject.records, subject.rows)
     seen = {hash(query.input_ids) for row in trained for query in row.queries}
     return sum(hash(query.input_ids) in seen for rows in stages for row in rows for query in row.queries)
 

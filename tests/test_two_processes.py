@@ -52,7 +52,7 @@ def test_two_processes_train_as_one_does(start: Callable[[Path], None], tmp_path
     by_base, by_weights = notes[1]["refused"]
     assert notes[0]["refused"] == [by_base, by_weights]  # every process says the same
     first, second = (read_autopsy(folder / name) for name in ("autopsy", "autopsy-2"))
-    assert by_base.startswith("step 4, rank 1 (records 3, 5, 1): the loss is nan")
+    assert by_base.startswith("step 4, rank 1 (records 4, 2, 4, 2): the loss is nan")
     assert by_weights.startswith("after the update of step 3, rank 1 (records")
     assert [it.rank for it in (first, second)] == [1, 1]
     assert first.suspects[0].module == "base.model.layers.2.self_attn.o_proj"

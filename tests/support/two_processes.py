@@ -27,8 +27,8 @@ HELDOUT = [random_rows(5, seed=9)]
 
 
 def config_for(processes: int) -> RunConfig:
-    """Two micro-batches to a step, dealt out to so many processes."""
-    return run_config(max_steps=3, gradient_accumulation_steps=2 // processes, eval_steps=2)
+    """Four micro-batches to a step, dealt out to so many processes: two for each of two."""
+    return run_config(max_steps=3, gradient_accumulation_steps=4 // processes, eval_steps=2)
 
 
 def main(output: Path) -> None:

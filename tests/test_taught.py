@@ -1,6 +1,8 @@
 """Teacher logprobs part by part: whatever interrupts, the file is that of an undisturbed call, and no part is done twice."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -137,6 +139,16 @@ def test_nothing_is_written_over_and_two_do_not_write_the_same(tmp_path: Path) -
     parts_folder(output).write_text("mine")
     with pytest.raises(DataError, match=r"taught.jsonl.parts: .*choose another place"):
         write_taught(output, RECORDS, teacher, MADE_BY)
+
+
+@pytest.mark.parametrize("place", ["replace_file", "lock_folder", "remove_folder"])
+def test_what_the_disk_refuses_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(taught, place, full)
+    with pytest.raises(DataError, match=r"^cannot write .*taught.jsonl: .*parts.*: No space left on device; choose"):
+        write_taught(tmp_path / "taught.jsonl", RECORDS, Teacher(), MADE_BY)
 
 
 def test_written_tables_are_read_as_they_were(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def check(subject: "Subject") -> Result:
     except NotOffered:  # another implementation may have AdamW alone
         if subject.config.muon_learning_rate is not None:
             raise
+    beside = "" if subject.config.muon_learning_rate else ", tried beside the run's AdamW, at one learning rate"
     evidence = {}
     for kind, (steps, plan) in plans.items():
         error, place = _worst_update(steps, plan)
@@ -79,7 +80,7 @@ def check(subject: "Subject") -> Result:
             return Fail(
                 message=f"an update is not that of {kind} as configured",
                 expected=f"updates within {EXACT:g} of the largest entry of each parameter's",
-                actual=f"{error:.2g} in {place}",
+                actual=f"{error:.2g} in {place}{beside if kind == 'Muon' else ''}",
                 remedy=REMEDY,
                 evidence=evidence,
             )

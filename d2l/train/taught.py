@@ -8,7 +8,7 @@ taught.jsonl.parts/          beside the output, until that is whole
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -56,9 +56,10 @@ def write_taught(
     """
     require_new_file(output)
     folder = parts_folder(output)
-    _make(folder, output)
-    with lock_folder(folder):
-        _require_same_teacher(folder, made_by)
+    with _writable(output):
+        folder.mkdir(exist_ok=True)
+    with _locked(folder, output):
+        _require_same_teacher(output, made_by)
         parts = {folder / f"part-{number:05d}.jsonl": part for number, part in enumerate(divide(records))}
         kept = sum(len(range(*part)) for path, part in parts.items() if path.exists())
         for path, (start, stop) in parts.items():
@@ -70,7 +71,8 @@ def write_taught(
                     write_records(path, teach(part, on_progress=_within(on_progress, start, len(part), len(records))))
             on_progress(stop, len(records))
         _join(output, parts)
-    remove_folder(folder)
+    with _writable(output):
+        remove_folder(folder)
     return kept
 
 
@@ -84,15 +86,28 @@ def divide(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
             start, size = index + 1, 0
 
 
-def _make(folder: Path, output: Path) -> None:
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one message."""
     try:
-        folder.mkdir(exist_ok=True)
+        yield
     except OSError as error:
-        raise DataError(f"cannot write {output}: {folder}: {error.strerror or error}; choose another place") from error
+        where = error.filename or parts_folder(output)
+        raise DataError(f"cannot write {output}: {where}: {error.strerror or error}; choose another place") from error
 
 
-def _require_same_teacher(folder: Path, made_by: Mapping[str, str]) -> None:
-    """Note in the folder what decides the values, or refuse parts of another teacher."""
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Hold the folder's lock; of errors in this context, only those of taking it are the disk's."""
+    with ExitStack() as held:
+        with _writable(output):
+            held.enter_context(lock_folder(folder))
+        yield
+
+
+def _require_same_teacher(output: Path, made_by: Mapping[str, str]) -> None:
+    """Note beside the parts what decides their values, or refuse parts of another teacher."""
+    folder = parts_folder(output)
     path = folder / _MADE_BY
     try:
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -104,7 +119,7 @@ def _require_same_teacher(folder: Path, made_by: Mapping[str, str]) -> None:
             f"{folder} holds parts of a teacher with another {', '.join(others)}: remove it to begin anew, or name "
             "another output"
         )
-    with replace_file(path) as partial:
+    with _writable(output), replace_file(path) as partial:
         partial.write_text(json.dumps(dict(made_by), indent=1), encoding="utf-8")
 
 

@@ -128,6 +128,12 @@ def d2l(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, [*map(str, arguments)], prog_name="d2l")
 
 
+def write_plain(path: Path) -> None:
+    """Write the configuration without its curriculum, whose documents are generated."""
+    kept = [line for line in CONFIG.read_text().splitlines() if not line.startswith(("curriculum", "  - {"))]
+    path.write_text("\n".join(kept))
+
+
 def test_the_command_writes_a_file_with_logprobs(tmp_path: Path) -> None:
     data, distilled = tmp_path / "data.jsonl", tmp_path / "teacher.jsonl"
     assert d2l("data", "needle", "-o", data, "--documents", 4, "--style", "pairs", "--filler-words", 0).exit_code == 0
@@ -135,8 +141,7 @@ def test_the_command_writes_a_file_with_logprobs(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "curriculum" in result.stderr  # that config's documents are generated
     plain = tmp_path / "plain.yaml"
-    kept = [line for line in CONFIG.read_text().splitlines() if not line.startswith(("curriculum", "  - {"))]
-    plain.write_text("\n".join(kept))
+    write_plain(plain)
     result = d2l("data", "teacher", plain, "-o", distilled, "--data", data, "--top-k", 3)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [f"data       {distilled}", "documents  4", "questions  8"]
@@ -151,9 +156,7 @@ def test_the_command_writes_a_file_with_logprobs(tmp_path: Path) -> None:
 def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, alone, output = tmp_path / "data.jsonl", tmp_path / "alone.jsonl", tmp_path / "taught.jsonl"
     plain = tmp_path / "plain.yaml"
-    plain.write_text(
-        "\n".join(it for it in CONFIG.read_text().splitlines() if not it.startswith(("curriculum", "  - {")))
-    )
+    write_plain(plain)
     d2l("data", "needle", "-o", data, "--documents", 4, "--style", "pairs", "--filler-words", 0)
     monkeypatch.setattr(taught, "CHARACTERS", 1)  # a part for every document
     command = ("data", "teacher", plain, "--data", data, "--top-k", 3, "-o")
@@ -182,9 +185,7 @@ def test_what_the_teacher_cannot_read_is_refused_before_the_base_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, data = tmp_path / "plain.yaml", tmp_path / "data.jsonl"
-    plain.write_text(
-        "\n".join(it for it in CONFIG.read_text().splitlines() if not it.startswith(("curriculum", "  - {")))
-    )
+    write_plain(plain)
     short, *_, long = needle_records(3, 2, 2, 0, 1, style="pairs")
     write_records(data, [short, replace(long, context=" ".join(["cat 1 2"] * 9_999))])
     monkeypatch.setattr("d2l.build.build_base", lambda *arguments: pytest.fail("loaded"))

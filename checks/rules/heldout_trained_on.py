@@ -34,13 +34,12 @@ from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
-from d2l.config.schema import NEEDLE
+from d2l.config.schema import NEEDLE, RunConfig
 from d2l.data.shards import SomeRows, row_sizes
 from d2l.errors import DataError
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-    from d2l.config.schema import RunConfig
     from d2l.data.tokenize import Row
 
     Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
@@ -76,8 +75,7 @@ def check(subject: "Subject") -> Result:
             remedy=REMEDY,
             evidence=evidence,
         )
-    generated = NEEDLE in config.train_ds_names and not config.val_ds_names
-    if generated and (known := _known_needles(subject, config)):
+    if NEEDLE in config.train_ds_names and (known := _known_needles(subject, config)):
         return Fail(
             message="needles that the run is evaluated on are among those of training",
             expected="a key with its value either in training or held out",
@@ -97,7 +95,7 @@ def check(subject: "Subject") -> Result:
     return Pass(f"{evidence['held_out']:,} held-out documents are in no row of training{said}", evidence)
 
 
-def _known_needles(subject: "Subject", config: "RunConfig") -> int:
+def _known_needles(subject: "Subject", config: RunConfig) -> int:
     """Count the questions about many held-out needles that training asks too, with the same answer."""
     assert subject.records is not None
     many = changed(config, eval_documents=max(NEEDLES, config.eval_documents))
@@ -161,7 +159,7 @@ RULE = Rule(
         Fault(
             "answers-of-training",
             "held-out needles are those of training",
-            override(divided=_asked_in_training).under(train_ds_names=(NEEDLE,), val_ds_names=()),
+            override(divided=_asked_in_training).under(train_ds_names=(NEEDLE,)),
         ),
         Fault("other-sizes", "training packs its rows by other sizes", override(divided=_of_other_sizes)),
         Fault("one-document", "the same document stands for all that are held out", override(divided=_one)),

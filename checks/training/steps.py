@@ -128,7 +128,7 @@ def still_model(subject: "Subject") -> "Model":
 
 def loss_step(subject: "Subject", **values: Any) -> Observed:
     """Return one step over the loss rows, of a new trainer on the still model; taken once for the same values."""
-    return shared(subject, _of_step(values), lambda: observed_step(_loss_trainer(subject, values)))
+    return shared(subject, _of_step(values), lambda: loss_step_anew(subject, **values))
 
 
 def loss_step_anew(subject: "Subject", **values: Any) -> Observed:
@@ -146,7 +146,7 @@ def loss_step_again(subject: "Subject") -> tuple[Observed, Observed]:
 def loss_step_in_pieces(subject: "Subject") -> Observed:
     """Return the loss step without other values, taken where the hypernetwork reads documents in the smallest pieces."""
     with subject.implementation.in_pieces():
-        return observed_step(_loss_trainer(subject, {}))
+        return loss_step_anew(subject)
 
 
 def _loss_trainer(subject: "Subject", values: Mapping[str, Any]) -> "Stepper":

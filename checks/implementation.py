@@ -153,8 +153,15 @@ class Implementation(Protocol):
     def train(self, run: Any, folder: Path) -> Sequence[Path]:
         """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
 
-    def evaluate(self, run: Any, rows: Sequence["Row"]) -> None:
-        """Score held-out rows in the middle of a run, as its own evaluations do."""
+    def train_evaluated(self, run: Any, folder: Path, heldout: Sequence[Sequence["Row"]]) -> None:
+        """Do the same, and evaluate held-out rows meanwhile, of which there are some for each stage of the run."""
+
+    def evaluate(self, run: Any, rows: Sequence["Row"]) -> Mapping[str, float]:
+        """Score held-out rows, a document each, in the middle of a run, as its own evaluations do.
+
+        Returns:
+            What it has of the scores of evaluation.jsonl, under their names; see `checks.oracles.heldout`.
+        """
 
     def generate(
         self, model: Any, lora: "Lora | None", prompts: Tensor, stop: Sequence[int], max_new_tokens: int

@@ -41,6 +41,7 @@ from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, 
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
+from d2l.train.metrics import EVALUATED
 from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
@@ -137,14 +138,18 @@ class Production:
         return Run(model, rows, config, OneProcess(model.base.device))
 
     def train(self, run: "Run", folder: Path) -> Sequence[Path]:
-        for _ in train_steps(run, folder):
-            pass
+        self.train_evaluated(run, folder, [])
         return sorted((folder / "checkpoints").iterdir())
 
-    def evaluate(self, run: "Run", rows: Sequence[Row]) -> None:
-        with TemporaryDirectory(prefix="d2l-") as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is said of a twin's documents helps nobody
-            Watch(run, Path(folder), [rows]).evaluate(run.step_number)
+    def train_evaluated(self, run: "Run", folder: Path, heldout: Sequence[Sequence[Row]]) -> None:
+        with _of_twin():
+            for _ in train_steps(run, folder, Watch(run, folder, heldout)):
+                pass
+
+    def evaluate(self, run: "Run", rows: Sequence[Row]) -> Mapping[str, float]:
+        with _of_twin():
+            scores = run.watch(rows).evaluate(run.step_number)
+        return {name.removeprefix(EVALUATED): value for name, value in scores.items()}
 
     def generate(
         self, model: DocToLora, lora: Lora | None, prompts: Tensor, stop: Sequence[int], max_new_tokens: int
@@ -196,8 +201,25 @@ class Production:
         return save_seconds(config, size)
 
 
+@contextmanager
+def _of_twin() -> Iterator[None]:
+    """Silence what a run says of its documents: of a twin's it helps nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class Run(Trainer):
-    """The trainer, with checkpoints as folders."""
+    """The trainer, with checkpoints as folders, and one watch for all evaluations of the same rows."""
+
+    _watched: tuple[Sequence[Row], Watch, TemporaryDirectory[str]] | None = None
+
+    def watch(self, rows: Sequence[Row]) -> Watch:
+        """Return what evaluates these rows, in a folder of its own."""
+        if self._watched is None or self._watched[0] != rows:
+            folder = TemporaryDirectory(prefix="d2l-")
+            self._watched = rows, Watch(self, Path(folder.name), [rows]), folder
+        return self._watched[1]
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.checkpoint())

@@ -24,28 +24,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from checks.faults import override_step
 from checks.implementation import offered
-from checks.oracles import edited_weights
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
+from checks.training.answered import RIGHT, answered_rows
 from checks.training.observed import observed_step
-from checks.training.steps import TWO_BATCHES, light_config, loss_rows, still_model
-from d2l.data.packing import collate
-from d2l.data.tokenize import Query, Row
+from checks.training.steps import TWO_BATCHES, light_config, loss_rows, shared, still_model
 
 if TYPE_CHECKING:
     from checks.subject import Subject
-
-RIGHT, NEARLY = (0, 3), 5  # of the six questions: answered right; right but for the last label
 
 
 def check(subject: "Subject") -> Result:
     """Compare the exact match of a step of two micro-batches with the share that the labels were made for."""
     model: Any = still_model(subject)
-    rows = _answered(model, loss_rows(subject))
+    rows = shared(subject, "answered_rows", lambda: answered_rows(model, loss_rows(subject)))
     total = sum(len(row.queries) for row in rows)
     config = light_config(subject, **TWO_BATCHES)
     step = observed_step(subject.implementation.trainer(model, rows, config))
@@ -60,32 +54,6 @@ def check(subject: "Subject") -> Result:
             evidence=evidence,
         )
     return Pass(f"{len(RIGHT)} of {total} questions are answered right, and a step reports {found:.3g}", evidence)
-
-
-@torch.no_grad()
-def _answered(model: Any, rows: list[Row]) -> list[Row]:
-    """Return the rows with labels that the model finds likeliest in some questions, and unlikely in the others."""
-    lora = model.lora(collate(rows))
-    answered, number = [], 0
-    for context, row in enumerate(rows):
-        a, b = ({name: x[context] for name, x in side.items()} for side in (lora.A, lora.B))
-        queries = []
-        for query in row.queries:
-            order = edited_weights.logits(model.base, query.input_ids, a, b, lora.scale).argsort(-1)  # ascending
-            queries.append(_labelled(query, order, number))
-            number += 1
-        answered.append(replace(row, queries=tuple(queries)))
-    return answered
-
-
-def _labelled(query: Query, order: torch.Tensor, number: int) -> Query:
-    """Give a question labels: likeliest where it is to be right, else the least likely."""
-    places = [place for place, label in enumerate(query.labels) if label != -100]
-    labels = list(query.labels)
-    for place in places:
-        right = number in RIGHT or (number == NEARLY and place != places[-1])
-        labels[place] = int(order[place - 1, -1 if right else 0])
-    return replace(query, labels=tuple(labels))
 
 
 def _reporting(change: Callable[[float], float]) -> Any:

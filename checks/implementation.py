@@ -190,6 +190,16 @@ class Implementation(Protocol):
     def export(self, lora: "Lora", base: "PreTrainedModel", folder: Path) -> None:
         """Write one document's LoRA as an adapter folder of PEFT."""
 
+    def internalize(
+        self, base: "PreTrainedModel", chat: "ChatFormat", checkpoint: Path, documents: Sequence[str], folder: Path
+    ) -> None:
+        """Write what a saved run makes of a document, or of several as one, as an adapter folder of PEFT.
+
+        Args:
+            checkpoint: a folder of `save`.
+            folder: new, or that of an adapter of an earlier state of the document, which is brought up to date.
+        """
+
     def import_reference(self, file: Path, folder: Path) -> None:
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 

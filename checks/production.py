@@ -30,14 +30,18 @@ from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
 from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
-from d2l.errors import ModelError
+from d2l.errors import CheckpointError, ModelError
 from d2l.fingerprint import run_fingerprint
 from d2l.hypernet import memory
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
+from d2l.inference.batch import Internalizer
+from d2l.inference.documents import Document, merge
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
+from d2l.inference.load import restore_model
+from d2l.inference.servers import AdapterForm
 from d2l.reference.load import import_reference
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
@@ -174,6 +178,18 @@ class Production:
 
     def export(self, lora: Lora, base: PreTrainedModel, folder: Path) -> None:
         export_adapter(lora, base, folder, base.config.name_or_path or "")
+
+    def internalize(
+        self, base: PreTrainedModel, chat: ChatFormat, checkpoint: Path, documents: Sequence[str], folder: Path
+    ) -> None:
+        source, saved = find_checkpoint(checkpoint), load_checkpoint(checkpoint)
+        config = saved_config(dict(saved.state["config"]))
+        trained = restore_model(build_model(config, base), chat, config, saved, source)
+        parts = [Document(folder.name, str(number), "", text) for number, text in enumerate(documents)]
+        document = parts[0] if len(parts) == 1 else merge(parts, folder.name)
+        (outcome,) = Internalizer(trained, AdapterForm(), lambda _: folder).run([document])
+        if outcome.card is None:
+            raise CheckpointError(outcome.reason)
 
     def import_reference(self, file: Path, folder: Path) -> None:
         import_reference(file, folder)

@@ -59,13 +59,23 @@ def load_model(place: Path | str, model: str | None = None) -> TrainedModel:
     found = base_facts(base_config)
     _require_same_base(folder, config.model_name_or_path, checkpoint.state.get("base", {}), found)
     try:
-        chat, trained = components.chat, components.model
-        load_hypernet(trained.hypernet, checkpoint.hypernet)
+        return restore_model(components.model, components.chat, config, checkpoint, source)
     except (ModelError, CheckpointError) as error:
         raise type(error)(
             f"{folder} cannot be used with {config.model_name_or_path}: {error}\n{_OTHER_BASE}"
         ) from error
-    return TrainedModel(trained.to(trained.base.device).eval(), chat, config, source)
+
+
+def restore_model(
+    model: DocToLora, chat: ChatFormat, config: RunConfig, checkpoint: Checkpoint, source: FoundCheckpoint
+) -> TrainedModel:
+    """Load a checkpoint's parameters into a new model of its configuration, for inference.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    load_hypernet(model.hypernet, checkpoint.hypernet)
+    return TrainedModel(model.to(model.base.device).eval(), chat, config, source)
 
 
 def _read_config(checkpoint: Checkpoint, folder: Path, model: str | None) -> RunConfig:

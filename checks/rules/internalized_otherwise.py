@@ -1,0 +1,202 @@
+"""A document that a saved run internalizes becomes the LoRA that its training would have made of it.
+
+What it does
+------------
+Saves a light twin, lets `d2l internalize` read a document of several chunks with that checkpoint, then the same document with
+another end into the same folder, then both into one adapter; and compares the weights that the files add to the base with
+the LoRA that the twin makes of the rows of training.
+
+Why it matters
+--------------
+What is served is not what was trained: weights are loaded again, the text is cut again, chunks of an older adapter are used
+again. A parameter that is not loaded, a chunk in a wrong place, a bias that counts once for each of two documents give
+answers that are worse than those of the evaluation, and no error.
+
+How it is detected
+------------------
+Each module's `lora_alpha / r · B A`, as PEFT applies it, must equal the twin's update to 1e-4 of the largest value. Skipped
+with `mlp` among the targets, for which PEFT has no adapter format.
+
+How to fix
+----------
+Load every parameter, cut documents by the limits of the training, write each chunk's ranks once and the bias once, with its
+scale; reuse only chunks whose tokens are the same.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checks.data.expected import conversation_format
+from checks.data.sizes import unlimited
+from checks.faults import override
+from checks.implementation import Implementation, offered
+from checks.result import Fail, Inapplicable, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import build_drawn, plan_on_cpu
+from checks.training.steps import TOLERANCE, light_config
+from d2l.data.packing import collate
+from d2l.hypernet.targets import MLP_BLOCK
+from d2l.inference.adapter import CONFIG, NO_FORMAT, WEIGHTS
+
+if TYPE_CHECKING:
+    from checks.implementation import Model
+    from checks.subject import Subject
+    from d2l.config.schema import RunConfig
+    from d2l.data.records import Record
+
+LETTERS, TOKENS, CHUNKS = 200, 24, 3  # of a text of the run, repeated to at least so many tokens, in so many chunks
+ENDS = ("7 miles.", "8 miles.")  # of the document before and after it is changed: all chunks but the last stay the same
+PREFIX = "base_model.model."  # of a module's name in PEFT's files
+
+
+@torch.no_grad()
+def check(subject: "Subject") -> Result:
+    """Compare the updates of three adapters with those of the twin."""
+    if MLP_BLOCK in subject.config.target_modules:
+        return Inapplicable(NO_FORMAT)
+    if subject.tokenizer is None or subject.records is None:
+        return Skip(subject.tokenizer_absent or subject.records_absent)
+    record = subject.records[next(iter(subject.rows.rows)).record]
+    record = replace(record, prompts=record.prompts[:1], responses=record.responses[:1])
+    before, after = _documents(subject, replace(record, logprobs_vals=None, logprobs_indices=None))
+    config = _config(subject, after)
+    model = _model(subject, config)
+    cases = {"a document": [before], "with another end": [after], "both as one": [after, before]}
+    evidence: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="d2l-") as place:
+        checkpoint, base = Path(place) / "step-000001", model.base
+        offered(subject.implementation.trainer(model, _rows(subject, config, [before]), config), "save")(checkpoint)
+        for name, documents in cases.items():
+            folder = Path(place) / ("adapter" if len(documents) == 1 else "merged")
+            texts = [document.context for document in documents]
+            subject.implementation.internalize(base, subject.chat, checkpoint, texts, folder)
+            expected = _updates(subject, model, _rows(subject, config, documents))
+            evidence[name] = _error(_written(folder), expected)
+            if not evidence[name] <= TOLERANCE:
+                return Fail(
+                    message="a document becomes another LoRA when it is internalized than in training",
+                    expected=f"{name}: the update of every module within {TOLERANCE:g} of the largest value",
+                    actual=f"{evidence[name]:.2g} off",
+                    remedy="load, cut and merge as training does: see `d2l explain EXP203`",
+                    evidence=evidence,
+                )
+    return Pass(f"a document, changed and merged, becomes the trained LoRA to {max(evidence.values()):.1g}", evidence)
+
+
+def _documents(subject: "Subject", record: "Record") -> list["Record"]:
+    """Return a document of the run, long enough to be cut, with both of its ends."""
+    form, text = conversation_format(subject), record.context.strip()[:LETTERS]
+    long = " ".join([text] * math.ceil(TOKENS / max(len(form.encode_contents(text)), 1)))
+    return [replace(record, context=f"{long} {end}") for end in ENDS]
+
+
+def _config(subject: "Subject", document: "Record") -> "RunConfig":
+    """Return a light configuration that cuts the document into chunks, as the run cuts its own."""
+    form = conversation_format(subject)
+    affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
+    room = math.ceil(len(form.encode_contents(document.context)) / CHUNKS)
+    cuts = {"chunking": subject.config.chunking, "chunk_overlap": min(subject.config.chunk_overlap, room // 2)}
+    return unlimited(light_config(subject), max_ctx_chunk_len=room + affixes, **cuts)
+
+
+def _model(subject: "Subject", config: "RunConfig") -> "Model":
+    """Make a twin that reads the run's tokenizer, whose LoRA is not zero."""
+    small = subject.twin_base_config
+    base_config = type(small).from_dict({**small.to_dict(), "vocab_size": subject.base_config.vocab_size})
+    plan = plan_on_cpu(subject.implementation, config, base_config)
+    return build_drawn(subject.implementation, subject.implementation.build_base(base_config, plan, seed=0), config, 0)
+
+
+def _rows(subject: "Subject", config: "RunConfig", documents: Sequence["Record"]) -> list[Any]:
+    """Return the row of training of a document, or of the chunks of several."""
+    rows = [subject.implementation.rows(config, subject.chat, (document,)).rows[0] for document in documents]
+    return [replace(rows[0], chunks=tuple(chunk for row in rows for chunk in row.chunks))]
+
+
+def _updates(subject: "Subject", model: "Model", rows: Sequence[Any]) -> dict[str, Tensor]:
+    """Return scale · Bᵀ A of each adapted module, [d_out, d_in], by its path."""
+    lora = model.lora(collate(rows))
+    paths = {module: path for path, module in model.base.named_modules()}
+    return {
+        paths[module]: lora.scale * lora.B[name][0, layer].mT @ lora.A[name][0, layer]
+        for name, modules in subject.implementation.targets(model.base, list(lora.A)).items()
+        for layer, module in enumerate(modules)
+    }
+
+
+def _written(folder: Path) -> dict[str, Tensor]:
+    """Return what the files of an adapter add to each module, [d_out, d_in], by its path, as PEFT applies them."""
+    config, tensors = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    factor, ending = config["lora_alpha"] / config["r"], ".lora_A.weight"
+    names = [key.removeprefix(PREFIX).removesuffix(ending) for key in tensors if key.endswith(ending)]
+    sides = {name: [tensors[f"{PREFIX}{name}.lora_{side}.weight"].float() for side in "BA"] for name in names}
+    return {name: factor * b @ a for name, (b, a) in sides.items()}
+
+
+def _error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest difference over the largest expected value; infinite where modules or shapes differ."""
+    shapes = [{name: x.shape for name, x in side.items()} for side in (found, expected)]
+    if shapes[0] != shapes[1] or not all(x.isfinite().all() for x in found.values()):
+        return math.inf
+    largest = max(float(x.abs().max()) for x in expected.values())
+    return max(float((found[name] - x).abs().max()) for name, x in expected.items()) / largest
+
+
+def _end_lost(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+    """Leave out the last quarter of every document."""
+    healthy.internalize(base, chat, checkpoint, [text[: 3 * len(text) // 4] for text in documents], folder)
+
+
+def _old_kept(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+    """Keep what lies in the folder, whatever document it is of."""
+    if not folder.exists():
+        healthy.internalize(base, chat, checkpoint, documents, folder)
+
+
+def _last_alone(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+    """Write only the last of several documents."""
+    healthy.internalize(base, chat, checkpoint, documents[-1:], folder)
+
+
+def _bias_again(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+    """Count the bias, which has the last ranks, once for each document."""
+    healthy.internalize(base, chat, checkpoint, documents, folder)
+    _, values = healthy.read(checkpoint)
+    rank = next(value.shape[-2] for name, value in values.items() if name.startswith("bias_A."))
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B.weight"):
+            tensor[:, -rank:] *= len(documents)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+RULE = Rule(
+    code="EXP203",
+    name="internalized-otherwise",
+    stage="data",
+    severity="error",
+    sources=("failure mode 15", "failure mode 22"),
+    requires=("DAT309", "EXP201", "SAV201"),
+    check=check,
+    faults=(
+        Fault("end-lost", "the last quarter of a document is not read", override(internalize=_end_lost)),
+        Fault("old-kept", "an adapter that is there stays when its document changes", override(internalize=_old_kept)),
+        Fault("last-alone", "of several documents the last one is written", override(internalize=_last_alone)),
+        Fault(
+            "bias-again",
+            "the bias counts once for each of several documents",
+            override(
+                internalize=_bias_again, unless=lambda subject: "" if subject.config.use_bias else "use_bias is off"
+            ),
+        ),
+    ),
+)

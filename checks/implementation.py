@@ -150,6 +150,9 @@ class Implementation(Protocol):
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
         """Make a run at its start."""
 
+    def trainer_in_group(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
+        """Make a run at its start that shares its steps with the other processes of torch's default group, on CPUs."""
+
     def train(self, run: Any, folder: Path) -> Sequence[Path]:
         """Take the steps of a whole run, and write its checkpoints below an empty folder; return those left, oldest first."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,6 +44,7 @@ from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, 
 from d2l.inference.load import restore_model
 from d2l.inference.servers import AdapterForm
 from d2l.reference.load import import_reference
+from d2l.train import gradients
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
 from d2l.train.metrics import EVALUATED
@@ -51,6 +53,7 @@ from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
 from d2l.train.watch import Watch
 
+TWIN_BUCKETS = 4096  # bytes of gradients that are summed at once: a twin has several of them, as a hypernetwork has
 PACKED = 512  # tokens of a teacher's pass: several short questions share one
 
 
@@ -140,6 +143,11 @@ class Production:
 
     def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
         return Run(model, rows, config, OneProcess(model.base.device))
+
+    def trainer_in_group(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
+        PartialState._reset_state()  # of the process that this one was forked from
+        gradients.BUCKET_BYTES = TWIN_BUCKETS
+        return Run(model, rows, config)
 
     def train(self, run: "Run", folder: Path) -> Sequence[Path]:
         self.train_evaluated(run, folder, [])

@@ -1,0 +1,148 @@
+"""Two processes take the steps that one takes with as many micro-batches.
+
+What it does
+------------
+Lets the run's own trainer take two steps of a light twin in one process, four micro-batches each, and in two forked processes of
+one group, two micro-batches each, on this machine's CPU.
+
+Why it matters
+--------------
+Several GPUs are what most runs are rented. Gradients that are not summed, or of the first micro-batch alone, losses that every
+process divides by its own counts, processes that read the same rows: the loss falls in each case, and the run is one on a
+fraction of its data, at another learning rate, or several runs that drift apart.
+
+How it is detected
+------------------
+In float64, losses and gradient norms of both processes and their weights after the last step must be those of the one process.
+Skipped where a process cannot be forked: with CUDA, within a group of processes, or by this operating system.
+
+How to fix
+----------
+Deal the micro-batches of a step out by rank, divide losses by counts of the whole step, and sum gradients over processes after
+the last of them; or let each divide by its own share and take the mean.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, distributed
+
+from checks.faults import override
+from checks.implementation import Implementation
+from checks.processes import GroupError, can_fork, in_group
+from checks.result import Fail, Pass, Result, Skip
+from checks.rule import Fault, Rule
+from checks.subject import changed
+from checks.training.steps import guarded_config, hypernet_values, light_model, loss_rows
+
+if TYPE_CHECKING:
+    from checks.implementation import Stepper
+    from checks.subject import Subject
+
+PROCESSES, STEPS, PER_PROCESS = 2, 2, 2  # and micro-batches that each process takes in a step
+TOLERANCE = 1e-5  # of losses and norms, which are summed in float32, and in another order
+MOVED = 1e-6  # of weights in float64, which a step moves by a thousandth
+# Rows are micro-batches by themselves, three an epoch: what the processes read in a step is never the same.
+PLAN: dict[str, Any] = {"learning_rate": 1e-3, "max_grad_norm": 0.1, "gen_lora_l1_reg_coef": 0.1, "loss": "ce"}
+PLAN |= {"max_packed_inp_len": 17, "max_packed_ctx_len": 9}
+REMEDY = "deal micro-batches out by rank, divide by counts of the whole step, and sum gradients over processes"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the steps gave: loss and gradient norm of each, and the hypernetwork's parameters by name behind the last."""
+
+    numbers: Sequence[tuple[float, float]]
+    weights: dict[str, Tensor]
+
+
+def check(subject: "Subject") -> Result:
+    """Compare the steps of two processes with those of one."""
+    if not can_fork() or distributed.is_initialized():
+        return Skip("no process can be forked here: CUDA, a group of processes, or this system does not allow it")
+    alone = _taken(_trainer(subject, subject.implementation.trainer, PROCESSES * PER_PROCESS))
+    in_several = subject.implementation.trainer_in_group
+    try:
+        members = in_group(lambda: _taken(_trainer(subject, in_several, PER_PROCESS)), PROCESSES)
+    except GroupError as failure:
+        return _finding("two processes cannot train together", f"{STEPS} steps", str(failure))
+    evidence: dict[str, Any] = {"alone": alone.numbers}
+    for rank, member in enumerate(members):
+        evidence[f"process {rank}"] = member.numbers
+        for step, (found, expected) in enumerate(zip(member.numbers, alone.numbers, strict=True), start=1):
+            for name, ours, theirs in zip(("loss", "gradient norm"), found, expected, strict=True):
+                if not abs(ours / theirs - 1) <= TOLERANCE:
+                    return _differs(f"process {rank}, step {step}: {name} {ours:.6g} instead of {theirs:.6g}", evidence)
+        for name, weight in alone.weights.items():
+            error = float((member.weights[name] - weight).abs().max())
+            if not error <= MOVED:
+                return _differs(f"process {rank}: {name} is {error:.2g} off after {STEPS} steps", evidence)
+    return Pass(
+        f"{STEPS} steps of {PROCESSES} processes are those of one with {PROCESSES} times the micro-batches", evidence
+    )
+
+
+def _trainer(subject: "Subject", make: Callable[..., "Stepper"], micro_batches: int) -> "Stepper":
+    """Make a trainer of so many micro-batches a step, in the run's own optimizer."""
+    own = guarded_config(subject)
+    config = changed(own, **PLAN, gradient_accumulation_steps=micro_batches)
+    return make(light_model(subject, config), loss_rows(subject), config)
+
+
+def _taken(trainer: "Stepper") -> Taken:
+    metrics = [trainer.step() for _ in range(STEPS)]
+    return Taken([(it.task_loss, it.grad_norm) for it in metrics], hypernet_values(trainer.model))
+
+
+def _differs(actual: str, evidence: dict[str, Any]) -> Fail:
+    expected = (
+        f"losses, norms and weights of one process with {PROCESSES} times the micro-batches, within {TOLERANCE:g}"
+    )
+    return _finding("the steps of two processes are not those of one", expected, actual, evidence)
+
+
+def _finding(message: str, expected: str, actual: str, evidence: dict[str, Any] | None = None) -> Fail:
+    return Fail(message=message, expected=expected, actual=actual, remedy=REMEDY, evidence=evidence or {})
+
+
+def _alone(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+    """Let every process train by itself."""
+    return healthy.trainer(model, rows, config)
+
+
+def _own_order(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+    """Let every process draw an order of the rows of its own, so that some are read twice and some by none."""
+    return healthy.trainer_in_group(model, rows, changed(config, seed=config.seed + distributed.get_rank()))
+
+
+def _mean_taken(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+    """Take the mean over processes of gradients whose losses are divided by counts of all, as DistributedDataParallel does."""
+    for parameter in model.hypernet.parameters():
+        parameter.register_hook(lambda gradient: gradient / PROCESSES)
+    return healthy.trainer_in_group(model, rows, config)
+
+
+def _too_many_taken(healthy: Implementation, model: Any, rows: Any, config: Any) -> Any:
+    """Let every process take all micro-batches of a step of one."""
+    several = {"gradient_accumulation_steps": PROCESSES * config.gradient_accumulation_steps}
+    return healthy.trainer_in_group(model, rows, changed(config, **several))
+
+
+RULE = Rule(
+    code="GRD206",
+    name="processes-change-steps",
+    stage="twin",
+    severity="error",
+    sources=("failure mode C28", "failure mode 11"),
+    requires=("GRD203", "OPT202"),
+    check=check,
+    faults=(
+        Fault("each-alone", "every process trains by itself", override(trainer_in_group=_alone)),
+        Fault("own-order", "every process draws its own order of rows", override(trainer_in_group=_own_order)),
+        Fault("mean-taken", "gradients are means over processes, not sums", override(trainer_in_group=_mean_taken)),
+        Fault(
+            "too-many-taken", "every process takes the micro-batches of all", override(trainer_in_group=_too_many_taken)
+        ),
+    ),
+)

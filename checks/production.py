@@ -1,14 +1,11 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,12 +14,13 @@ from checks.machine import free_disk, free_memory, gpu, peak_memory, requirement
 from checks.plugins import Plugin, load_plugins
 from checks.quiet import quiet_transformers
 from checks.subject import Subject
+from checks.twin_run import Run, run_in_group
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import LoadPlan, plan_load
 from d2l.build import Components, build_chat, build_model, fitted_base_config, load_records, tokenize
-from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from d2l.checkpoint import find_checkpoint, load_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.data.cache import cached_rows
@@ -44,16 +42,12 @@ from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, 
 from d2l.inference.load import restore_model
 from d2l.inference.servers import AdapterForm
 from d2l.reference.load import import_reference
-from d2l.train import gradients
-from d2l.train.loop import Trainer, batch_loss, train_steps
+from d2l.train.loop import batch_loss
 from d2l.train.losses import Normalizer
-from d2l.train.metrics import EVALUATED
 from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
-from d2l.train.watch import Watch
 
-TWIN_BUCKETS = 4096  # bytes of gradients that are summed at once: a twin has several of them, as a hypernetwork has
 PACKED = 512  # tokens of a teacher's pass: several short questions share one
 
 
@@ -141,27 +135,21 @@ class Production:
         finally:
             memory.PIECE_BYTES = whole
 
-    def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
+    def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Run:
         return Run(model, rows, config, OneProcess(model.base.device))
 
-    def trainer_in_group(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> "Run":
-        PartialState._reset_state()  # of the process that this one was forked from
-        gradients.BUCKET_BYTES = TWIN_BUCKETS
-        return Run(model, rows, config)
+    def trainer_in_group(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Run:
+        return run_in_group(model, rows, config)
 
-    def train(self, run: "Run", folder: Path) -> Sequence[Path]:
-        self.train_evaluated(run, folder, [])
+    def train(self, run: Run, folder: Path) -> Sequence[Path]:
+        run.train(folder, [])
         return sorted((folder / "checkpoints").iterdir())
 
-    def train_evaluated(self, run: "Run", folder: Path, heldout: Sequence[Sequence[Row]]) -> None:
-        with _of_twin():
-            for _ in train_steps(run, folder, Watch(run, folder, heldout)):
-                pass
+    def train_evaluated(self, run: Run, folder: Path, heldout: Sequence[Sequence[Row]]) -> None:
+        run.train(folder, heldout)
 
-    def evaluate(self, run: "Run", rows: Sequence[Row]) -> Mapping[str, float]:
-        with _of_twin():
-            scores = run.watch(rows).evaluate(run.step_number)
-        return {name.removeprefix(EVALUATED): value for name, value in scores.items()}
+    def evaluate(self, run: Run, rows: Sequence[Row]) -> Mapping[str, float]:
+        return run.evaluate(rows)
 
     def generate(
         self, model: DocToLora, lora: Lora | None, prompts: Tensor, stop: Sequence[int], max_new_tokens: int
@@ -223,33 +211,6 @@ class Production:
 
     def save_seconds(self, config: RunConfig, size: int) -> float:
         return save_seconds(config, size)
-
-
-@contextmanager
-def _of_twin() -> Iterator[None]:
-    """Silence what a run says of its documents: of a twin's it helps nobody."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class Run(Trainer):
-    """The trainer, with checkpoints as folders, and one watch for all evaluations of the same rows."""
-
-    _watched: tuple[Sequence[Row], Watch, TemporaryDirectory[str]] | None = None
-
-    def watch(self, rows: Sequence[Row]) -> Watch:
-        """Return what evaluates these rows, in a folder of its own."""
-        if self._watched is None or self._watched[0] != rows:
-            folder = TemporaryDirectory(prefix="d2l-")
-            self._watched = rows, Watch(self, Path(folder.name), [rows]), folder
-        return self._watched[1]
-
-    def save(self, folder: Path) -> None:
-        save_checkpoint(folder, self.checkpoint())
-
-    def resume(self, folder: Path) -> None:
-        self.restore(load_checkpoint(folder))
 
 
 class Another(Offered):

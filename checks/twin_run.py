@@ -1,0 +1,71 @@
+"""d2l's trainer as the checks drive it: saved, evaluated, trained to its end, and in a group of processes."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from tempfile import gettempdir
+from uuid import uuid4
+
+from accelerate import PartialState
+
+from d2l.checkpoint import load_checkpoint, save_checkpoint
+from d2l.config.schema import RunConfig
+from d2l.data.tokenize import Row
+from d2l.hypernet.model import DocToLora
+from d2l.train import gradients
+from d2l.train.loop import Trainer, train_steps
+from d2l.train.metrics import EVALUATED
+from d2l.train.watch import Watch
+
+BUCKET_BYTES = 4096  # of a twin's gradients that are summed at once: it has several buckets, as a hypernetwork has
+
+
+class Run(Trainer):
+    """The trainer, with checkpoints as folders, and one watch for all evaluations of the same rows."""
+
+    _watched: tuple[Sequence[Row], Watch, Path] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into a new folder."""
+        save_checkpoint(folder, self.checkpoint())
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        self.restore(load_checkpoint(folder))
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Score held-out rows as a run does, into a folder that is removed again; return what evaluation.jsonl has."""
+        if self._watched is None or self._watched[0] != rows:
+            folder = Path(gettempdir(), f"d2l-{uuid4().hex}")
+            self._watched = rows, Watch(self, folder, [rows]), folder
+        _, watch, folder = self._watched
+        folder.mkdir(mode=0o700)
+        try:
+            with _of_twin():
+                scores = watch.evaluate(self.step_number)
+        finally:
+            rmtree(folder)
+        return {name.removeprefix(EVALUATED): value for name, value in scores.items()}
+
+    def train(self, folder: Path, heldout: Sequence[Sequence[Row]]) -> None:
+        """Take all steps of a run in an empty folder; held-out rows are evaluated where there are any."""
+        with _of_twin():
+            for _ in train_steps(self, folder, Watch(self, folder, heldout)):
+                pass
+
+
+def run_in_group(model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Run:
+    """Make a run at its start in a forked process of torch's default group, with the others of it."""
+    PartialState._reset_state()  # of the process that this one was forked from
+    gradients.BUCKET_BYTES = BUCKET_BYTES
+    return Run(model, rows, config)
+
+
+@contextmanager
+def _of_twin() -> Iterator[None]:
+    """Silence what a run says of its documents: of a twin's it helps nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

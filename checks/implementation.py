@@ -203,6 +203,19 @@ class Implementation(Protocol):
             folder: new, or that of an adapter of an earlier state of the document, which is brought up to date.
         """
 
+    def evaluation(
+        self,
+        base: "PreTrainedModel",
+        chat: "ChatFormat",
+        checkpoint: Path,
+        records: Sequence["Record"],
+        max_new_tokens: int,
+    ) -> Mapping[str, Any]:
+        """Return what `d2l eval --format json` prints of a saved run on some records: their `answers` and `scores`."""
+
+    def grade(self, answer: str, expected: str) -> Mapping[str, float]:
+        """Return the scores of an answer: `exact`, `f1` and `rouge_l`, 0 to 1."""
+
     def import_reference(self, file: Path, folder: Path) -> None:
         """Turn a checkpoint file of the reference into a checkpoint folder."""
 

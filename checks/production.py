@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checks.implementation import Implementation, Offered
+from checks.judged import describe_judged
 from checks.machine import free_disk, free_memory, gpu, peak_memory, requirements, save_seconds
 from checks.plugins import Plugin, load_plugins
 from checks.quiet import quiet_transformers
 from checks.subject import Subject
-from checks.twin_run import Run, run_in_group
+from checks.twin_run import Run, internalize, load_here, run_in_group
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
@@ -29,18 +31,16 @@ from d2l.data.epochs import epoch_batches
 from d2l.data.packing import PackedBatch
 from d2l.data.records import Record, document_in_prompts
 from d2l.data.tokenize import Limits, OnProgress, Row, Tokenized
-from d2l.errors import CheckpointError, ModelError
+from d2l.errors import ModelError
+from d2l.evaluation.run import evaluate
+from d2l.evaluation.scores import exact_match, rouge_l, token_f1
 from d2l.fingerprint import run_fingerprint
 from d2l.hypernet import memory
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
-from d2l.inference.batch import Internalizer
-from d2l.inference.documents import Document, merge
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
-from d2l.inference.load import restore_model
-from d2l.inference.servers import AdapterForm
 from d2l.reference.load import import_reference
 from d2l.train.loop import batch_loss
 from d2l.train.losses import Normalizer
@@ -178,14 +178,21 @@ class Production:
     def internalize(
         self, base: PreTrainedModel, chat: ChatFormat, checkpoint: Path, documents: Sequence[str], folder: Path
     ) -> None:
-        source, saved = find_checkpoint(checkpoint), load_checkpoint(checkpoint)
-        config = saved_config(dict(saved.state["config"]))
-        trained = restore_model(build_model(config, base), chat, config, saved, source)
-        parts = [Document(folder.name, str(number), "", text) for number, text in enumerate(documents)]
-        document = parts[0] if len(parts) == 1 else merge(parts, folder.name)
-        (outcome,) = Internalizer(trained, AdapterForm(), lambda _: folder).run([document])
-        if outcome.card is None:
-            raise CheckpointError(outcome.reason)
+        internalize(load_here(base, chat, checkpoint), documents, folder)
+
+    def evaluation(
+        self,
+        base: PreTrainedModel,
+        chat: ChatFormat,
+        checkpoint: Path,
+        records: Sequence[Record],
+        max_new_tokens: int,
+    ) -> Mapping[str, Any]:
+        return evaluate(load_here(base, chat, checkpoint), records, max_new_tokens=max_new_tokens).to_json()
+
+    def grade(self, answer: str, expected: str) -> Mapping[str, float]:
+        scores = {"exact": exact_match, "f1": token_f1, "rouge_l": rouge_l}
+        return {name: score(answer, expected) for name, score in scores.items()}
 
     def import_reference(self, file: Path, folder: Path) -> None:
         import_reference(file, folder)
@@ -268,32 +275,6 @@ def make_subject(
         tokenizer_absent=tokenizer_absent,
         records=records,
         records_absent=records_absent,
-        judged=_judged(config, tokenizer, tokenizer_absent, records, records_absent, implementation),
+        judged=describe_judged(config, tokenizer, tokenizer_absent, records, records_absent, implementation),
         identity=run_fingerprint(config, base_config, chat, records, versions),
     )
-
-
-def _judged(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    tokenizer_absent: str,
-    records: Sequence[Record] | None,
-    records_absent: str,
-    implementation: Implementation | None,
-) -> dict[str, str]:
-    """Describe what a verdict is about."""
-    named = "model_name_or_path" in config.model_fields_set
-    packages = ("torch", "transformers", "peft", "accelerate")
-    judged = {
-        "base model": config.model_name_or_path
-        + ("" if named else " (the configuration names none: the embedded tiny GPT-OSS stands in)"),
-        "tokenizer": tokenizer_absent if tokenizer is None else str(tokenizer.name_or_path),
-        "data": records_absent if records is None else f"{', '.join(config.train_ds_names)}: {len(records):,} records",
-        "versions": ", ".join(f"{package} {metadata.version(package)}" for package in packages),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
-    }
-    if implementation is not None:
-        judged["implementation"] = f"{type(implementation).__module__}.{type(implementation).__qualname__}"
-    if plugins := load_plugins():
-        judged["plugins"] = ", ".join(map(str, plugins))
-    return judged

@@ -143,8 +143,14 @@ class Subject:
         return build_drawn(self.implementation, base or self.twin_base(), self.twin_config, seed)
 
 
-def build_drawn(implementation: Implementation, base: "PreTrainedModel", config: RunConfig, seed: int) -> Model:
-    """Build a model from a seed, and draw the parameters that start at zero at random, so that its LoRA is not zero."""
+def build_drawn(
+    implementation: Implementation, base: "PreTrainedModel", config: RunConfig, seed: int, spread: float = 0.3
+) -> Model:
+    """Build a model from a seed, and draw the parameters that start at zero at random, so that its LoRA is not zero.
+
+    Args:
+        spread: standard deviation of what is drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -152,7 +158,7 @@ def build_drawn(implementation: Implementation, base: "PreTrainedModel", config:
     with torch.no_grad():
         for parameter in model.hypernet.parameters():
             if not parameter.any():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -1,4 +1,4 @@
-"""d2l's trainer as the checks drive it: saved, evaluated, trained to its end, and in a group of processes."""
+"""d2l's runs as the checks drive them: saved, evaluated, trained to their end, in a group of processes, and loaded again."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,20 @@ from tempfile import gettempdir
 from uuid import uuid4
 
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
-from d2l.checkpoint import load_checkpoint, save_checkpoint
+from d2l.build import build_model
+from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
+from d2l.data.chat.format import ChatFormat
 from d2l.data.tokenize import Row
+from d2l.errors import CheckpointError
 from d2l.hypernet.model import DocToLora
+from d2l.inference.batch import Internalizer
+from d2l.inference.documents import Document, merge
+from d2l.inference.load import TrainedModel, restore_model
+from d2l.inference.servers import AdapterForm
 from d2l.train import gradients
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import EVALUATED
@@ -61,6 +70,26 @@ def run_in_group(model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Ru
     PartialState._reset_state()  # of the process that this one was forked from
     gradients.BUCKET_BYTES = BUCKET_BYTES
     return Run(model, rows, config)
+
+
+def load_here(base: PreTrainedModel, chat: ChatFormat, place: Path) -> TrainedModel:
+    """Load a checkpoint for inference around a base that is here."""
+    checkpoint = load_checkpoint(place)
+    config = saved_config(dict(checkpoint.state["config"]))
+    return restore_model(build_model(config, base), chat, config, checkpoint, find_checkpoint(place))
+
+
+def internalize(trained: TrainedModel, documents: Sequence[str], folder: Path) -> None:
+    """Write the adapter of a document, or of several as one, as `d2l internalize` does.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    parts = [Document(folder.name, str(number), "", text) for number, text in enumerate(documents)]
+    document = parts[0] if len(parts) == 1 else merge(parts, folder.name)
+    (outcome,) = Internalizer(trained, AdapterForm(), lambda _: folder).run([document])
+    if outcome.card is None:
+        raise CheckpointError(outcome.reason)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from d2l.base.load_plan import LoadPlan
@@ -140,6 +141,14 @@ class Implementation(Protocol):
 
     def batches(self, config: RunConfig, rows: Sequence["Row"]) -> Sequence["PackedBatch"]:
         """Pack the rows of one epoch."""
+
+    def block_mask(self, position_ids: Tensor, window: int | None) -> "BlockMask":
+        """Return the block mask of flex_attention for a packed row, on the CPU.
+
+        Args:
+            position_ids: int64 [1, T], which begin with 0 in every document.
+            window: tokens that a token sees, itself included; None: all of its document.
+        """
 
     def loss(self, model: Any, batches: Sequence["PackedBatch"], config: RunConfig) -> tuple[Tensor, Tensor]:
         """Return the task loss and the weighted L1 term of one step made of these micro-batches, with gradients."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checks.implementation import Implementation, Offered
@@ -17,6 +18,7 @@ from checks.plugins import Plugin, load_plugins
 from checks.quiet import quiet_transformers
 from checks.subject import Subject
 from checks.twin_run import Run, internalize, load_here, run_in_group
+from d2l.base.blocks import block_mask, first_visible
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
@@ -119,6 +121,9 @@ class Production:
 
     def batches(self, config: RunConfig, rows: Sequence[Row]) -> Sequence[PackedBatch]:
         return epoch_batches(config, rows, epoch=0)
+
+    def block_mask(self, position_ids: Tensor, window: int | None) -> BlockMask:
+        return block_mask(first_visible(position_ids, window))
 
     def loss(self, model: DocToLora, batches: Sequence[PackedBatch], config: RunConfig) -> tuple[Tensor, Tensor]:
         normalizer = Normalizer.of(batches, config.lora_r)

@@ -24,31 +24,23 @@ Bind each question's own LoRA, count the supervised tokens alone, and divide sum
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from checks.data.expected import conversation_format
+from checks.data.evaluated import QUESTIONS, ExpectedAnswer, asked_records, expected_answers, with_one_right
 from checks.faults import override
 from checks.implementation import Implementation
 from checks.oracles import answers as formulas
-from checks.oracles import edited_weights
-from checks.oracles.loss import cross_entropy
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.training.saved_twin import first_records, reading_twin, row_of, saved, saved_config
+from checks.training.saved_twin import reading_twin, row_of, saved, saved_config
 from checks.training.steps import TOLERANCE
-from d2l.data.packing import collate
 
 if TYPE_CHECKING:
-    from checks.oracles.conversations import Expected
     from checks.subject import Subject
     from d2l.data.records import Record
 
-DOCUMENTS, QUESTIONS = 2, (2, 1)  # of two documents each is the other one of its neighbour
-LETTERS = 200  # of a document: a twin has a vocabulary as large as the base's, and reads the document in a prompt
 # Answers and what was expected: case, punctuation, articles; words twice; their order; none of them; endings like articles.
 PROBES = (
     ("The Cat, sat!", "cat sat"),
@@ -61,30 +53,21 @@ PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What is expected of an answer: likelihood in nats, supervised tokens, and the texts that its first token may have."""
-
-    nll: float
-    tokens: int
-    texts: frozenset[str]
-
-
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
     """Compare an evaluation's answers, likelihoods and scores with the formulas."""
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
-    records = _records(subject)
-    if len(records) < DOCUMENTS:
+    records = asked_records(subject)
+    if len(records) < len(QUESTIONS):
         return Inapplicable("the run keeps fewer than two different documents")
     config = saved_config(subject)
     rows = [row_of(subject, config, record) for record in records]
-    records = _with_one_right(subject, records, rows)
+    records = with_one_right(subject, records, rows)
     with saved(subject, config, rows) as checkpoint:
         base = reading_twin(subject).base
         found = subject.implementation.evaluation(base, subject.chat, checkpoint, records, 1)
-    expected = _expected(subject, records, rows)
+    expected = expected_answers(subject, records, rows)
     answers = {(it["condition"], it["record"], it["query"]): it for it in found["answers"]}
     if answers.keys() != expected.keys():
         return _finding("every question under four conditions", f"{len(answers)} answers instead of {len(expected)}")
@@ -97,69 +80,8 @@ def check(subject: "Subject") -> Result:
     )
 
 
-def _records(subject: "Subject") -> "list[Record]":
-    """Return two documents of the run with a question or two, cut to a length that a twin reads quickly.
-
-    The first question is longer than the others, which share a batch where questions of one length do.
-    """
-    found: list[Record] = []
-    for record, count in zip(first_records(subject, DOCUMENTS), QUESTIONS, strict=False):
-        prompts = [*record.prompts[:count], record.prompts[0]][:count]
-        prompts[0] = prompts[0] if found else f"{prompts[0]} {prompts[0]}"
-        responses = [*record.responses[:count], record.responses[0]][:count]
-        cut = record.context.strip()[:LETTERS]
-        found.append(replace(record, context=cut, prompts=tuple(prompts), responses=tuple(responses)))
-    return [it for number, it in enumerate(found) if it.context not in [other.context for other in found[:number]]]
-
-
-def _with_one_right(subject: "Subject", records: "Sequence[Record]", rows: Sequence[Any]) -> "list[Record]":
-    """Expect of the first question what the twin will answer, where that is a word: means of zeros say little."""
-    first, *others = records
-    texts = _expected(subject, records, rows)["document", 0, 0].texts
-    word = next((text for text in texts if formulas.squad_words(text) and text.isalnum()), first.responses[0])
-    return [replace(first, responses=(word, *first.responses[1:])), *others]
-
-
-def _expected(
-    subject: "Subject", records: "Sequence[Record]", rows: Sequence[Any]
-) -> dict[tuple[str, int, int], _Answer]:
-    """Return what is expected under each condition, of each record, for each question."""
-    model: Any = reading_twin(subject)
-    loras = [model.lora(collate([row])) for row in rows]
-    in_prompts = subject.implementation.document_in_prompts(records)
-    found = {}
-    for index in range(len(records)):
-        conditions = {
-            "document": (loras[index], records[index]),
-            "other": (loras[1 - index], records[index]),
-            "none": (None, records[index]),
-            "in_prompt": (None, in_prompts[index]),
-        }
-        for condition, (lora, record) in conditions.items():
-            for query, asked in enumerate(_conversations(subject, record)):
-                a, b = ({}, {}) if lora is None else ({n: x[0] for n, x in side.items()} for side in (lora.A, lora.B))
-                logits = edited_weights.logits(model.base, asked.ids, a, b, 1.0 if lora is None else lora.scale)
-                found[condition, index, query] = _answer(subject, logits, asked)
-    return found
-
-
-def _conversations(subject: "Subject", record: "Record") -> "list[Expected]":
-    """Return the tokens of a record's questions; those of one that the template refuses are of none of this run."""
-    form = conversation_format(subject)
-    return [it for it in form.expected(list(zip(record.prompts, record.responses, strict=True))) if it is not None]
-
-
-def _answer(subject: "Subject", logits: Tensor, asked: "Expected") -> _Answer:
-    labels = [token if asked.start <= place < asked.stop else -100 for place, token in enumerate(asked.ids)]
-    losses = cross_entropy(logits, labels)
-    first = logits[asked.start - 1]
-    likeliest = (first >= first.max() - TOLERANCE * first.abs().max()).nonzero().flatten().tolist()
-    texts = frozenset(subject.implementation.answer(subject.chat, [token]) for token in likeliest)
-    return _Answer(float(losses.sum()), len(losses), texts)
-
-
 def _problems(
-    answers: Mapping[tuple[str, int, int], Any], expected: Mapping[tuple[str, int, int], _Answer]
+    answers: Mapping[tuple[str, int, int], Any], expected: Mapping[tuple[str, int, int], ExpectedAnswer]
 ) -> Iterator[tuple[str, str]]:
     """Yield what is expected of an answer or its likelihood, and what is found."""
     for key, wanted in expected.items():
@@ -281,7 +203,7 @@ RULE = Rule(
     stage="data",
     severity="error",
     sources=("failure mode 30", "https://arxiv.org/abs/1606.05250"),
-    requires=("EVL301", "EVL202", "DAT309", "SAV201"),
+    requires=("EVL301", "EVL202", "DAT303", "DAT309", "SAV201"),
     check=check,
     faults=(
         Fault(

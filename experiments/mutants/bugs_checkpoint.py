@@ -93,6 +93,39 @@ MUTANTS = [
     ),
     *bugs(
         _RESUME,
+        "d2l.train.loop:Trainer.restore",
+        "resume",
+        (
+            "muon-momentum-not-restored",
+            "value.to(parameter.device, copy=True)",
+            'value.to(parameter.device, copy=True) * (key != "momentum")',
+            "Muon starts anew after a resume",
+        ),
+    ),
+    *bugs(
+        _RESUME,
+        "d2l.train.optimizer:set_schedule",
+        "resume",
+        (
+            "muon-at-adamw's-rate-after-a-resume",
+            'group["lr"] = lr',
+            'group["lr"] = rates[-1]',
+            "Muon's first step after a resume has another learning rate",
+        ),
+    ),
+    *bugs(
+        _RESUME,
+        "d2l.checkpoint:_copy",
+        "unsound",
+        (
+            "snapshot-shares-its-memory",
+            "copy=True, memory_format",
+            "copy=False, memory_format",
+            "on a CPU, a checkpoint that is written beside the next steps may hold parts of their weights",
+        ),
+    ),
+    *bugs(
+        _RESUME,
         "d2l.train.optimizer:set_schedule",
         "resume",
         ("rate-not-restored", 'group["lr"] = lr', "pass", "the first step after a resume has another learning rate"),

@@ -7,6 +7,17 @@ _AREA = "hypernetwork"
 MUTANTS = [
     *bugs(
         _AREA,
+        "d2l.build:build_model",
+        "lora",
+        (
+            "weights-of-another-seed",
+            "manual_seed(config.seed)",
+            "manual_seed(0)",
+            "runs of several seeds start from the same weights",
+        ),
+    ),
+    *bugs(
+        _AREA,
         "d2l.hypernet.shape:HypernetShape.scale",
         "lora",
         (

@@ -43,6 +43,39 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
+        "d2l.train.losses:Normalizer.of",
+        "slices",
+        (
+            "rank-of-the-first-batch",
+            "max(max(batch.n_ctx_chunks) for batch in batches)",
+            "max(batches[0].n_ctx_chunks)",
+            "the L1 term depends on the order of micro-batches",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.losses:_InSlices.forward",
+        "slices",
+        (
+            "labels-of-the-first-slice",
+            "loss(logits[rows], batch, rows)",
+            "loss(logits[rows], batch, slice(0, len(logits[rows])))",
+            "at real sizes all but the first label tokens learn the labels of others",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.losses:_InSlices.backward",
+        "slices",
+        (
+            "gradient-of-the-first-slice",
+            "autograd.grad(losses, part, gradient[rows])",
+            "autograd.grad(losses, part, gradient[: len(part)])",
+            "at real sizes label tokens have the weight of others",
+        ),
+    ),
+    *bugs(
+        _AREA,
         "d2l.train.losses:compute_loss",
         "losses",
         (

@@ -65,6 +65,17 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
+        "d2l.base.blocks:block_mask",
+        "block_tables",
+        (
+            "flex-blocks-full-across-documents",
+            "(first[BLOCK - 1 :: BLOCK] + BLOCK - 1) // BLOCK",
+            "(first[::BLOCK] + BLOCK - 1) // BLOCK",
+            "on a GPU, documents of long rows see the ones before them",
+        ),
+    ),
+    *bugs(
+        _AREA,
         "d2l.base.flex:_by_formula",
         "masks",
         ("flex-scores-not-scaled", " * scale", "", "attention is far too sharp"),

@@ -143,6 +143,28 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
+        "d2l.hypernet.recompute:_Recomputed.backward",
+        "pieces",
+        (
+            "pieces-without-the-gradient-from-above",
+            "autograd.grad(decoded, wanted, gradient)",
+            "autograd.grad(decoded, wanted, torch.ones_like(gradient))",
+            "at real sizes the Perceiver learns nothing of the loss",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.hypernet.recompute:_Part.__call__",
+        "pieces",
+        (
+            "pieces-of-the-first-layers",
+            "features[self.layers.start : self.layers.stop]",
+            "features[: len(self.layers)]",
+            "at real sizes all layers are adapted by the features of the first ones",
+        ),
+    ),
+    *bugs(
+        _AREA,
         "d2l.hypernet.perceiver:_blocks",
         "lora",
         (

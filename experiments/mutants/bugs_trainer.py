@@ -66,6 +66,12 @@ MUTANTS = [
             "self.step_number % 2 or self.optimizer.step()",
             "half of the data teaches nothing",
         ),
+        (
+            "logged-loss-of-a-micro-batch",
+            "task_loss=task,",
+            "task_loss=task / len(batches),",
+            "the loss that is shown falls with the accumulation steps",
+        ),
         ("schedule-never-steps", "self.scheduler.step()", "pass", "the learning rate stays at its first value"),
         (
             "schedule-steps-twice",
@@ -202,6 +208,28 @@ MUTANTS = [
         "train",
         ("first-epoch-forever", "self._packed[0] != self.epoch", "self._packed[0] < 0", "the same batches every epoch"),
         ("stage-never-changes", "[self.curriculum.stage]", "[0]", "the curriculum stays with its first documents"),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.loop:Trainer.step",
+        "unsound",
+        (
+            "spoilt-state-trained-on",
+            "self._require_none(spoilt)",
+            "pass",
+            "weights that an update has spoilt are trained on until they are to be saved",
+        ),
+    ),
+    *bugs(
+        _AREA,
+        "d2l.train.guards:is_spoilt",
+        "unsound",
+        (
+            "spoilt-moments-pass",
+            "return spoilt | ~_largest_norm(moments).isfinite() if moments else spoilt",
+            "return spoilt",
+            "moments that are not finite spoil the weights one step later",
+        ),
     ),
     *bugs(
         _AREA,

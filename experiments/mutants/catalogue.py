@@ -8,8 +8,11 @@ from experiments.mutants import (
     bugs_chat,
     bugs_checkpoint,
     bugs_data,
+    bugs_documents,
     bugs_forward,
+    bugs_heldout,
     bugs_hypernetwork,
+    bugs_internalizing,
     bugs_lora,
     bugs_losses,
     bugs_masks,
@@ -29,6 +32,7 @@ MUTANTS: tuple[Mutant, ...] = (
         *bugs_losses.MUTANTS,
     ),
     *(*bugs_trainer.MUTANTS, *bugs_optimizer.MUTANTS, *bugs_data.MUTANTS, *bugs_packing.MUTANTS, *bugs_chat.MUTANTS),
+    *(*bugs_documents.MUTANTS, *bugs_heldout.MUTANTS, *bugs_internalizing.MUTANTS),
     *(*bugs_base.MUTANTS, *bugs_masks.MUTANTS, *bugs_checkpoint.MUTANTS, *bugs_answers.MUTANTS),
 )
 

@@ -7,7 +7,10 @@ from experiments.mutants import (
     witnesses_base,
     witnesses_data,
     witnesses_files,
+    witnesses_heldout,
+    witnesses_internalizing,
     witnesses_model,
+    witnesses_steps,
     witnesses_training,
 )
 from experiments.mutants.values import Values
@@ -33,5 +36,14 @@ WITNESSES: dict[str, Callable[[Values], None]] = {
         ),
         *(witnesses_base.memory, witnesses_files.checkpoint, witnesses_files.export, witnesses_files.reference),
         witnesses_answers.answers,
+        *(witnesses_heldout.heldout, witnesses_heldout.evaluated_run, witnesses_heldout.kept_out),
+        *(witnesses_internalizing.internalize, witnesses_internalizing.merging),
+        *(
+            witnesses_steps.pieces,
+            witnesses_steps.slices,
+            witnesses_steps.unsound,
+            witnesses_steps.cuts,
+            witnesses_steps.block_tables,
+        ),
     )
 }

@@ -89,7 +89,9 @@ def check(subject: "Subject") -> Result:
     length = len(document.ids)
     overlap = min(subject.config.chunk_overlap, new // 2)
     evidence: dict[str, Any] = {"chunking": chunking, "overlap": overlap, "tokens": length, "chunks": {}}
-    unequal = next(n for n in (DRAWN, *COUNTS) if len(set(_lengths(cut(length, overlap, n)))) > 1)
+    unequal = max(
+        (DRAWN, *COUNTS), key=lambda n: max(_lengths(cut(length, overlap, n))) - min(_lengths(cut(length, overlap, n)))
+    )
     shortest = min(_lengths(cut(length, overlap, unequal)))
     for name, room, drawn, least in _cases(length, new + overlap, unequal, shortest + 1):
         pieces = cut(room, overlap, drawn)

@@ -3,13 +3,15 @@
 What it does
 ------------
 Requests steps of the run's own trainer on a twin, with the run's losses and optimizer: one over rows without any supervised
-token, one with an infinite loss and finite gradients, and ones with NaN and with infinity in a gradient and a finite loss.
+token, one with an infinite loss and finite gradients, ones with NaN and with infinity in a gradient and a finite loss, and one
+behind an update that left an infinite moment in the optimizer.
 
 Why it matters
 --------------
 One NaN in a gradient turns every weight to NaN in the step that follows. Trainers that log NaN as 0.0, or compare it
 with a threshold (`nan > t` is false), go on for hours and save checkpoints without a usable number in them. Where no token is
-supervised the loss is a quiet 0.0, and weight decay alone moves the weights.
+supervised the loss is a quiet 0.0, and weight decay alone moves the weights. A moment that has overflowed spoils its weights in
+the next step, or keeps them where they are for good.
 
 How it is detected
 ------------------
@@ -17,7 +19,8 @@ The trainer must raise before the optimizer runs, and no weight may change.
 
 How to fix
 ----------
-Before every `optimizer.step()`, require a finite loss, a finite gradient norm and a supervised token, over all ranks.
+Before every `optimizer.step()`, require a finite loss, a finite gradient norm, finite moments and a supervised token, over all
+ranks.
 """
 
 import math
@@ -27,6 +30,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from checks.faults import override_step
 from checks.result import Fail, Pass, Result
@@ -62,7 +66,27 @@ def check(subject: "Subject") -> Result:
             finding = _refusal(trainer, what, evidence)
         if finding:
             return finding
-    return Pass("steps without labels, and with a loss or gradients that are not finite, are refused", evidence)
+    if _spoil_moment(trainer) and (finding := _refusal(trainer, "with an infinite moment", evidence)):
+        return finding
+    return Pass(
+        "steps without labels, and with a loss, gradients or moments that are not finite, are refused", evidence
+    )
+
+
+def _spoil_moment(trainer: Any) -> bool:
+    """Take a sound step, then make a moment of an optimizer infinite; return whether there is one."""
+    seen: list[Optimizer] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    try:
+        trainer.step()
+    finally:
+        hook.remove()
+    for state in (state for optimizer in seen for state in optimizer.state.values()):
+        for value in state.values():
+            if torch.is_tensor(value) and value.is_floating_point() and value.dim():
+                value.view(-1)[0] = math.inf
+                return True
+    return False
 
 
 def _without_labels(row: Any) -> Any:
@@ -143,6 +167,16 @@ def _unguarded(step: Any, trainer: Any) -> Any:
         return None
 
 
+def _state_ignored(step: Any, trainer: Any) -> Any:
+    """Go on from whatever an update has left."""
+    try:
+        return step()
+    except NonFiniteError as error:
+        if "after the update" in str(error):
+            return None
+        raise
+
+
 def _too_late(step: Any, trainer: Any) -> Any:
     """Let the weights decay before a step is refused."""
     try:
@@ -163,6 +197,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("no-guard", "a step without labels or numbers passes", override_step(_unguarded)),
+        Fault("moments-not-looked-at", "a step begins from infinite moments", override_step(_state_ignored)),
         Fault("refused-too-late", "a refused step has changed weights", override_step(_too_late)),
     ),
 )

@@ -4,7 +4,7 @@ What it does
 ------------
 Gives the light twin a head of 65,536 tokens, so wide that an implementation which computes the loss in slices does so, and
 takes the task loss and the hypernetwork's gradient over rows of one label, of many, of one with a row that has none, and
-with logits in the hundreds. Cross-entropy, and KL over many labels, are compared with the formulas.
+with logits in the hundreds. Cross-entropy by token, and KL by context over many labels, are compared with the formulas.
 
 Why it matters
 --------------
@@ -47,6 +47,7 @@ SLICE = 32  # rows of logits of this width, which are 8 MiB in float32
 LABELS = 33  # of the longest question: more than a slice
 WEIGHTS = (1.0, 0.7)  # of the losses' gradients in their sum
 LOSSES = ("ce", "kl")  # KL with many labels only: the rest is the same code
+BY_CONTEXT = "kl"  # whose mean is over contexts: its labels do not all weigh the same
 # Supervised tokens of each context's question, and what the logits are multiplied by then.
 PROBES: dict[str, tuple[tuple[int, ...], float]] = {
     "many labels": ((LABELS, 1), 1.0),
@@ -122,9 +123,10 @@ def _errors(subject: "Subject", model: Any, rows: Sequence[Row], kinds: Sequence
     logits = model.logits(batch, model.lora(batch)).split(list(batch.contexts.lengths))
     values, found, wanted = [], [], []
     for kind, weight in zip(kinds, WEIGHTS, strict=False):
-        task, _ = subject.implementation.loss(model, [batch], light_config(subject, loss=kind))
+        config = light_config(subject, loss=kind, use_per_ctx_average_loss=kind == BY_CONTEXT)
+        task, _ = subject.implementation.loss(model, [batch], config)
         losses = [[_formula(kind, own.unbind(), row.queries[0])] for own, row in zip(logits, rows, strict=True)]
-        expected = loss.token_mean(losses)
+        expected = (loss.context_mean if kind == BY_CONTEXT else loss.token_mean)(losses)
         values.append(difference(task.detach(), expected.detach()))
         found.append(weight * task)
         wanted.append(weight * expected)

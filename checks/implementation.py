@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from d2l.data.records import Record
     from d2l.data.tokenize import Row, Tokenized
     from d2l.hypernet.lora import Lora
+    from d2l.inference.servers import AdapterDtype
 
 
 class Model(Protocol):
@@ -203,14 +204,30 @@ class Implementation(Protocol):
         """Write one document's LoRA as an adapter folder of PEFT."""
 
     def internalize(
-        self, base: "PreTrainedModel", chat: "ChatFormat", checkpoint: Path, documents: Sequence[str], folder: Path
+        self,
+        base: "PreTrainedModel",
+        chat: "ChatFormat",
+        checkpoint: Path,
+        documents: Sequence[str],
+        folder: Path,
+        *,
+        dtype: "AdapterDtype" = "float32",
+        packed: bool = False,
     ) -> None:
         """Write what a saved run makes of a document, or of several as one, as an adapter folder of PEFT.
 
         Args:
             checkpoint: a folder of `save`.
-            folder: new, or that of an adapter of an earlier state of the document, which is brought up to date.
+            folder: new, or that of an earlier adapter, which is brought up to date.
+            dtype: of the file.
+            packed: whether chunks are read together.
+
+        Raises:
+            Exception: the adapter that lies in the folder is of another checkpoint.
         """
+
+    def merge(self, loras: Sequence["Lora"]) -> "Lora":
+        """Put the LoRAs of documents, of one context each, together to one that stands for all of them."""
 
     def evaluation(
         self,

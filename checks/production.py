@@ -43,6 +43,8 @@ from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
+from d2l.inference.merge import merge_documents
+from d2l.inference.servers import AdapterDtype
 from d2l.reference.load import import_reference
 from d2l.train.loop import batch_loss
 from d2l.train.losses import Normalizer
@@ -50,7 +52,7 @@ from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
 
-PACKED = 512  # tokens of a teacher's pass: several short questions share one
+PACKED = 512  # tokens of a pass: several short questions, or chunks, share one
 
 
 class Production:
@@ -181,9 +183,20 @@ class Production:
         export_adapter(lora, base, folder, base.config.name_or_path or "")
 
     def internalize(
-        self, base: PreTrainedModel, chat: ChatFormat, checkpoint: Path, documents: Sequence[str], folder: Path
+        self,
+        base: PreTrainedModel,
+        chat: ChatFormat,
+        checkpoint: Path,
+        documents: Sequence[str],
+        folder: Path,
+        *,
+        dtype: AdapterDtype = "float32",
+        packed: bool = False,
     ) -> None:
-        internalize(load_here(base, chat, checkpoint), documents, folder)
+        internalize(load_here(base, chat, checkpoint), documents, folder, dtype, PACKED if packed else None)
+
+    def merge(self, loras: Sequence[Lora]) -> Lora:
+        return merge_documents(loras)
 
     def evaluation(
         self,

@@ -22,7 +22,7 @@ from d2l.hypernet.model import DocToLora
 from d2l.inference.batch import Internalizer
 from d2l.inference.documents import Document, merge
 from d2l.inference.load import TrainedModel, restore_model
-from d2l.inference.servers import AdapterForm
+from d2l.inference.servers import AdapterDtype, AdapterForm
 from d2l.train import gradients
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import EVALUATED
@@ -79,7 +79,9 @@ def load_here(base: PreTrainedModel, chat: ChatFormat, place: Path) -> TrainedMo
     return restore_model(build_model(config, base), chat, config, checkpoint, find_checkpoint(place))
 
 
-def internalize(trained: TrainedModel, documents: Sequence[str], folder: Path) -> None:
+def internalize(
+    trained: TrainedModel, documents: Sequence[str], folder: Path, dtype: AdapterDtype, pack_tokens: int | None
+) -> None:
     """Write the adapter of a document, or of several as one, as `d2l internalize` does.
 
     Raises:
@@ -87,7 +89,7 @@ def internalize(trained: TrainedModel, documents: Sequence[str], folder: Path) -
     """
     parts = [Document(folder.name, str(number), "", text) for number, text in enumerate(documents)]
     document = parts[0] if len(parts) == 1 else merge(parts, folder.name)
-    (outcome,) = Internalizer(trained, AdapterForm(), lambda _: folder).run([document])
+    (outcome,) = Internalizer(trained, AdapterForm(dtype=dtype), lambda _: folder, pack_tokens).run([document])
     if outcome.card is None:
         raise CheckpointError(outcome.reason)
 

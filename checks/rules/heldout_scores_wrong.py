@@ -23,8 +23,7 @@ How to fix
 Divide by the label tokens, contexts and questions of all documents together, and give every document the LoRA of another one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from checks.oracles.heldout import Answered
 from checks.result import Fail, NotOffered, Pass, Result
 from checks.rule import Fault, Rule
 from checks.training.answered import answered_rows
+from checks.training.saved_twin import other_weights
 from checks.training.steps import TOLERANCE, TWO_BATCHES, light_config, loss_rows, shared, still_model
 from d2l.data.packing import collate
 
@@ -88,25 +88,12 @@ def _scored(subject: "Subject", rows: Sequence["Row"], values: Mapping[str, Any]
     model = still_model(subject)
     config = light_config(subject, eval_steps=1000, **values, **TWO_BATCHES)
     trainer = subject.implementation.trainer(model, rows, config)
-    with _other_weights(model.hypernet):
+    with other_weights(model.hypernet):
         subject.implementation.evaluate(trainer, rows)
     found = subject.implementation.evaluate(trainer, rows)
     if not found:
         raise NotOffered("scores of its evaluate")
     return found
-
-
-@contextmanager
-def _other_weights(hypernet: torch.nn.Module) -> Iterator[None]:
-    """Double every weight meanwhile; halved again they are the same to the last bit."""
-    with torch.no_grad():
-        for parameter in hypernet.parameters():
-            parameter.mul_(2)
-        try:
-            yield
-        finally:
-            for parameter in hypernet.parameters():
-                parameter.div_(2)
 
 
 def _errors(found: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 What it does
 ------------
-Saves a light twin, lets `d2l internalize` read a document of several chunks with that checkpoint, then the same document with
-another end into the same folder, then both into one adapter; and compares the weights that the files add to the base with
-the LoRA that the twin makes of the rows of training.
+Saves a light twin, and lets `d2l internalize` read a document of several chunks with that checkpoint, over an adapter in
+bfloat16; then the same document with another end into the same folder, chunk by chunk and in packs; then both into one adapter,
+and one again with another checkpoint. What the files add to the base is compared with the LoRA that the twin makes of the rows
+of training; so is the LoRA of both that `d2l ask` puts together.
 
 Why it matters
 --------------
@@ -25,7 +26,8 @@ scale; reuse only chunks whose tokens are the same.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +39,11 @@ from torch import Tensor
 from checks.data.expected import conversation_format
 from checks.faults import override
 from checks.implementation import Implementation
-from checks.result import Fail, Inapplicable, Pass, Result, Skip
+from checks.result import Fail, Inapplicable, NotOffered, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.training.saved_twin import first_records, reading_twin, row_of, saved, saved_config
+from checks.training.saved_twin import first_records, other_weights, reading_twin, row_of, saved, saved_config
 from d2l.data.packing import collate
+from d2l.errors import D2LError
 from d2l.hypernet.targets import MLP_BLOCK
 from d2l.inference.adapter import CONFIG, NO_FORMAT, WEIGHTS
 
@@ -49,41 +52,64 @@ if TYPE_CHECKING:
     from checks.subject import Subject
     from d2l.config.schema import RunConfig
     from d2l.data.records import Record
+    from d2l.hypernet.lora import Lora
 
 TOLERANCE = 1e-3  # of float32 twins that read chunks together and alone; a chunk or the bias is a tenth and more
-LETTERS, TOKENS, CHUNKS = 200, 24, 3  # of a text of the run, repeated to at least so many tokens, in so many chunks
+LETTERS, TOKENS, CHUNKS = 200, 24, 4  # of a text of the run, repeated to at least so many tokens, in so many chunks
 ENDS = ("7 miles.", "8 miles.")  # of the document before and after it is changed: all chunks but the last stay the same
 PREFIX = "base_model.model."  # of a module's name in PEFT's files
+# What is internalized: its name, the folder, which states of the document, and the form; in a folder one after another.
+CASES: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
+    ("a document, in bfloat16 before", "one", (0,), {}),
+    ("the document with another end", "one", (1,), {}),
+    ("a document in packs", "packed", (0,), {"packed": True}),
+    ("the document in packs with another end", "packed", (1,), {"packed": True}),
+    ("both as one", "merged", (1, 0), {}),
+)
 
 
 @torch.no_grad()
 def check(subject: "Subject") -> Result:
-    """Compare the updates of three adapters with those of the twin."""
+    """Compare the updates of adapters with those of the twin."""
     if MLP_BLOCK in subject.config.target_modules:
         return Inapplicable(NO_FORMAT)
     if subject.tokenizer is None or subject.records is None:
         return Skip(subject.tokenizer_absent or subject.records_absent)
-    before, after = _documents(subject)
-    config = _config(subject, after)
-    cases = {"a document": [before], "with another end": [after], "both as one": [after, before]}
     evidence: dict[str, Any] = {}
-    model = reading_twin(subject)
-    with saved(subject, config, _rows(subject, config, [before])) as checkpoint:
-        for name, documents in cases.items():
-            folder = checkpoint.parent / ("adapter" if len(documents) == 1 else "merged")
-            texts = [document.context for document in documents]
-            subject.implementation.internalize(model.base, subject.chat, checkpoint, texts, folder)
-            expected = _updates(subject, model, _rows(subject, config, documents))
-            evidence[name] = _error(_written(folder), expected)
-            if not evidence[name] <= TOLERANCE:
-                return Fail(
-                    message="a document becomes another LoRA when it is internalized than in training",
-                    expected=f"{name}: the update of every module within {TOLERANCE:g} of the largest value",
-                    actual=f"{evidence[name]:.2g} off",
-                    remedy="load, cut and merge as training does: see `d2l explain EXP203`",
-                    evidence=evidence,
-                )
+    for name, error in _errors(subject):
+        evidence[name] = error
+        if not error <= TOLERANCE:
+            return Fail(
+                message="a document becomes another LoRA when it is internalized than in training",
+                expected=f"{name}: the update of every module within {TOLERANCE:g} of the largest value",
+                actual=f"{error:.2g} off",
+                remedy="load, cut and merge as training does: see `d2l explain EXP203`",
+                evidence=evidence,
+            )
     return Pass(f"a document, changed and merged, becomes the trained LoRA to {max(evidence.values()):.1g}", evidence)
+
+
+def _errors(subject: "Subject") -> Iterator[tuple[str, float]]:
+    """Yield what is internalized, and how far its update is from that of training."""
+    states = _documents(subject)
+    config, model = _config(subject, states[-1]), reading_twin(subject)
+    rows = [row_of(subject, config, state) for state in states]
+
+    def internalize(checkpoint: Path, folder: Path, documents: Sequence[int], **form: Any) -> float:
+        texts = [states[it].context for it in documents]
+        subject.implementation.internalize(model.base, subject.chat, checkpoint, texts, folder, **form)
+        return _error(_written(folder), _updates(subject, _lora(model, [rows[it] for it in documents])))
+
+    with saved(subject, config, rows[:1]) as checkpoint:
+        internalize(checkpoint, checkpoint.parent / "one", (0,), dtype="bfloat16")  # what is rounded may not stay
+        for name, folder, documents, form in CASES:
+            yield name, internalize(checkpoint, checkpoint.parent / folder, documents, **form)
+        with other_weights(model.hypernet), saved(subject, config, rows[:1]) as other, suppress(D2LError):
+            # an adapter of another checkpoint may be refused as well as replaced
+            yield "by another checkpoint", internalize(other, checkpoint.parent / "one", (1,))
+    with suppress(NotOffered):
+        both = subject.implementation.merge([_lora(model, [row]) for row in rows])
+        yield "LoRAs of two as one", _error(_updates(subject, both), _updates(subject, _lora(model, rows)))
 
 
 def _documents(subject: "Subject") -> list["Record"]:
@@ -104,19 +130,18 @@ def _config(subject: "Subject", document: "Record") -> "RunConfig":
     return saved_config(subject, max_ctx_chunk_len=room + affixes, **cuts)
 
 
-def _rows(subject: "Subject", config: "RunConfig", documents: Sequence["Record"]) -> list[Any]:
-    """Return the row of training of a document, or of the chunks of several."""
-    rows = [row_of(subject, config, document) for document in documents]
-    return [replace(rows[0], chunks=tuple(chunk for row in rows for chunk in row.chunks))]
+def _lora(model: "Model", rows: Sequence[Any]) -> "Lora":
+    """Return the LoRA of the chunks of several documents as one."""
+    return model.lora(collate([replace(rows[0], chunks=tuple(chunk for row in rows for chunk in row.chunks))]))
 
 
-def _updates(subject: "Subject", model: "Model", rows: Sequence[Any]) -> dict[str, Tensor]:
+def _updates(subject: "Subject", lora: "Lora") -> dict[str, Tensor]:
     """Return scale · Bᵀ A of each adapted module, [d_out, d_in], by its path."""
-    lora = model.lora(collate(rows))
-    paths = {module: path for path, module in model.base.named_modules()}
+    base = reading_twin(subject).base
+    paths = {module: path for path, module in base.named_modules()}
     return {
         paths[module]: lora.scale * lora.B[name][0, layer].mT @ lora.A[name][0, layer]
-        for name, modules in subject.implementation.targets(model.base, list(lora.A)).items()
+        for name, modules in subject.implementation.targets(base, list(lora.A)).items()
         for layer, module in enumerate(modules)
     }
 
@@ -139,25 +164,49 @@ def _error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float
     return max(float((found[name] - x).abs().max()) for name, x in expected.items()) / largest
 
 
-def _end_lost(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+def _internalizing(change: Callable[[Sequence[str], dict[str, Any]], tuple[Sequence[str], dict[str, Any]]]) -> Any:
+    """Make a fault that internalizes other documents, or in another form."""
+
+    def internalize(
+        healthy: Implementation, base: Any, chat: Any, checkpoint: Path, texts: Any, folder: Path, **form: Any
+    ) -> None:
+        documents, other = change(texts, form)
+        healthy.internalize(base, chat, checkpoint, documents, folder, **other)
+
+    return override(internalize=internalize)
+
+
+def _end_lost(texts: Sequence[str], form: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
     """Leave out the last quarter of every document."""
-    healthy.internalize(base, chat, checkpoint, [text[: 3 * len(text) // 4] for text in documents], folder)
+    return [text[: 3 * len(text) // 4] for text in texts], form
 
 
-def _old_kept(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
-    """Keep what lies in the folder, whatever document it is of."""
-    if not folder.exists():
-        healthy.internalize(base, chat, checkpoint, documents, folder)
-
-
-def _last_alone(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+def _last_alone(texts: Sequence[str], form: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
     """Write only the last of several documents."""
-    healthy.internalize(base, chat, checkpoint, documents[-1:], folder)
+    return texts[-1:], form
 
 
-def _bias_again(healthy: Implementation, base: Any, chat: Any, checkpoint: Path, documents: Any, folder: Path) -> None:
+def _form_kept(texts: Sequence[str], form: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+    """Write every adapter in bfloat16."""
+    return texts, {**form, "dtype": "bfloat16"}
+
+
+def _old_kept(healthy: Implementation, *arguments: Any, **form: Any) -> None:
+    """Keep what lies in the folder, whatever document it is of."""
+    if not arguments[-1].exists():
+        healthy.internalize(*arguments, **form)
+
+
+def _bias_in_each(healthy: Implementation, loras: Any) -> Any:
+    """Put LoRAs side by side, each with its bias."""
+    A, B = ({name: torch.cat([getattr(it, side)[name] for it in loras], dim=2) for name in loras[0].A} for side in "AB")
+    return replace(loras[0], A=A, B=B)
+
+
+def _bias_again(healthy: Implementation, *arguments: Any, **form: Any) -> None:
     """Count the bias, which has the last ranks, once for each document."""
-    healthy.internalize(base, chat, checkpoint, documents, folder)
+    healthy.internalize(*arguments, **form)
+    _, _, checkpoint, documents, folder = arguments
     _, values = healthy.read(checkpoint)
     rank = next(value.shape[-2] for name, value in values.items() if name.startswith("bias_A."))
     tensors = load_file(folder / WEIGHTS)
@@ -176,9 +225,15 @@ RULE = Rule(
     requires=("DAT303", "DAT309", "EXP201", "SAV201"),
     check=check,
     faults=(
-        Fault("end-lost", "the last quarter of a document is not read", override(internalize=_end_lost)),
+        Fault("end-lost", "the last quarter of a document is not read", _internalizing(_end_lost)),
         Fault("old-kept", "an adapter that is there stays when its document changes", override(internalize=_old_kept)),
-        Fault("last-alone", "of several documents the last one is written", override(internalize=_last_alone)),
+        Fault("form-kept", "an adapter keeps the number format of the one before", _internalizing(_form_kept)),
+        Fault(
+            "bias-in-each",
+            "LoRAs are put together with the bias of each",
+            override(merge=_bias_in_each, unless=lambda subject: "" if subject.config.use_bias else "use_bias is off"),
+        ),
+        Fault("last-alone", "of several documents the last one is written", _internalizing(_last_alone)),
         Fault(
             "bias-again",
             "the bias counts once for each of several documents",

@@ -74,3 +74,16 @@ def saved(subject: "Subject", config: "RunConfig", rows: Sequence[Any]) -> Itera
         trainer = subject.implementation.trainer(reading_twin(subject), rows, config)
         offered(trainer, "save")(checkpoint)
         yield checkpoint
+
+
+@contextmanager
+def other_weights(hypernet: torch.nn.Module) -> Iterator[None]:
+    """Double every weight meanwhile; halved again they are the same to the last bit."""
+    with torch.no_grad():
+        for parameter in hypernet.parameters():
+            parameter.mul_(2)
+        try:
+            yield
+        finally:
+            for parameter in hypernet.parameters():
+                parameter.div_(2)

@@ -64,6 +64,13 @@ class Stepper(Protocol):
             Exception: of any kind, before anything is changed, where the step is not finite or has no label.
         """
 
+    def require_sound_state(self) -> None:
+        """Refuse weights or moments of the optimizer that the last update has spoilt, as every step does.
+
+        Raises:
+            Exception: of any kind.
+        """
+
     def save(self, folder: Path) -> None:
         """Write all that is needed to continue elsewhere into a new folder."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checks
+from checks.processes import in_group
 from d2l.base import mxfp4
 from d2l.data import epochs, packing
 from d2l.hypernet.shape import HypernetShape
@@ -13,7 +14,7 @@ from d2l.train import loop, losses
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import DoesNotApplyError, Mutant, bugs, planted
 from experiments.mutants.page import as_json, from_json, killed_share, markdown, summary
-from experiments.mutants.trial import Red, Verdict, healthy_values
+from experiments.mutants.trial import Red, Verdict, healthy_values, run_forked
 from experiments.mutants.values import DiffersError, Values
 from experiments.mutants.witnesses import WITNESSES
 from experiments.mutants.workbench import configurations
@@ -36,6 +37,9 @@ KILLED = (
     ("experts-block-gradients", "tiny_gpt_oss", "QNT202"),
     ("alpha-is-the-scale", "llama", "EXP201"),
     ("imported-in-half-precision", "tiny_gpt_oss", "IMP201"),
+    ("muon-momentum-not-restored", "llama_evaluated", "SAV201"),
+    ("overlap-ignored", "llama_evaluated", "DAT309"),
+    ("rows-packed-by-sizes-of-others", "llama_evaluated", "DAT310"),
 )
 
 
@@ -61,6 +65,10 @@ def test_there_are_enough_of_every_area_and_each_names_a_witness() -> None:
 def test_every_witness_gives_values_of_the_code_as_it_is(name: str) -> None:
     configurations()  # made once, and inherited by the processes that are forked
     assert healthy_values([name])[name]
+
+
+def test_a_check_in_a_trial_may_fork_a_group_of_processes() -> None:
+    assert run_forked(lambda: in_group(lambda: 1, 2)) == [1, 1]
 
 
 def test_every_importer_runs_the_mutant_until_the_scope_ends() -> None:

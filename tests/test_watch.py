@@ -119,6 +119,11 @@ def test_an_evaluated_run_is_equal_to_one_that_is_not(
     }
 
 
+def test_a_step_that_is_not_evaluated_reports_no_scores(config: RunConfig) -> None:
+    records = go(config.model_copy(update={"eval_steps": 2, "max_steps": 4}))
+    assert [any(key.startswith(EVALUATED) for key in record) for record in records] == [False, True, False, True]
+
+
 def test_a_resumed_run_evaluates_as_one_left_alone(config: RunConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"eval_steps": 2, "max_steps": 3})
     go(config)

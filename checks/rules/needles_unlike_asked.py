@@ -132,7 +132,7 @@ RULE = Rule(
     stage="data",
     severity="error",
     sources=("sanity run",),
-    requires=("DAT301", "DAT310"),
+    requires=("DAT301", "DAT303", "DAT310"),
     check=check,
     faults=(
         Fault(

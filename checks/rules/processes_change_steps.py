@@ -14,16 +14,17 @@ fraction of its data, at another learning rate, or several runs that drift apart
 How it is detected
 ------------------
 In float64, losses and gradient norms of both processes and their weights after the last step must be those of the one process.
-Skipped where a process cannot be forked: with CUDA, within a group of processes, or by this operating system.
+Skipped where a process cannot be forked: with CUDA, within a group of processes or a daemon, or by this operating system.
 
 How to fix
 ----------
 Deal the micro-batches of a step out by rank, divide losses by counts of the whole step, and sum gradients over processes after
-the last of them; or let each divide by its own share and take the mean.
+the last of them.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import current_process
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed
@@ -59,7 +60,7 @@ class Taken:
 
 def check(subject: "Subject") -> Result:
     """Compare the steps of two processes with those of one."""
-    if not can_fork() or distributed.is_initialized():
+    if not can_fork() or distributed.is_initialized() or current_process().daemon:
         return Skip("no process can be forked here: CUDA, a group of processes, or this system does not allow it")
     alone = _taken(_trainer(subject, subject.implementation.trainer, PROCESSES * PER_PROCESS))
     in_several = subject.implementation.trainer_in_group

@@ -4,7 +4,7 @@ What it does
 ------------
 Requests steps of the run's own trainer on a twin, with the run's losses and optimizer: one over rows without any supervised
 token, one with an infinite loss and finite gradients, ones with NaN and with infinity in a gradient and a finite loss, and one
-behind an update that left an infinite moment in the optimizer.
+behind an update that left an infinite moment in the optimizer, where the trainer has a `require_sound_state`.
 
 Why it matters
 --------------
@@ -66,7 +66,8 @@ def check(subject: "Subject") -> Result:
             finding = _refusal(trainer, what, evidence)
         if finding:
             return finding
-    if _spoil_moment(trainer) and (finding := _refusal(trainer, "with an infinite moment", evidence)):
+    looks = hasattr(trainer, "require_sound_state")  # not every trainer promises to look at its moments
+    if looks and _spoil_moment(trainer) and (finding := _refusal(trainer, "with an infinite moment", evidence)):
         return finding
     return Pass(
         "steps without labels, and with a loss, gradients or moments that are not finite, are refused", evidence

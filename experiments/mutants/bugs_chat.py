@@ -127,7 +127,6 @@ MUTANTS = [
             'if split_of(f"{key} {value}") == split:',
             "if True:",
             "held-out pairs were trained",
-            "outside the claims: the training is right, its evaluation is not, and preflight judges no evaluation",
         ),
     ),
     *bugs(

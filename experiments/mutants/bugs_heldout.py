@@ -194,6 +194,7 @@ MUTANTS = [
             "else {}",
             "else self.evaluation",
             "trackers show scores of earlier weights at every step",
+            "outside the claims: what trackers are sent is judged by no check; tests hold it",
         ),
     ),
     *bugs(

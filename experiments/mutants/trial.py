@@ -76,13 +76,13 @@ class HealthyIsRedError(Exception):
 
 
 def run_forked(function: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """Return what a function returns in a forked process.
+    """Return what a function returns in a forked process, which may fork others: no daemon.
 
     Raises:
         RuntimeError: it raised, died or took too long; the message holds its last line.
     """
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(function, sender), daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(function, sender))
     process.start()
     sender.close()
     try:

@@ -211,7 +211,7 @@ def masks(values: Values) -> None:
 
 
 def memory(values: Values) -> None:
-    """Compute the bytes of both runs."""
+    """Compute the bytes of every run."""
     for name, config in configurations().items():
         model = Model(read_base_config(config.model_name_or_path), "cuda", HOPPER)
         for checkpointing in (False, True):

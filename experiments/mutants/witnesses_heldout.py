@@ -8,7 +8,6 @@ from pathlib import Path
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.epochs import epoch_batches
-from d2l.data.needles import needle_records
 from d2l.data.records import write_records
 from d2l.data.shards import row_sizes
 from d2l.hypernet.distance import mean_distance
@@ -20,6 +19,7 @@ from d2l.train.watch import Watch
 from experiments.mutants.values import Values
 from experiments.mutants.witnesses_model import build
 from experiments.mutants.witnesses_training import CPU, training_configs
+from experiments.mutants.workbench import records_with_copies
 
 
 def heldout(values: Values) -> None:
@@ -61,9 +61,8 @@ def evaluated_run(values: Values) -> None:
 
 def kept_out(values: Values) -> None:
     """Keep some documents of a file out of training, one of them twice in it, and pack the others."""
-    records = needle_records(40, 2, 2, 40, seed=3, min_filler_words=0)
     with tempfile.TemporaryDirectory() as name:
-        write_records(Path(name) / "documents.jsonl", [*records, *records[:20]])
+        write_records(Path(name) / "documents.jsonl", records_with_copies())
         changes = {"train_ds_names": [str(Path(name) / "documents.jsonl")], "eval_steps": 2, "eval_documents": 4}
         config = RunConfig(**training_configs()["ce"].model_dump() | changes)
         components = Components(config)

@@ -1,4 +1,4 @@
-"""The configurations of the mutants' preflight, and the documents of the second."""
+"""The configurations of the mutants' preflight, and the documents of the last two."""
 
 import atexit
 import shutil
@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from d2l.build import Components
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
+from d2l.data.needles import needle_records
 from d2l.data.records import Record, read_records, write_records
 from d2l.io.resources import resource
 from d2l.train.teacher import add_teacher_logprobs
@@ -16,14 +17,23 @@ from d2l.train.teacher import add_teacher_logprobs
 HERE = Path(__file__).parent
 DOCUMENTS, LLAMA = HERE / "documents.jsonl", HERE / "llama.json"
 TOP_K = 4
+EVALUATED = {
+    "eval_steps": 5,
+    "eval_documents": 4,
+    "chunking": "sentences",
+    "chunk_overlap": 8,
+    "muon_learning_rate": 0.02,
+}
 
 
 @cache
 def configurations() -> dict[str, RunConfig]:
-    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, three times, and a Llama.
+    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, three times, and a Llama, twice.
 
-    The last reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
-    averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong.
+    The Llama reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
+    averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong. The second
+    time its file has needles of unequal length, half of them twice, on some of which it is evaluated as it trains; its loss
+    is cross-entropy, its chunks are of whole sentences and overlap, and its matrices have Muon.
     """
     shipped = load_config(resource("configs/tiny_gpt_oss.yaml"))
     dequantized = shipped.model_copy(update={"attn_implementation": "per_document", "expert_weights": "dequantize"})
@@ -32,11 +42,12 @@ def configurations() -> dict[str, RunConfig]:
         "dequantized": dequantized,
         "packed_flex": shipped.model_copy(update={"attn_implementation": "packed_flex"}),
         "llama": llama_config((str(_documents_with_teacher()),), loss="kl"),
+        "llama_evaluated": llama_config((str(_written(records_with_copies())),), **EVALUATED),
     }
 
 
 def llama_config(data: tuple[str, ...] = (str(DOCUMENTS),), **changes: object) -> RunConfig:
-    """Return the second configuration with other values; without a teacher, for cross-entropy."""
+    """Return the configuration of the Llama with other values; without a teacher, for cross-entropy."""
     values = {
         "model_name_or_path": str(LLAMA),
         "tokenizer_name_or_path": "configs/models/tiny_gpt_oss",
@@ -79,13 +90,24 @@ def document_records() -> list[Record]:
     return read_records([DOCUMENTS])
 
 
+def records_with_copies() -> list[Record]:
+    """Return needle documents of unequal length, and half of them again."""
+    records = needle_records(40, 2, 2, 40, seed=3, min_filler_words=0)
+    return [*records, *records[:20]]
+
+
 def _documents_with_teacher() -> Path:
-    """Write the documents with the teacher's logprobs of a random base into a temporary folder."""
-    folder = Path(mkdtemp(prefix="d2l-mutants-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """Write the documents with the teacher's logprobs of a random base into a temporary file."""
     components = Components(llama_config())
     records = add_teacher_logprobs(
         components.records, components.base, components.chat, top_k=TOP_K, packed_tokens=2000
     )
+    return _written(records)
+
+
+def _written(records: list[Record]) -> Path:
+    """Write records into a file of a temporary folder that lasts as long as the process."""
+    folder = Path(mkdtemp(prefix="d2l-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_records(folder / "documents.jsonl", records)
     return folder / "documents.jsonl"

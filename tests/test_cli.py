@@ -183,7 +183,7 @@ def test_version():
         (["preflight", "--selftest", "--format", "html"], "choose one of text, json, junit"),
         (["preflight", "--selftest", "--format", "sarif"], "--format sarif describes findings"),
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
-        (["explain", "ATT20"], "did you mean ATT205 attention-terms-lost or ATT204"),
+        (["explain", "ATT20"], "did you mean ATT206 block-tables-wrong or ATT205"),
         (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
         (["train", "--resume", "absent"], "absent holds no config.yaml of a run: name the configuration"),
         (

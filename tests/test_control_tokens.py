@@ -222,7 +222,10 @@ def test_kept_control_tokens_are_a_warning_where_the_data_has_any() -> None:
 
 def test_data_whose_control_tokens_are_kept_is_as_the_library_reads_it() -> None:
     outcomes = data_report(subject_of("gpt_oss", control_tokens="keep")).outcomes
-    assert {it.outcome for it in outcomes if it.code != "DAT310"} == {"pass", "warn"}  # few can be held out
+    found = {
+        it.outcome for it in outcomes if it.code not in ("DAT310", "DAT311")
+    }  # few can be held out, and none is a needle
+    assert found == {"pass", "warn"}
 
 
 def test_refused_control_tokens_are_refused_in_the_probe_too() -> None:

@@ -46,10 +46,10 @@ STATING_WORDS, SENTENCE_WORDS = 7, 8  # of "The value of amber falcon is 42.", a
 
 def check(subject: "Subject") -> Result:
     """Count what is generated for two stages, and what of it is held out."""
+    if subject.tokenizer is None or subject.records is None:
+        return Skip(subject.tokenizer_absent or subject.records_absent)
     if NEEDLE not in subject.config.train_ds_names:
         return Inapplicable("the run has no generated needles")
-    if subject.tokenizer is None:
-        return Skip(subject.tokenizer_absent)
     config = unlimited(subject.config, train_ds_names=(NEEDLE,), curriculum=STAGES, max_train_samples_per_ds=None)
     config = changed(config, eval_steps=100, eval_documents=HELDOUT)
     implementation = subject.implementation

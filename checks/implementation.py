@@ -65,11 +65,7 @@ class Stepper(Protocol):
         """
 
     def require_sound_state(self) -> None:
-        """Refuse weights or moments of the optimizer that the last update has spoilt, as every step does.
-
-        Raises:
-            Exception: of any kind.
-        """
+        """Raise an exception of any kind where the last update has spoilt weights or moments, as every step does."""
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to continue elsewhere into a new folder."""

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import current_process, get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +133,8 @@ def _member(task: Callable[[], Any], rank: int, count: int, folder: Path) -> Non
         torch.set_num_threads(1)
         try:
             store = distributed.FileStore(str(folder / "store"), count)
-            distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+            patience = timedelta(seconds=PATIENCE)  # of those whose parent was killed, too
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
             _value(folder, rank).write_bytes(pickle.dumps(task()))
             distributed.destroy_process_group()
         except Exception:

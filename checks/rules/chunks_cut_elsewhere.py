@@ -89,9 +89,7 @@ def check(subject: "Subject") -> Result:
     length = len(document.ids)
     overlap = min(subject.config.chunk_overlap, new // 2)
     evidence: dict[str, Any] = {"chunking": chunking, "overlap": overlap, "tokens": length, "chunks": {}}
-    unequal = max(
-        (DRAWN, *COUNTS), key=lambda n: max(_lengths(cut(length, overlap, n))) - min(_lengths(cut(length, overlap, n)))
-    )
+    unequal = max((DRAWN, *COUNTS), key=lambda n: _spread(_lengths(cut(length, overlap, n))))
     shortest = min(_lengths(cut(length, overlap, unequal)))
     for name, room, drawn, least in _cases(length, new + overlap, unequal, shortest + 1):
         pieces = cut(room, overlap, drawn)
@@ -130,6 +128,10 @@ def _rule(form: ConversationFormat, document: _Document, chunking: str) -> tuple
         return None
     longest = max(stop - start for start, stop in zip([0, *sentences], sentences, strict=False))
     return partial(sentence_pieces, sentences, words), max(new, longest)
+
+
+def _spread(lengths: Sequence[int]) -> int:
+    return max(lengths) - min(lengths)
 
 
 def _lengths(pieces: Sequence[Piece]) -> list[int]:

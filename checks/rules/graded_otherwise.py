@@ -34,7 +34,7 @@ from checks.implementation import Implementation
 from checks.oracles import answers as formulas
 from checks.result import Fail, Inapplicable, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.training.saved_twin import reading_twin, row_of, saved, saved_config
+from checks.training.saved_twin import reading_config, reading_twin, row_of, saved
 from checks.training.steps import TOLERANCE
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check(subject: "Subject") -> Result:
     records = asked_records(subject)
     if len(records) < len(QUESTIONS):
         return Inapplicable("the run keeps fewer than two different documents")
-    config = saved_config(subject)
+    config = reading_config(subject)
     rows = [row_of(subject, config, record) for record in records]
     records = with_one_right(subject, records, rows)
     with saved(subject, config, rows) as checkpoint:

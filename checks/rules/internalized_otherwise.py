@@ -41,7 +41,7 @@ from checks.faults import override
 from checks.implementation import Implementation
 from checks.result import Fail, Inapplicable, NotOffered, Pass, Result, Skip
 from checks.rule import Fault, Rule
-from checks.training.saved_twin import first_records, other_weights, reading_twin, row_of, saved, saved_config
+from checks.training.saved_twin import first_records, other_weights, reading_config, reading_twin, row_of, saved
 from d2l.data.packing import collate
 from d2l.errors import D2LError
 from d2l.hypernet.targets import MLP_BLOCK
@@ -127,7 +127,7 @@ def _config(subject: "Subject", document: "Record") -> "RunConfig":
     affixes = max(len(prefix) + len(suffix) for prefix, suffix in form.affixes)
     room = math.ceil(len(form.encode_contents(document.context)) / CHUNKS)
     cuts = {"chunking": subject.config.chunking, "chunk_overlap": min(subject.config.chunk_overlap, room // 2)}
-    return saved_config(subject, max_ctx_chunk_len=room + affixes, **cuts)
+    return reading_config(subject, max_ctx_chunk_len=room + affixes, **cuts)
 
 
 def _lora(model: "Model", rows: Sequence[Any]) -> "Lora":

@@ -67,11 +67,11 @@ def check(subject: "Subject") -> Result:
         if finding:
             return finding
     looks = hasattr(trainer, "require_sound_state")  # not every trainer promises to look at its moments
-    if looks and _spoil_moment(trainer) and (finding := _refusal(trainer, "with an infinite moment", evidence)):
+    spoilt_moment = looks and _spoil_moment(trainer)
+    if spoilt_moment and (finding := _refusal(trainer, "with an infinite moment", evidence)):
         return finding
-    return Pass(
-        "steps without labels, and with a loss, gradients or moments that are not finite, are refused", evidence
-    )
+    parts = "a loss, gradients or moments" if spoilt_moment else "a loss or gradients"
+    return Pass(f"steps without labels, and with {parts} that are not finite, are refused", evidence)
 
 
 def _spoil_moment(trainer: Any) -> bool:

@@ -27,7 +27,7 @@ SHARP = {"perceiver_query_scale": 30.0}
 SPREAD, STRENGTH = 0.1, 100.0
 
 
-def saved_config(subject: "Subject", **values: Any) -> "RunConfig":
+def reading_config(subject: "Subject", **values: Any) -> "RunConfig":
     """Return a light configuration that drops nothing and cuts no document, with other values."""
     return unlimited(light_config(subject), **SHARP, **values)
 
@@ -36,7 +36,7 @@ def reading_twin(subject: "Subject") -> "Model":
     """Return a twin with the vocabulary of the run's base, whose LoRA is not zero; made once for all checks."""
 
     def make() -> "Model":
-        config, small = saved_config(subject), subject.twin_base_config
+        config, small = reading_config(subject), subject.twin_base_config
         base_config = type(small).from_dict({**small.to_dict(), "vocab_size": subject.base_config.vocab_size})
         plan = plan_on_cpu(subject.implementation, config, base_config)
         base = subject.implementation.build_base(base_config, plan, seed=0)

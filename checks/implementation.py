@@ -3,14 +3,14 @@
 `checks/production.py` is d2l's own; a reference, a fork or a user's own can stand in its place.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from checks.result import NotOffered
 from d2l.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from d2l.data.tokenize import Row, Tokenized
     from d2l.hypernet.lora import Lora
     from d2l.inference.servers import AdapterDtype
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made of, as far as resuming it compares.
+
+    Attributes:
+        processes: that share each step.
+    """
+
+    config: RunConfig
+    base_config: "PreTrainedConfig"
+    chat: "ChatFormat"
+    records: Sequence["Record"]
+    processes: int = 1
 
 
 class Model(Protocol):
@@ -69,6 +84,9 @@ class Stepper(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to continue elsewhere into a new folder."""
+
+    def save_while(self, folder: Path, work: Callable[[], object]) -> None:
+        """Do something, such as the next steps, and write what `save` would have written before."""
 
     def resume(self, folder: Path) -> None:
         """Continue from such a folder."""
@@ -197,6 +215,9 @@ class Implementation(Protocol):
     def newest(self, folder: Path) -> Path:
         """Return the checkpoint that a run's folder is continued from: its newest whole one."""
 
+    def changes(self, then: RunInputs, now: RunInputs) -> Collection[str]:
+        """Name what refuses to continue a run with other inputs: configuration keys, or parts of the rest."""
+
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         """Return the learning rates that the run's schedule gives these optimizer steps, counted from 0."""
 
@@ -216,6 +237,7 @@ class Implementation(Protocol):
         *,
         dtype: "AdapterDtype" = "float32",
         packed: bool = False,
+        rank: int | None = None,
     ) -> None:
         """Write what a saved run makes of a document, or of several as one, as an adapter folder of PEFT.
 
@@ -224,6 +246,7 @@ class Implementation(Protocol):
             folder: new, or that of an earlier adapter, which is brought up to date.
             dtype: of the file.
             packed: whether chunks are read together.
+            rank: of the nearest adapter of that rank, however far it is; None: as generated.
 
         Raises:
             Exception: the adapter that lies in the folder is of another checkpoint.
@@ -272,26 +295,3 @@ class Implementation(Protocol):
         Raises:
             OSError: nothing can be written there.
         """
-
-
-class Offered:
-    """An implementation whose missing methods raise `NotOffered`."""
-
-    def __init__(self, implementation: Any) -> None:
-        self._implementation = implementation
-
-    def __getattr__(self, name: str) -> Any:
-        if (found := getattr(self._implementation, name, None)) is None:
-            raise NotOffered(name)
-        return found
-
-
-def offered(part: Any, name: str) -> Any:
-    """Return an attribute of a model or a stepper.
-
-    Raises:
-        NotOffered: it has none of that name.
-    """
-    if (found := getattr(part, name, None)) is None:
-        raise NotOffered(f"{name} of its {'model' if hasattr(part, 'hypernet') else 'trainer'}")
-    return found

@@ -87,7 +87,7 @@ def in_group(task: Callable[[], Value], count: int) -> list[Value]:
     Raises:
         GroupError: a process fails, or they do not come to an end.
     """
-    with tempfile.TemporaryDirectory(prefix="d2l-") as place, _outside_collection():
+    with tempfile.TemporaryDirectory(prefix="d2l-") as place:
         folder = Path(place)
         context: Any = get_context("fork")
         members = [context.Process(target=_member, args=(task, rank, count, folder)) for rank in range(count)]
@@ -123,6 +123,7 @@ def _member(task: Callable[[], Any], rank: int, count: int, folder: Path) -> Non
     import torch
     from torch import distributed
 
+    gc.freeze()  # what was inherited: a collection would copy its memory
     with (folder / f"{rank}.txt").open("w", encoding="utf-8") as said:
         for stream in (1, 2):
             os.dup2(said.fileno(), stream)

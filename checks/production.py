@@ -1,6 +1,6 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checks.implementation import Implementation, Offered
+from checks.implementation import Implementation, RunInputs
 from checks.judged import describe_judged
 from checks.machine import free_disk, free_memory, gpu, peak_memory, requirements, save_seconds
+from checks.offered import Offered
 from checks.plugins import Plugin, load_plugins
 from checks.quiet import quiet_transformers
 from checks.subject import Subject
-from checks.twin_run import Run, internalize, load_here, run_in_group
+from checks.twin_run import PACKED, Run, changes_of_resuming, internalize, load_here, run_in_group
 from d2l.base.blocks import block_mask, first_visible
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -44,15 +45,13 @@ from d2l.hypernet.targets import find_targets
 from d2l.inference.adapter import export_adapter
 from d2l.inference.generate import decode_answer, encode_prompt, find_stop_ids, generate, truncate_at_stop
 from d2l.inference.merge import merge_documents
-from d2l.inference.servers import AdapterDtype
+from d2l.inference.servers import AdapterDtype, AdapterForm
 from d2l.reference.load import import_reference
 from d2l.train.loop import batch_loss
 from d2l.train.losses import Normalizer
 from d2l.train.optimizer import learning_rates
 from d2l.train.processes import OneProcess
 from d2l.train.teacher import add_teacher_logprobs
-
-PACKED = 512  # tokens of a pass: several short questions, or chunks, share one
 
 
 class Production:
@@ -172,6 +171,9 @@ class Production:
     def newest(self, folder: Path) -> Path:
         return find_checkpoint(folder).folder
 
+    def changes(self, then: RunInputs, now: RunInputs) -> Collection[str]:
+        return changes_of_resuming(then, now)
+
     def learning_rates(self, config: RunConfig, steps: Sequence[int]) -> Sequence[float]:
         return learning_rates(config, steps)
 
@@ -192,8 +194,9 @@ class Production:
         *,
         dtype: AdapterDtype = "float32",
         packed: bool = False,
+        rank: int | None = None,
     ) -> None:
-        internalize(load_here(base, chat, checkpoint), documents, folder, dtype, PACKED if packed else None)
+        internalize(load_here(base, chat, checkpoint), documents, folder, AdapterForm("peft", rank, dtype, 1.0), packed)
 
     def merge(self, loras: Sequence[Lora]) -> Lora:
         return merge_documents(loras)
@@ -225,7 +228,6 @@ class Production:
         return peak_memory(work)
 
     def requirements(self) -> dict[str, str]:
-        """Return the requirements of the installed distribution."""
         return requirements()
 
     def plugins(self) -> Sequence[Plugin]:

@@ -1,7 +1,7 @@
 """d2l's runs as the checks drive them: saved, evaluated, trained to their end, in a group of processes, and loaded again."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -11,23 +11,27 @@ from uuid import uuid4
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from checks.implementation import RunInputs
 from d2l.build import build_model
-from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from d2l.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, take_snapshot, write_snapshot
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError
+from d2l.fingerprint import run_fingerprint
 from d2l.hypernet.model import DocToLora
 from d2l.inference.batch import Internalizer
 from d2l.inference.documents import Document, merge
 from d2l.inference.load import TrainedModel, restore_model
-from d2l.inference.servers import AdapterDtype, AdapterForm
+from d2l.inference.servers import AdapterForm
 from d2l.train import gradients
+from d2l.train.changes import compare_configs, compare_inputs
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import EVALUATED
 from d2l.train.watch import Watch
 
+PACKED = 512  # tokens of a pass: several short questions, or chunks, share one
 BUCKET_BYTES = 4096  # of a twin's gradients that are summed at once: it has several buckets, as a hypernetwork has
 
 
@@ -39,6 +43,12 @@ class Run(Trainer):
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder."""
         save_checkpoint(folder, self.checkpoint())
+
+    def save_while(self, folder: Path, work: Callable[[], object]) -> None:
+        """Write the checkpoint of this moment after something else was done, as one is that is written in the background."""
+        snapshot = take_snapshot(self.checkpoint())
+        work()
+        write_snapshot(folder, snapshot)
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint."""
@@ -72,6 +82,13 @@ def run_in_group(model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Ru
     return Run(model, rows, config)
 
 
+def changes_of_resuming(then: RunInputs, now: RunInputs) -> set[str]:
+    """Name what a run that was started with some inputs has to be allowed when it goes on with others."""
+    prints = [run_fingerprint(it.config, it.base_config, it.chat, it.records, {}) for it in (then, now)]
+    configured = compare_configs(then.config, now.config, {"step": 1, "processes": then.processes}, now.processes)
+    return {it.field for it in (*configured, *compare_inputs(prints[0].to_json(), prints[1]))}
+
+
 def load_here(base: PreTrainedModel, chat: ChatFormat, place: Path) -> TrainedModel:
     """Load a checkpoint for inference around a base that is here."""
     checkpoint = load_checkpoint(place)
@@ -79,9 +96,7 @@ def load_here(base: PreTrainedModel, chat: ChatFormat, place: Path) -> TrainedMo
     return restore_model(build_model(config, base), chat, config, checkpoint, find_checkpoint(place))
 
 
-def internalize(
-    trained: TrainedModel, documents: Sequence[str], folder: Path, dtype: AdapterDtype, pack_tokens: int | None
-) -> None:
+def internalize(trained: TrainedModel, documents: Sequence[str], folder: Path, form: AdapterForm, packed: bool) -> None:
     """Write the adapter of a document, or of several as one, as `d2l internalize` does.
 
     Raises:
@@ -89,7 +104,7 @@ def internalize(
     """
     parts = [Document(folder.name, str(number), "", text) for number, text in enumerate(documents)]
     document = parts[0] if len(parts) == 1 else merge(parts, folder.name)
-    (outcome,) = Internalizer(trained, AdapterForm(dtype=dtype), lambda _: folder, pack_tokens).run([document])
+    (outcome,) = Internalizer(trained, form, lambda _: folder, PACKED if packed else None).run([document])
     if outcome.card is None:
         raise CheckpointError(outcome.reason)
 

@@ -14,6 +14,7 @@ from checks.rules import RULES
 from checks.rules.stale_token_cache import _exchange
 from checks.selftest import concerns
 from checks.subject import Subject, changed
+from checks.training.steps import LIGHT_BASE
 from d2l.config.load import load_config
 from d2l.config.schema import RunConfig
 
@@ -113,7 +114,7 @@ class TestInheritance:
         without = replace(subject, tokenizer=None, records=None)
         compute_ahead(without)
         assert {"plan", "_twin_base"} <= vars(without).keys()
-        assert "light_base" in vars(without)["_shared"]
+        assert {f"{LIGHT_BASE} {layers} None" for layers in (1, 2)} <= vars(without)["_shared"].keys()
         assert not {"chat", "rows"} & vars(without).keys()
 
 

@@ -63,8 +63,10 @@ def asked_records(subject: "Subject") -> "list[Record]":
 
 def with_one_right(subject: "Subject", records: "Sequence[Record]", rows: Sequence[Any]) -> "list[Record]":
     """Expect of the first question what the twin will answer, where that is a word: means of zeros say little."""
-    first, *others = records
-    texts = expected_answers(subject, records, rows)["document", 0, 0].texts
+    (first, *others), model = records, reading_twin(subject)
+    conversation = next(it for it in _conversations(subject, first) if it is not None)
+    prompt = subject.implementation.prompt(subject.chat, first.prompts[0])
+    texts = _answer(subject, model, model.lora(collate([rows[0]])), conversation, prompt).texts
     word = next((text for text in texts if squad_words(text) and text.isalnum()), first.responses[0])
     return [replace(first, responses=(word, *first.responses[1:])), *others]
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checks.faults import override_step
-from checks.implementation import offered
+from checks.offered import offered
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
 from checks.training.answered import RIGHT, answered_rows

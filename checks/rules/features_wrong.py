@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from checks.faults import override
-from checks.implementation import Implementation, Model, offered
+from checks.implementation import Implementation, Model
+from checks.offered import offered
 from checks.oracles import features
 from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows
 from checks.result import Fail, Pass, Result

@@ -130,7 +130,7 @@ RULE = Rule(
     stage="twin",
     severity="error",
     sources=("sanity run",),
-    requires=("EVL203", "CUR201"),
+    requires=("EVL203", "OPT203", "CUR201"),
     check=check,
     faults=(
         Fault("first-stage", "the documents of the first stage are evaluated throughout", _with_stage(0)),

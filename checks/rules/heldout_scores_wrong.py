@@ -109,7 +109,7 @@ def _formulas(
     subject: "Subject", model: Any, rows: Sequence["Row"], name: str, per_context: bool
 ) -> list[dict[str, float]]:
     """Return what the scores are by the formulas, for each way to give documents another one's LoRA."""
-    pairs = shared(subject, f"heldout_answers {name}", lambda: _answers(model, rows, name))
+    pairs = shared(subject, "heldout_answers", lambda: _answers(model, rows))[name]
     updates = shared(subject, "heldout_updates", lambda: _updates(subject, model, rows))
     documents = range(len(rows))
     found = []
@@ -125,10 +125,10 @@ def _formulas(
 
 
 @torch.no_grad()
-def _answers(model: Any, rows: Sequence["Row"], name: str) -> dict[tuple[int, int | None], Answered]:
-    """Let each document's questions be answered under each document's LoRA, and under none."""
+def _answers(model: Any, rows: Sequence["Row"]) -> dict[str, dict[tuple[int, int | None], Answered]]:
+    """Let each document's questions be answered under each document's LoRA, and under none; by the loss of the scores."""
     lora: Lora = model.lora(collate(rows))
-    found = {}
+    found: dict[str, dict[tuple[int, int | None], Answered]] = {name: {} for name, *_ in SETTINGS}
     for mine, row in enumerate(rows):
         for theirs in (*range(len(rows)), None):
             a, b = (
@@ -136,8 +136,9 @@ def _answers(model: Any, rows: Sequence["Row"], name: str) -> dict[tuple[int, in
             )
             logits = [edited_weights.logits(model.base, query.input_ids, a, b, lora.scale) for query in row.queries]
             answered = list(zip(logits, row.queries, strict=True))
-            losses = [_loss(name, x, query) for x, query in answered]
-            found[mine, theirs] = Answered([losses], [[_is_right(x, query) for x, query in answered]])
+            right = [_is_right(x, query) for x, query in answered]
+            for name, pairs in found.items():
+                pairs[mine, theirs] = Answered([[_loss(name, x, query) for x, query in answered]], [right])
     return found
 
 

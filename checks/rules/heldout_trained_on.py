@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     Divided = tuple[Sequence[Row], Sequence[Sequence[Row]]]  # rows of training, and held-out ones for each stage
 
 REMEDY = "keep held-out documents, whatever records have them, out of the rows of training; name others in val_ds_names"
-NEEDLES = 200  # held-out documents of needles, where a few may share no pair with training by luck
+NEEDLES = 100  # held-out documents of needles, where a few may share no pair with training by luck
 LOOKED_AT = 64  # rows of training whose sizes are compared, spread over all
 STEPS = 100  # of a run that does not evaluate itself; any number divides its records alike
 

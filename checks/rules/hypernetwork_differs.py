@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from checks.faults import override
-from checks.implementation import Implementation, Model, offered
+from checks.implementation import Implementation, Model
+from checks.offered import offered
 from checks.oracles import edited_weights, hypernetwork
 from checks.oracles.stored import StoredCase, stored_cases
 from checks.probes import TOLERANCE, difference, in_double, packed_rows

@@ -3,9 +3,10 @@
 What it does
 ------------
 Trains a twin for four steps of two micro-batches, through the three stages of a curriculum, a warm-up and a line to zero,
-and saves it after the second: in the second stage, in the middle of an epoch, with half of what ends the stage. The folder
-is loaded into a twin with other weights, and the last two steps are taken there. The schedule, the stages and the data are the
-probe's, whatever the run uses; its optimizer is the run's.
+and saves it after the second: in the second stage, in the middle of an epoch, with half of what ends the stage. It is saved
+at once, and again as a checkpoint is that is written while the run goes on. The folder is loaded into a twin with other
+weights, and the last two steps are taken there. The schedule, the stages and the data are the probe's, whatever the run uses;
+its optimizer is the run's.
 
 Why it matters
 --------------
@@ -15,7 +16,8 @@ lost repeats batches, a schedule or a curriculum that is lost starts over, and a
 
 How it is detected
 ------------------
-Saving and loading must succeed; loss and gradient norm of both steps must agree to 1e-5, and every weight after them.
+Saving and loading must succeed, and both folders hold the same files; loss and gradient norm of both steps must agree to
+1e-5, and every weight after them.
 
 How to fix
 ----------
@@ -74,8 +76,15 @@ def check(subject: "Subject") -> Result:
                 actual=str(error),
                 remedy=REMEDY,
             )
-    expected = [straight.step() for _ in range(AFTER)]
+        expected, changed = _go_on(straight, path)
     actual = [resumed.step() for _ in range(AFTER)]
+    if changed:
+        return Fail(
+            message="a checkpoint changes while the run goes on",
+            expected=f"the files of step {BEFORE}, though they are written after the next steps",
+            actual=f"another {' and '.join(changed)}",
+            remedy="copy weights, moments and state before the next step, and write the copies",
+        )
     errors = {
         f"{name} of step {BEFORE + 1 + index}": abs(getattr(after, name) / getattr(before, name) - 1)
         for index, (before, after) in enumerate(zip(expected, actual, strict=True))
@@ -97,6 +106,26 @@ def check(subject: "Subject") -> Result:
             evidence=errors,
         )
     return Pass(f"{AFTER} steps equal those of a run that went on (largest error {errors[worst]:.1g})", errors)
+
+
+def _go_on(run: Any, saved: Path) -> tuple[list[Any], list[str]]:
+    """Return what the next steps give, and the files that differ from the saved ones where those steps come before writing."""
+    steps: list[Any] = []
+
+    def take() -> None:
+        steps.extend(run.step() for _ in range(AFTER))
+
+    if not hasattr(run, "save_while"):
+        take()
+        return steps, []
+    late = saved.with_name("late")
+    run.save_while(late, take)
+    names = sorted(path.name for folder in (saved, late) for path in folder.iterdir())
+    return steps, [name for name in dict.fromkeys(names) if _contents(saved / name) != _contents(late / name)]
+
+
+def _contents(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _trainer(subject: "Subject", seed: int) -> "Stepper":
@@ -129,6 +158,16 @@ def _truncate(run: Any) -> None:
         largest.write_bytes(largest.read_bytes()[:-16])
 
     run.save = truncated
+
+
+def _save_late(run: Any) -> None:
+    """Write a checkpoint as it is when it is written."""
+
+    def save_while(folder: Path, work: Callable[[], object]) -> None:
+        work()
+        run.save(folder)
+
+    run.save_while = save_while
 
 
 def _lose_moments(run: Any) -> None:
@@ -211,6 +250,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
+        Fault("changed-meanwhile", "a checkpoint is written while it changes", _stepper(_save_late)),
         Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
         Fault(
             "rates-mixed-up",

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checks.data.sizes import unlimited
-from checks.implementation import offered
-from checks.subject import build_drawn, plan_on_cpu
-from checks.training.steps import light_config, shared
+from checks.offered import offered
+from checks.subject import build_drawn
+from checks.training.steps import light_base, light_config, shared
 
 if TYPE_CHECKING:
     from checks.implementation import Model
@@ -36,11 +37,8 @@ def reading_twin(subject: "Subject") -> "Model":
     """Return a twin with the vocabulary of the run's base, whose LoRA is not zero; made once for all checks."""
 
     def make() -> "Model":
-        config, small = reading_config(subject), subject.twin_base_config
-        base_config = type(small).from_dict({**small.to_dict(), "vocab_size": subject.base_config.vocab_size})
-        plan = plan_on_cpu(subject.implementation, config, base_config)
-        base = subject.implementation.build_base(base_config, plan, seed=0)
-        model = build_drawn(subject.implementation, base, config, 0, SPREAD)
+        base = deepcopy(light_base(subject, vocabulary=subject.base_config.vocab_size))
+        model = build_drawn(subject.implementation, base, reading_config(subject), 0, SPREAD)
         with torch.no_grad():
             for name, parameter in model.hypernet.named_parameters():
                 parameter.mul_(STRENGTH if "scaler_B" in name else 1.0)

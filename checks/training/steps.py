@@ -160,15 +160,20 @@ def _of_step(values: Mapping[str, Any]) -> str:
     return f"loss_step {sorted(other.items())}"
 
 
-def light_base(subject: "Subject", layers: int = LAYERS) -> "PreTrainedModel":
-    """Return the base of the light twin, to be copied; made once for all checks."""
+def light_base(subject: "Subject", layers: int = LAYERS, vocabulary: int | None = None) -> "PreTrainedModel":
+    """Return the base of the light twin, to be copied; made once for all checks.
+
+    Args:
+        vocabulary: its size; None: the twin's.
+    """
 
     def make() -> "PreTrainedModel":
         base_config = _light_base_config(subject.twin_base_config, layers)
+        base_config.vocab_size = vocabulary or base_config.vocab_size
         plan = plan_on_cpu(subject.implementation, light_config(subject, layers), base_config)
         return subject.implementation.build_base(base_config, plan, seed=0)
 
-    return shared(subject, LIGHT_BASE if layers == LAYERS else f"{LIGHT_BASE} of {layers}", make)
+    return shared(subject, f"{LIGHT_BASE} {layers} {vocabulary}", make)
 
 
 def _light_base_config(config: "PreTrainedConfig", layers: int) -> "PreTrainedConfig":

@@ -122,7 +122,6 @@ MUTANTS = [
             "copy=True, memory_format",
             "copy=False, memory_format",
             "on a CPU, a checkpoint that is written beside the next steps may hold parts of their weights",
-            "outside the claims: a race, which a second trainer loses or wins; tests hold what a snapshot shares",
         ),
     ),
     *bugs(

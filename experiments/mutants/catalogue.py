@@ -7,6 +7,7 @@ from experiments.mutants import (
     bugs_base,
     bugs_chat,
     bugs_checkpoint,
+    bugs_continuing,
     bugs_data,
     bugs_documents,
     bugs_forward,
@@ -33,7 +34,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *(*bugs_trainer.MUTANTS, *bugs_optimizer.MUTANTS, *bugs_data.MUTANTS, *bugs_packing.MUTANTS, *bugs_chat.MUTANTS),
     *(*bugs_documents.MUTANTS, *bugs_heldout.MUTANTS, *bugs_internalizing.MUTANTS),
-    *(*bugs_base.MUTANTS, *bugs_masks.MUTANTS, *bugs_checkpoint.MUTANTS, *bugs_answers.MUTANTS),
+    *(
+        *bugs_base.MUTANTS,
+        *bugs_masks.MUTANTS,
+        *bugs_checkpoint.MUTANTS,
+        *bugs_continuing.MUTANTS,
+        *bugs_answers.MUTANTS,
+    ),
 )
 
 _twice = [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from experiments.mutants import (
     witnesses_answers,
     witnesses_base,
+    witnesses_continuing,
     witnesses_data,
     witnesses_files,
     witnesses_heldout,
@@ -35,6 +36,7 @@ WITNESSES: dict[str, Callable[[Values], None]] = {
             witnesses_base.masks,
         ),
         *(witnesses_base.memory, witnesses_files.checkpoint, witnesses_files.export, witnesses_files.reference),
+        *(witnesses_continuing.continuing, witnesses_continuing.snapshot, witnesses_continuing.smaller_rank),
         witnesses_answers.answers,
         *(witnesses_heldout.heldout, witnesses_heldout.evaluated_run, witnesses_heldout.kept_out),
         *(witnesses_internalizing.internalize, witnesses_internalizing.merging),

@@ -137,7 +137,7 @@ def _finding(expected: str, actual: str) -> Fail:
     )
 
 
-def _evaluating(change: Callable[[dict[str, Any]], None]) -> Any:
+def _evaluating(change: Callable[[dict[str, Any]], None], unless: Callable[["Subject"], str] = lambda _: "") -> Any:
     """Make a fault that changes what an evaluation returns."""
 
     def evaluation(healthy: Implementation, *arguments: Any) -> Mapping[str, Any]:
@@ -145,7 +145,12 @@ def _evaluating(change: Callable[[dict[str, Any]], None]) -> Any:
         change(found)
         return found
 
-    return override(evaluation=evaluation)
+    return override(evaluation=evaluation, unless=unless)
+
+
+def _without_text(subject: "Subject") -> str:
+    """Say why answers of one token have no text: the user is shown what stands behind a header, which is part of them."""
+    return "an answer begins with its header (supervision: sampled)" if subject.config.supervision == "sampled" else ""
 
 
 def _controlled_by_itself(found: dict[str, Any]) -> None:
@@ -213,7 +218,7 @@ RULE = Rule(
         ),
         Fault("loras-swapped", "own and other LoRAs are swapped", _evaluating(_swapped)),
         Fault("one-token-more", "likelihoods count a token of the question", _evaluating(_one_token_more)),
-        Fault("answers-moved", "each answer is given to the next question", _evaluating(_answers_moved)),
+        Fault("answers-moved", "each answer is given to the next question", _evaluating(_answers_moved, _without_text)),
         Fault("mean-perplexity", "perplexity is a mean over answers", _evaluating(_mean_perplexity)),
         Fault("case-counts", "exact match looks at case and punctuation", _grading(exact=lambda a, b: float(a == b))),
         Fault("f1-of-sets", "F1 counts each word once", _grading(f1=_f1_of_sets)),

@@ -34,10 +34,11 @@ def reading_config(subject: "Subject", **values: Any) -> "RunConfig":
 
 
 def reading_twin(subject: "Subject") -> "Model":
-    """Return a twin with the vocabulary of the run's base, whose LoRA is not zero; made once for all checks."""
+    """Return a twin that writes the tokens of the run's tokenizer, and whose LoRA is not zero; made once for all checks."""
 
     def make() -> "Model":
-        base = deepcopy(light_base(subject, vocabulary=subject.base_config.vocab_size))
+        assert subject.tokenizer is not None
+        base = deepcopy(light_base(subject, vocabulary=len(subject.tokenizer)))
         model = build_drawn(subject.implementation, base, reading_config(subject), 0, SPREAD)
         with torch.no_grad():
             for name, parameter in model.hypernet.named_parameters():

@@ -39,20 +39,12 @@ from checks.rule import Fault, Rule
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-# Settings beside those of rows, with values of which every run has another.
-SHAPING: dict[str, Any] = {
-    "learning_rate": 3.14159e-3,
-    "weight_decay": 0.314159,
-    "adam_beta1": 0.314159,
-    "adam_beta2": 0.314159,
-    "max_grad_norm": 314.159,
-    "warmup_steps": 31,
-    "gen_lora_l1_reg_coef": 0.314159,
-    "lora_r": 31,
-    "n_latent_queries": 31,
-    "num_blocks": 7,
-}
-FREE: dict[str, Any] = {"save_steps": 31, "save_total_limit": 31, "logging_steps": 31}
+# Numbers beside those that shape rows, each of which may be larger; and what shapes nothing.
+SHAPING = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
+    *("gen_lora_l1_reg_coef", "lora_r", "n_latent_queries", "num_blocks"),
+)
+FREE = ("save_steps", "save_total_limit", "logging_steps")
 ACCUMULATED = "gradient_accumulation_steps"
 DATA, BASE, CHAT = {"data"}, {"base_config"}, {"chat", "tokenizer"}  # what parts of the rest are called
 
@@ -91,10 +83,9 @@ def _cases(subject: "Subject", folder: Path) -> Iterator[Case]:
     then = _inputs(subject, first)
     *others_before, last = then.records
     yield "the last answer", then, replace(then, records=[*others_before, replace(last, responses=("",))]), DATA
-    for settings, named in ((SHAPING, True), (FREE, False)):
-        for key, value in settings.items():
-            now = replace(then, config=then.config.model_copy(update={key: value}))
-            yield key, then, now, {key} if named else set()
+    for key in (*SHAPING, *FREE):
+        larger = then.config.model_copy(update={key: getattr(then.config, key) + 1})
+        yield key, then, replace(then, config=larger), {key} if key in SHAPING else set()
     doubled, single = (replace(then, config=then.config.model_copy(update={ACCUMULATED: count})) for count in (2, 1))
     yield "twice the processes", single, replace(single, processes=2), {ACCUMULATED}
     yield "twice the processes, each with half", doubled, replace(single, processes=2), set()

@@ -48,9 +48,8 @@ FREE = ("save_steps", "save_total_limit", "logging_steps")
 ACCUMULATED = "gradient_accumulation_steps"
 DATA, BASE, CHAT = {"data"}, {"base_config"}, {"chat", "tokenizer"}  # what parts of the rest are called
 
-Case = tuple[
-    str, RunInputs, RunInputs, set[str]
-]  # what differs, then, now, and names of which at least one is expected
+# What differs, then, now, and names of which at least one is expected.
+Case = tuple[str, RunInputs, RunInputs, set[str]]
 
 
 def check(subject: "Subject") -> Result:
@@ -93,9 +92,8 @@ def _cases(subject: "Subject", folder: Path) -> Iterator[Case]:
     for name, value in subject.base_config.to_dict().items():
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
             base_config = deepcopy(subject.base_config)
-            setattr(
-                base_config, name, value + 1 if isinstance(value, int) else value / 2
-            )  # within whatever its limits are
+            other = value + 1 if isinstance(value, int) else value / 2  # libraries refuse shares above one
+            setattr(base_config, name, other)
             yield f"{name} of the base", then, replace(then, base_config=base_config), BASE
 
 
@@ -147,7 +145,7 @@ RULE = Rule(
     name="change-not-noticed",
     stage="data",
     severity="error",
-    sources=("failure mode 28",),
+    sources=("failure mode 27",),
     requires=("LBL101", "DAT301"),
     check=check,
     faults=(

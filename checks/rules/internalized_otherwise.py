@@ -186,7 +186,7 @@ def _distance_from_nearest(found: Mapping[str, Tensor], expected: Mapping[str, T
     excess = [0.0]
     for name, x in expected.items():
         values, own = (torch.linalg.svdvals(it.double()) for it in (x, found[name]))
-        if own[SMALLER:].max() > TOLERANCE * own[0]:
+        if own[SMALLER:].norm() > TOLERANCE * own[0]:
             return math.inf
         excess.append(float((found[name] - x).double().norm() - values[SMALLER:].norm()) / float(values.norm()))
     return max(excess)

@@ -143,6 +143,15 @@ def test_the_share_counts_neither_invalid_nor_judged_mutants() -> None:
 
 
 @pytest.mark.parametrize(
+    "change", [{"new": "0"}, {"symbol": "d2l.train.losses:other"}, {"name": "gone"}, {"why": "other"}]
+)
+def test_rows_of_mutants_that_are_others_now_are_not_taken_over(change: dict[str, str]) -> None:
+    table = as_json([(BY_NAME["no-clipping"], Verdict("survived"))], {}, 60, DAY)
+    table["mutants"][0] |= change
+    assert len(from_json(table)) == int("why" in change)
+
+
+@pytest.mark.parametrize(
     ("name", "config", "code"),
     [pytest.param(*it, marks=() if number % 3 == 0 else pytest.mark.slow) for number, it in enumerate(KILLED)],
 )

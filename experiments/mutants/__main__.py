@@ -1,6 +1,6 @@
 """Command: plant every mutant, run the preflight under each, write the table.
 
-python -m experiments.mutants [--only NAME ...] [--area AREA ...] [--validate] [--output FOLDER]
+python -m experiments.mutants [--only NAME ...] [--area AREA ...] [--new] [--validate] [--output FOLDER]
 """
 
 import argparse
@@ -10,10 +10,11 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,13 +43,12 @@ def main() -> int:
     options = _options()
     if options.page:
         return _page()
-    chosen = [
-        mutant
-        for mutant in MUTANTS
-        if (not options.only or mutant.name in options.only) and (not options.area or mutant.area in options.area)
-    ]
+    document = _last_table() if options.new else {"mutants": [], "seconds": 0}
+    earlier = from_json(document)
+    chosen = _chosen(options, {mutant.name for mutant, _ in earlier})
     if not chosen:
-        _say(f"no such mutant; areas: {', '.join(sorted({mutant.area for mutant in MUTANTS}))}")
+        areas = ", ".join(sorted({mutant.area for mutant in MUTANTS}))
+        _say(f"no such mutant{', or the page has it' if options.new else ''}; areas: {areas}")
         return 2
     started = time.perf_counter()
     configurations()
@@ -61,24 +61,41 @@ def main() -> int:
         results.append((mutant, verdict))
         by = " ".join(red.code for red in verdict.red) or verdict.note
         _say(f"{len(results):4} of {len(chosen)}  {verdict.kind:9} {mutant.name:40} {by[:90]}")
-    seconds = time.perf_counter() - started
+    results = sorted([*earlier, *results], key=lambda result: MUTANTS.index(result[0]))
+    seconds = document["seconds"] + time.perf_counter() - started
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     versions["python"] = platform.python_version()
     _say(summary(results))
-    whole = len(chosen) == len(MUTANTS)
+    whole = len(results) == len(MUTANTS)
     if whole or options.output is not None:
         _write(EXPERIMENTS if options.output is None else options.output, results, versions, seconds)
     killed, of = killed_share(results)
     return 0 if killed == of and all(verdict.kind != "invalid" for _, verdict in results) else 1
 
 
+def _chosen(options: argparse.Namespace, known: Collection[str]) -> list[Mutant]:
+    """Return the mutants that are asked for, without those that are known."""
+    return [
+        mutant
+        for mutant in MUTANTS
+        if (not options.only or mutant.name in options.only)
+        and (not options.area or mutant.area in options.area)
+        and mutant.name not in known
+    ]
+
+
 def _page() -> int:
     """Write the tables of the last whole run anew."""
-    document = json.loads((EXPERIMENTS / "mutants.json").read_text(encoding="utf-8"))
+    document = _last_table()
     results = from_json(document)
     _write(EXPERIMENTS, results, document["versions"], document["seconds"], date.fromisoformat(document["date"]))
     _say(summary(results))
     return 0
+
+
+def _last_table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((EXPERIMENTS / "mutants.json").read_text(encoding="utf-8"))
+    return table
 
 
 def _write(
@@ -101,6 +118,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.mutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
     parser.add_argument("--area", action="append", help="the mutants of this area; repeatable")
+    parser.add_argument("--new", action="store_true", help="those that the page lacks; their rows are put in")
     parser.add_argument("--validate", action="store_true", help="prove that each is a mutant, without preflight")
     parser.add_argument("--page", action="store_true", help="write the page of the last run anew, with new judgements")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where mutants.md and mutants.json go")

@@ -66,7 +66,7 @@ def markdown(results: Results, versions: Mapping[str, str], seconds: float, day:
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     head = (
         f"Latest run {day.isoformat()}, {len(results)} mutants in {seconds / 60:.0f} minutes of all runs, with {listed}.\n"
-        "Mutants that changed since the last whole run were run by themselves, and their rows put in."
+        "Mutants that are new or changed since the last whole run may have been run by themselves (`--new`)."
     )
     parts = [_INTRODUCTION, head, summary(results)]
     for area in dict.fromkeys(mutant.area for mutant, _ in results):
@@ -117,11 +117,14 @@ def as_json(results: Results, versions: Mapping[str, str], seconds: float, day: 
 
 
 def from_json(document: Mapping[str, Any]) -> list[tuple[Mutant, Verdict]]:
-    """Return the results of an earlier run, with the judgements that the list of mutants has now."""
+    """Return the results of an earlier run, with the judgements that the list has now; without mutants that it has otherwise."""
     mutants = {mutant.name: mutant for mutant in MUTANTS}
     results = []
     for entry in document["mutants"]:
+        mutant = mutants.get(entry["name"])
+        if mutant is None or any(getattr(mutant, name) != entry[name] for name in ("symbol", "old", "new", "witness")):
+            continue
         red = tuple(Red(**each) for each in entry["red"])
         verdict = Verdict(entry["kind"], entry["config"], red, entry["note"], entry["change"], entry["seconds"])
-        results.append((mutants[entry["name"]], verdict))
+        results.append((mutant, verdict))
     return results

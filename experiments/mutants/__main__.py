@@ -29,7 +29,7 @@ import checks.rules  # noqa: F401
 from experiments.mutants.catalogue import MUTANTS
 from experiments.mutants.mutant import Mutant
 from experiments.mutants.page import Results, as_json, from_json, killed_share, markdown, summary
-from experiments.mutants.trial import healthy_values, map_parallel, require_green, try_mutant, validate
+from experiments.mutants.trial import Verdict, healthy_values, map_parallel, require_green, try_mutant, validate
 from experiments.mutants.values import Values
 from experiments.mutants.workbench import configurations
 
@@ -44,11 +44,11 @@ def main() -> int:
     if options.page:
         return _page()
     document = _last_table() if options.new else {"mutants": [], "seconds": 0}
-    earlier = from_json(document)
+    earlier = [(mutant, verdict) for mutant, verdict in from_json(document) if not _is_hole(mutant, verdict)]
     chosen = _chosen(options, {mutant.name for mutant, _ in earlier})
     if not chosen:
         areas = ", ".join(sorted({mutant.area for mutant in MUTANTS}))
-        _say(f"no such mutant{', or the page has it' if options.new else ''}; areas: {areas}")
+        _say(f"no such mutant{', or the page has them killed' if options.new else ''}; areas: {areas}")
         return 2
     started = time.perf_counter()
     configurations()
@@ -82,6 +82,11 @@ def _chosen(options: argparse.Namespace, known: Collection[str]) -> list[Mutant]
         and (not options.area or mutant.area in options.area)
         and mutant.name not in known
     ]
+
+
+def _is_hole(mutant: Mutant, verdict: Verdict) -> bool:
+    """Tell whether no check killed a mutant that should be killed."""
+    return mutant.counts and verdict.kind != "killed"
 
 
 def _page() -> int:
@@ -118,7 +123,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.mutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
     parser.add_argument("--area", action="append", help="the mutants of this area; repeatable")
-    parser.add_argument("--new", action="store_true", help="those that the page lacks; their rows are put in")
+    parser.add_argument(
+        "--new", action="store_true", help="those that the page lacks or has as a hole; rows are put in"
+    )
     parser.add_argument("--validate", action="store_true", help="prove that each is a mutant, without preflight")
     parser.add_argument("--page", action="store_true", help="write the page of the last run anew, with new judgements")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where mutants.md and mutants.json go")

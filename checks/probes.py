@@ -76,8 +76,7 @@ def in_double(model: "Model") -> "Model":
 
 def base_in_double(base: "PreTrainedModel") -> "PreTrainedModel":
     """Turn a twin's base into float64, in place, and return it; its experts one by one, as grouped products are float32's."""
-    if getattr(base.config, "num_experts_per_tok", None):
-        base.set_experts_implementation("eager")
+    base.set_experts_implementation("eager")
     return base.double()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.chat_formats import ANSWER, CHATML, PLAIN, QUESTION, TINY, generic, tiny
 from support.tiny_tokenizer import VOCABULARY_SIZE, build_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from d2l.data.chat.format import DEFAULT_DATE, chat_format, default_template
 from d2l.data.chat.harmony import CONTROL_TOKENS, ChannelMessage, final_text, parse_channels
@@ -185,6 +185,14 @@ def test_load_tokenizer_reports_what_is_missing(tmp_path: Path, content: str | N
         (tmp_path / "tokenizer.json").write_text(content)
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ModelError, match="tokenizer_name_or_path"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "qwen3_moe", "gpt2", "bert"])
+def test_a_folder_with_a_config_alone_has_no_tokenizer(tmp_path: Path, model_type: str) -> None:
+    """transformers makes one of special tokens for it, which encodes every text as nothing or as unknown."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no vocabulary is there\nexpected a folder with tokenizer.json"):
         load_tokenizer(str(tmp_path))
 
 

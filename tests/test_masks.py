@@ -134,7 +134,9 @@ def test_layout(kind: str, kinds: tuple[str, ...], window: int | None) -> None:
         ("llama4_text", "chunked_attention"),
         ("rwkv", "no attention to mask"),
         ("bloom", "takes no position_ids"),
+        ("blt", "has no single stack of num_hidden_layers"),
         ("gemma3", "multimodal"),
+        ("musicgen", "multimodal"),
         ("t5", "not a causal language model"),
     ],
 )

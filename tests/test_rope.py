@@ -1,10 +1,11 @@
 """Formulas of rotary positions against transformers' own functions, and what the check makes of a base's."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GptOssConfig, LlamaConfig
+from transformers import CohereConfig, GlmConfig, GptOssConfig, LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checks.oracles.rope import attention_factor, frequencies
@@ -66,3 +67,10 @@ def test_a_base_is_judged_where_there_is_a_formula(rope: dict[str, Any], outcome
     subject.base_config.rope_parameters = rope
     (found,) = run_checks(subject, RULES, select=("ATT203",)).outcomes
     assert found.outcome == outcome, found.message
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, CohereConfig, GlmConfig])
+def test_cosines_may_stand_in_halves_or_beside_each_other(family: type[PreTrainedConfig]) -> None:
+    subject = replace(make_subject(RunConfig()), base_config=family())
+    (found,) = run_checks(subject, RULES, select=("ATT203",)).outcomes
+    assert found.outcome == "pass", found.message

@@ -105,10 +105,9 @@ def _error(module: Any, kind: str, values: Mapping[str, Any], head_size: int) ->
 
 
 def _off(actual: Tensor, expected: Tensor) -> float:
-    """Compare with values that stand once, or in two halves, or twice beside each other."""
-    pairs = expected.shape[1]
-    laid_out = {pairs: expected, 2 * pairs: torch.cat((expected, expected), dim=1)}.get(actual.shape[1])
-    return float("inf") if laid_out is None else float((actual - laid_out).abs().max())
+    """Compare with values that stand once, or in two halves, or twice beside each other, as Cohere has them."""
+    layouts = expected, torch.cat((expected, expected), dim=1), expected.repeat_interleave(2, dim=1)
+    return min((float((actual - it).abs().max()) for it in layouts if it.shape == actual.shape), default=float("inf"))
 
 
 def _rotary_fault(change: Callable[[Any], None], unless: Callable[["Subject"], str]) -> Any:

@@ -14,7 +14,7 @@ fits into one slice, so nothing else sees it. Unshifted or large logits overflow
 
 How it is detected
 ------------------
-In float32 losses and gradients must agree to 1e-3 of the largest value; a label that is lost, doubled or without a gradient
+In float32 losses and gradients must agree to 1e-2 of the largest value; a label that is lost, doubled or without a gradient
 changes them by 0.1 and more. `-100` is not a token: it adds nothing.
 
 How to fix
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 WIDE = 2**16
-TOLERANCE = 1e-3  # float32, for the sake of time: logits in the hundreds are rounded by 1e-5, and so is their softmax
+TOLERANCE = 1e-2  # float32, for the sake of time: it rounds by 1e-5, and GraniteMoe's gradient of one label by 2e-3
 SLICE = 32  # rows of logits of this width, which are 8 MiB in float32
 LABELS = 33  # of the longest question: more than a slice
 WEIGHTS = (1.0, 0.7)  # of the losses' gradients in their sum

@@ -179,7 +179,7 @@ def light_base(subject: "Subject", layers: int = LAYERS, vocabulary: int | None 
 def _light_base_config(config: "PreTrainedConfig", layers: int) -> "PreTrainedConfig":
     """Return the twin's base config with so many layers, of two types where it has two, and two experts, both taken.
 
-    With all experts taken nothing jumps where the routing changes, so the loss has a derivative everywhere.
+    With all experts taken, in one group, nothing jumps where the routing changes: the loss has a derivative everywhere.
     """
     values = config.to_dict()
     layers = min(layers, config.num_hidden_layers)
@@ -188,7 +188,8 @@ def _light_base_config(config: "PreTrainedConfig", layers: int) -> "PreTrainedCo
             kinds = list(dict.fromkeys(value)) if name == "layer_types" else []
             values[name] = kinds[:layers] if len(kinds) >= layers else value[:layers]
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
-    for name, size in {"num_hidden_layers": layers, **dict.fromkeys(experts, 2)}.items():
+    groups = {"n_group": 1, "topk_group": 1}
+    for name, size in {"num_hidden_layers": layers, **dict.fromkeys(experts, 2), **groups}.items():
         own_name = config.attribute_map.get(name, name)
         if values.get(own_name) is not None:
             values[own_name] = size

@@ -181,9 +181,8 @@ def round_experts(model: PreTrainedModel) -> None:
 
 
 def compute_experts_eagerly(model: PreTrainedModel) -> None:
-    """Compute dense experts one by one: on a CPU, batched products of all of them are ten times slower."""
-    if any(_dense_experts(model)):
-        model.set_experts_implementation("eager")
+    """Compute experts of whatever family one by one: on a CPU, batched products of all of them are ten times slower."""
+    model.set_experts_implementation("eager")
 
 
 def expert_projections(model: PreTrainedModel) -> list[nn.Parameter]:

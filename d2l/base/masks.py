@@ -44,7 +44,7 @@ def causal_lm_class(base_config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ModelError: there is none.
     """
-    if base_config.get_text_config() is not base_config:
+    if not _is_of_text_alone(base_config):
         raise ModelError(
             f"{base_config.model_type} is a multimodal model; d2l needs a causal language model of its own. "
             f"Use a text-only checkpoint of the same family."
@@ -53,6 +53,13 @@ def causal_lm_class(base_config: PreTrainedConfig) -> type[PreTrainedModel]:
         raise ModelError(f"{base_config.model_type} is not a causal language model that transformers ships")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)]
     return model_class
+
+
+def _is_of_text_alone(base_config: PreTrainedConfig) -> bool:
+    try:
+        return bool(base_config.get_text_config() is base_config)
+    except ValueError:  # several of its parts read text
+        return False
 
 
 def attention_layout(base_config: PreTrainedConfig) -> AttentionLayout:
@@ -64,9 +71,12 @@ def attention_layout(base_config: PreTrainedConfig) -> AttentionLayout:
     model_class = causal_lm_class(base_config)
     window = getattr(base_config, "sliding_window", None)
     uniform = "full_attention" if window is None else "sliding_attention"
-    layer_types = getattr(base_config, "layer_types", None) or [uniform] * base_config.num_hidden_layers
+    depth = getattr(base_config, "num_hidden_layers", None)
+    layer_types = getattr(base_config, "layer_types", None) or [uniform] * (depth or 0)
     obstacle = None
-    if unknown := sorted(set(layer_types) - set(_BUILDERS)):
+    if depth is None:
+        obstacle = "has no single stack of num_hidden_layers"
+    elif unknown := sorted(set(layer_types) - set(_BUILDERS)):
         obstacle = f"has layers of type {', '.join(unknown)}, whose state or pattern a mask cannot separate"
     elif not hasattr(base_config, "num_attention_heads"):
         obstacle = "has no attention to mask"

@@ -91,6 +91,8 @@ def _shrunk(base_config: PreTrainedConfig, widths: _Widths) -> dict[str, Any]:
         "head_dim": head_dim,
         "query_pre_attn_scalar": head_dim,
         "rotary_dim": head_dim,
+        "q_lora_rank": hidden // 2,  # of multi-head latent attention, whose heads keep their sizes
+        "kv_lora_rank": hidden // 4,
         "vocab_size": VOCABULARY,
         "sliding_window": WINDOW,
         "initializer_range": 1.6 / hidden**0.5,  # activations, attention patterns and logits of order one

@@ -15,16 +15,18 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from d2l.io.resources import resource
 from support.family_tokenizers import byte_level, sentencepiece
-from support.sizes import ALTERNATING, BASE, EXPERTS, OBLONG, WINDOW
+from support.sizes import ALTERNATING, BASE, EXPERTS, OBLONG, ROUTED, WINDOW
 
 # The conversation of `Family.asked`; `Family.answered` writes its two answered questions.
 CONVERSATION = (
@@ -245,11 +247,13 @@ class Base:
         return self.config(**copy.deepcopy(BASE | self.settings | changes))
 
 
-# model_type → base, for every family of the table, for GPT-OSS, whose experts are no Linears, and for Qwen2.5
+# model_type → base, for every family of the table, for Qwen2.5, and for those with experts, which are no Linears
 BASES = {"gpt_oss": Base(GptOssConfig, EXPERTS, ATTENTION)}
 for _family in FAMILIES.values():
     BASES.setdefault(_family.config.model_type, Base(_family.config, _family.settings))
-BASES["qwen2"] = Base(Qwen2Config, {})  # Qwen2.5; its chats are ChatML
+BASES["qwen2"] = Base(Qwen2Config, {})  # its chats are ChatML, as Qwen3's
+BASES["qwen3_moe"] = Base(Qwen3MoeConfig, {"moe_intermediate_size": 48, **ROUTED}, ATTENTION)
+BASES["mixtral"] = Base(MixtralConfig, ROUTED, ATTENTION)  # its chats are Mistral's
 
 # Other model types that a twin can be made of; no chat template is shipped for them.
-UNSHIPPED = ("qwen3_moe", "mixtral", "phi3", "gpt2")
+UNSHIPPED = ("deepseek_v3", "phi3", "gpt2")

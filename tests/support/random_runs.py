@@ -94,7 +94,8 @@ def random_base_config(draw: Random, family: str) -> PreTrainedConfig:
     if "num_local_experts" in base.settings:
         top_k = draw.randint(1, 4)
         sizes |= {"num_experts_per_tok": top_k, "num_local_experts": top_k + draw.randint(1, 28)}
-        sizes |= MXFP4 if draw.random() < 0.5 else {}
+        sizes |= {"moe_intermediate_size": 32 * draw.randint(2, 90)} if "moe_intermediate_size" in base.settings else {}
+        sizes |= MXFP4 if family == "gpt_oss" and draw.random() < 0.5 else {}
     return base.config(**base.settings | NO_SPECIAL_TOKENS | sizes)
 
 

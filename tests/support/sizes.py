@@ -22,7 +22,8 @@ ALTERNATING: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
 }
-EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING}
+ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = {**ROUTED, **ALTERNATING}
 MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}  # packed, as in the official checkpoints
 
 RANK = 2

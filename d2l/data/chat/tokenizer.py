@@ -39,6 +39,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _read_tokenizer(name_or_path: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """Read a tokenizer by transformers, after a look for code that it would need."""
+    """Read a tokenizer by transformers, after a look for code that it would need.
+
+    Raises:
+        ValueError: of a folder without tokenizer.json transformers made one that knows its special tokens only.
+    """
     refuse_tokenizer_code(name_or_path, local_files_only)
-    return AutoTokenizer.from_pretrained(name_or_path, local_files_only=local_files_only, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name_or_path, local_files_only=local_files_only, trust_remote_code=False
+    )
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError("no vocabulary is there")
+    return tokenizer

@@ -50,9 +50,9 @@ golden: install # needs ../shared and fails without it; the last line counts the
 	$(BIN)/pytest -n 0 -m golden
 
 # the modules whose slow tests judge configurations; those of all others are what a run survives
-FUZZED := $(addprefix tests/test_,fuzz.py published.py twin.py rules.py memory.py data_checks.py parallel_adapter.py flex.py foreign.py pairs.py)
+FUZZED := $(addprefix tests/test_,fuzz.py published.py every_family.py twin.py rules.py memory.py data_checks.py parallel_adapter.py flex.py foreign.py pairs.py)
 
-fuzz: install # 500 clean configurations, every planted fault in ten, all published models, twins of all head counts
+fuzz: install # 500 clean configurations, every planted fault in ten, published models, all families of transformers, all head counts
 	$(BIN)/pytest -n 2 -m slow $(FUZZED)
 
 pairs: install # two planted faults at once: both are named, or one is blocked by the other

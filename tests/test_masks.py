@@ -137,6 +137,7 @@ def test_layout(kind: str, kinds: tuple[str, ...], window: int | None) -> None:
         ("blt", "has no single stack of num_hidden_layers"),
         ("gemma3", "multimodal"),
         ("musicgen", "multimodal"),
+        ("phi4_multimodal", "multimodal"),
         ("t5", "not a causal language model"),
     ],
 )

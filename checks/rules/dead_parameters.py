@@ -42,9 +42,9 @@ from d2l.data.packing import collate
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-# Steps along the direction. The loss is rounded in float32 inside the model library and curved: the smaller one suffers
-# from rounding, the larger one from curvature, each by about a tenth of a part's contribution.
-STEPS = (3e-6, 1e-5)
+# Steps along the direction. The loss is rounded in float32 inside the model library and curved: smaller ones suffer from
+# rounding, larger ones from curvature, each by about a tenth of a part's contribution, and where gradients are weak by more.
+STEPS = (3e-6, 1e-5, 1e-6)
 WEAKEST = 1e-5  # of the whole gradient's norm: a part below is moved, and counts, as if it were that strong
 QUARTER = 0.25
 DIRECTIONS = 3

@@ -56,6 +56,8 @@ def causal_lm_class(base_config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _is_of_text_alone(base_config: PreTrainedConfig) -> bool:
+    if any(name.startswith(("vision", "audio")) for name in base_config.sub_configs):
+        return False
     try:
         return bool(base_config.get_text_config() is base_config)
     except ValueError:  # several of its parts read text

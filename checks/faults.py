@@ -104,6 +104,7 @@ _COMPUTED: dict[str, set[str]] = {
     "twin_plan": {"plan"},
     "_twin_base": {"plan", "build_base"},
     "_grouped_twin_base": {"plan", "build_base"},
+    "_answering_twin_base": {"plan", "build_base"},
     "chat": {"chat"},
     "rows": {"chat", "rows"},
 }

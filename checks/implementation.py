@@ -176,7 +176,10 @@ class Implementation(Protocol):
         """Return the task loss and the weighted L1 term of one step made of these micro-batches, with gradients."""
 
     def in_pieces(self) -> AbstractContextManager[None]:
-        """Let hypernetworks meanwhile read the shortest documents in the smallest pieces, as they read long ones."""
+        """Let runs meanwhile do in the smallest pieces what they do in pieces at real sizes: read documents, step by Muon."""
+
+    def as_on_gpu(self) -> AbstractContextManager[None]:
+        """Let models meanwhile compute the way that they do on a newer GPU, as far as a CPU can."""
 
     def trainer(self, model: Any, rows: Sequence["Row"], config: RunConfig) -> Stepper:
         """Make a run at its start."""

@@ -1,7 +1,7 @@
 """The implementation of d2l, as the checks reach it: each method calls the function that a run calls."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from checks.offered import Offered
 from checks.plugins import Plugin, load_plugins
 from checks.quiet import quiet_transformers
 from checks.subject import Subject
-from checks.twin_run import PACKED, Run, changes_of_resuming, internalize, load_here, run_in_group
+from checks.twin_run import PACKED, Run, as_on_gpu, changes_of_resuming, in_pieces, internalize, load_here, run_in_group
 from d2l.base.blocks import block_mask, first_visible
 from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
@@ -38,7 +38,6 @@ from d2l.errors import ModelError
 from d2l.evaluation.run import evaluate
 from d2l.evaluation.scores import exact_match, rouge_l, token_f1
 from d2l.fingerprint import run_fingerprint
-from d2l.hypernet import memory
 from d2l.hypernet.lora import Lora
 from d2l.hypernet.model import DocToLora
 from d2l.hypernet.targets import find_targets
@@ -132,14 +131,11 @@ class Production:
         task = torch.stack([loss.task for loss in losses]).sum()
         return task, config.gen_lora_l1_reg_coef * torch.stack([loss.l1 for loss in losses]).sum()
 
-    @contextmanager
-    def in_pieces(self) -> Iterator[None]:
-        whole = memory.PIECE_BYTES
-        memory.PIECE_BYTES = 1
-        try:
-            yield
-        finally:
-            memory.PIECE_BYTES = whole
+    def in_pieces(self) -> AbstractContextManager[None]:
+        return in_pieces()
+
+    def as_on_gpu(self) -> AbstractContextManager[None]:
+        return as_on_gpu()
 
     def trainer(self, model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Run:
         return Run(model, rows, config, OneProcess(model.base.device))

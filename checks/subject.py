@@ -119,14 +119,28 @@ class Subject:
     def _grouped_twin_base(self) -> "PreTrainedModel | None":
         from d2l.base.grouped import smallest_transient
 
-        config, plan = self.twin_base_config, self.twin_plan
-        if plan.experts.value != "packed":
+        config = self.twin_base_config
+        if self.twin_plan.experts.value != "packed":
             return None
         shape = config.num_local_experts, config.hidden_size, config.intermediate_size
-        slices = smallest_transient(*shape, plan.torch_dtype)
-        plan = replace(
-            plan, expert_products=replace(plan.expert_products, value="grouped"), expert_transient_bytes=slices
-        )
+        return self._grouped(config, smallest_transient(*shape, self.twin_plan.torch_dtype))
+
+    def answering_twin_base(self) -> "PreTrainedModel | None":
+        """Return one with more experts and room for copies of some, as a GPU takes them for a few tokens of an answer."""
+        return deepcopy(self._answering_twin_base)
+
+    @cached_property
+    def _answering_twin_base(self) -> "PreTrainedModel | None":
+        config = deepcopy(self.twin_base_config)
+        if self.twin_plan.experts.value != "packed":
+            return None
+        config.num_local_experts = min(4 * config.num_experts_per_tok, self.base_config.num_local_experts)
+        return self._grouped(config, self.twin_plan.expert_transient_bytes)
+
+    def _grouped(self, config: "PreTrainedConfig", transient_bytes: int) -> "PreTrainedModel":
+        """Build a base whose packed experts are computed a layer at once."""
+        products = replace(self.twin_plan.expert_products, value="grouped")
+        plan = replace(self.twin_plan, expert_products=products, expert_transient_bytes=transient_bytes)
         return self.implementation.build_base(config, plan, seed=0)
 
     @cached_property

@@ -8,7 +8,10 @@ from shutil import rmtree
 from tempfile import gettempdir
 from uuid import uuid4
 
+import torch
 from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from checks.implementation import RunInputs
@@ -20,12 +23,13 @@ from d2l.data.chat.format import ChatFormat
 from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError
 from d2l.fingerprint import run_fingerprint
+from d2l.hypernet import lora, memory
 from d2l.hypernet.model import DocToLora
 from d2l.inference.batch import Internalizer
 from d2l.inference.documents import Document, merge
 from d2l.inference.load import TrainedModel, restore_model
 from d2l.inference.servers import AdapterForm
-from d2l.train import gradients
+from d2l.train import gradients, optimizer
 from d2l.train.changes import compare_configs, compare_inputs
 from d2l.train.loop import Trainer, train_steps
 from d2l.train.metrics import EVALUATED
@@ -80,6 +84,34 @@ def run_in_group(model: DocToLora, rows: Sequence[Row], config: RunConfig) -> Ru
     PartialState._reset_state()  # of the process that this one was forked from
     gradients.BUCKET_BYTES = BUCKET_BYTES
     return Run(model, rows, config)
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """Read documents, and step matrices, in the smallest pieces."""
+    whole = memory.PIECE_BYTES, optimizer.STACK_VALUES
+    memory.PIECE_BYTES = optimizer.STACK_VALUES = 1
+    try:
+        yield
+    finally:
+        memory.PIECE_BYTES, optimizer.STACK_VALUES = whole
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Multiply the contexts of a packed row by their LoRAs in one grouped product; torch's takes no float64."""
+    own, multiply = lora._has_grouped_products, functional.grouped_mm
+
+    def by_group(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+        groups = rows.tensor_split(offs[:-1].tolist())
+        return torch.cat([group @ matrix for group, matrix in zip(groups, matrices, strict=True)])
+
+    lora._has_grouped_products = lambda tokens, A, B, lengths: all(lengths)
+    functional.grouped_mm = by_group  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        lora._has_grouped_products, functional.grouped_mm = own, multiply
 
 
 def changes_of_resuming(then: RunInputs, now: RunInputs) -> set[str]:

@@ -13,25 +13,28 @@ is learned cannot be exported or served. A LoRA that is cut off from the graph i
 
 How it is detected
 ------------------
-In float64, logits of every question and gradients of every module and layer must agree to 1e-4 of the largest value.
+In float64, logits of every question and gradients of every module and layer must agree to 1e-4 of the largest value, also
+where the products of all contexts are grouped, as newer GPUs take them.
 
 How to fix
 ----------
 Add `scale · (x Aᵀ) B` to the output of every target, with the A and B of the context that each token belongs to.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from checks.faults import override
 from checks.implementation import Implementation, Model
 from checks.oracles import edited_weights
 from checks.probes import TOLERANCE, base_in_double, difference, in_double, packed_rows, probe_rows
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, NotOffered, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from d2l.data.packing import collate
 
@@ -51,9 +54,11 @@ class _Distances:
 
 def check(subject: "Subject") -> Result:
     """Compare two packed rows, one of unequal and one of equal contexts, with edited weights."""
-    model, untouched = in_double(subject.twin()), base_in_double(subject.twin_base())
     unequal, equal = packed_rows(subject)[:2], probe_rows(subject, documents=(5, 6), questions=(6, 6), seed=2)
+    model, untouched = in_double(subject.twin()), base_in_double(subject.twin_base())
     found = [_distances(model, untouched, rows) for rows in (unequal, equal)]
+    with suppress(NotOffered), subject.implementation.as_on_gpu():
+        found.append(_distances(model, untouched, unequal))
     logits, gradients = _largest(it.logits for it in found), _largest(it.gradients for it in found)
     for what, distances in (("logits", logits), ("gradients", gradients)):
         wrong = {place: distance for place, distance in distances.items() if not distance <= TOLERANCE}
@@ -168,6 +173,17 @@ def _without_last_layer(x: Tensor) -> Tensor:
     return torch.cat([x[:, :-1], x[:, -1:].detach()], dim=1)
 
 
+@contextmanager
+def _grouped_products_doubled(healthy: Implementation) -> Iterator[None]:
+    with healthy.as_on_gpu():
+        multiply = functional.grouped_mm
+        functional.grouped_mm = lambda rows, matrices, **rest: 2 * multiply(rows, matrices, **rest)
+        try:
+            yield
+        finally:
+            functional.grouped_mm = multiply
+
+
 def _first_question_only(healthy: Implementation, base: Any, config: Any) -> Model:
     """Leave the LoRA out for all questions of a context but the first."""
     model: Any = healthy.build(base, config)
@@ -220,6 +236,11 @@ RULE = Rule(
             "layer-detached",
             "the LoRA of the last layer gets no gradient",
             _binding(lambda it: _each(it, _without_last_layer)),
+        ),
+        Fault(
+            "grouped-doubled",
+            "grouped products, as newer GPUs take them, are twice as large",
+            override(as_on_gpu=_grouped_products_doubled),
         ),
     ),
 )

@@ -2,9 +2,9 @@
 
 What it does
 ------------
-Observes a short run of the run's own trainer on a twin, and two steps with Muon, whatever the run uses; betas, epsilon,
-weight decay and learning rates are the probe's. From the gradients that the optimizer gets, every parameter's next value
-is computed by the formulas of AdamW and Muon.
+Observes a short run of the run's own trainer on a twin, and two steps with Muon, whatever the run uses, the second one in the
+smallest pieces, as large matrices are stepped; betas, epsilon, weight decay and learning rates are the probe's. From the
+gradients that the optimizer gets, every parameter's next value is computed by the formulas of AdamW and Muon.
 
 Why it matters
 --------------
@@ -22,11 +22,12 @@ Give every parameter of the hypernetwork to the optimizer once: weight matrices 
 `muon_learning_rate` where it is set; scalers, biases, norms and latent queries with `learning_rate` and without decay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from checks.faults import override, override_step
 from checks.implementation import Implementation
@@ -39,6 +40,7 @@ from checks.training.short_run import PLAN, short_run
 from checks.training.steps import light_config
 
 if TYPE_CHECKING:
+    from checks.implementation import Stepper
     from checks.subject import Subject
     from d2l.config.schema import RunConfig
 
@@ -50,7 +52,6 @@ MUON = {
     "warmup_steps": 0,
     "gradient_accumulation_steps": 1,  # an update begins at the gradient, however it was added up
 }
-MUON_STEPS = 2  # the second one has the first one's momentum
 REMEDY = (
     "check betas, epsilon, the groups with and without weight decay, and the learning rate of each group; every parameter "
     "of the hypernetwork belongs to one group"
@@ -67,7 +68,7 @@ def check(subject: "Subject") -> Result:
     plans = {"AdamW": (run.steps, run.config)}
     try:
         trainer = subject.implementation.trainer(run.trainer.model, run.rows, config)
-        plans["Muon"] = [observed_step(trainer) for _ in range(MUON_STEPS)], config
+        plans["Muon"] = [observed_step(trainer), _step_in_pieces(subject, trainer)], config
     except NotOffered:  # another implementation may have AdamW alone
         if subject.config.muon_learning_rate is not None:
             raise
@@ -89,6 +90,16 @@ def check(subject: "Subject") -> Result:
         f"{len(names)} parameters: updates, {counts}, follow the formulas to {max(evidence.values()):.1g}",
         evidence,
     )
+
+
+def _step_in_pieces(subject: "Subject", trainer: "Stepper") -> Observed:
+    """Take a step that has the last one's momentum, in the smallest pieces where an implementation has any."""
+    try:
+        pieces = subject.implementation.in_pieces()
+    except NotOffered:
+        pieces = nullcontext()
+    with pieces:
+        return observed_step(trainer)
 
 
 def _census(steps: Sequence[Observed], names: Sequence[str]) -> Result | None:
@@ -174,6 +185,28 @@ def _decay_on_all(step: Any, trainer: Any) -> Any:
         hook.remove()
 
 
+@contextmanager
+def _last_piece_lost(healthy: Implementation) -> Iterator[None]:
+    """Leave the last matrix of an optimizer as it was."""
+    kept: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    def keep(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        matrix = [it for group in stepping.param_groups for it in group["params"] if it.ndim > 1][-1]
+        kept.append((matrix, matrix.detach().clone()))
+
+    def put_back(*_: Any) -> None:
+        matrix, value = kept.pop()
+        matrix.data.copy_(value)
+
+    hooks = register_optimizer_step_pre_hook(keep), register_optimizer_step_post_hook(put_back)
+    try:
+        with healthy.in_pieces():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 RULE = Rule(
     code="OPT201",
     name="update-differs-from-formula",
@@ -186,5 +219,6 @@ RULE = Rule(
         Fault("betas-swapped", "beta1 and beta2 are exchanged", override(trainer=_betas_swapped)),
         Fault("decay-on-all", "scalers and biases decay too", override_step(_decay_on_all)),
         Fault("one-rate", "muon_learning_rate is ignored", override(trainer=_one_rate)),
+        Fault("last-piece-lost", "in pieces, the last matrix is not stepped", override(in_pieces=_last_piece_lost)),
     ),
 )

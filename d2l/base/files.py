@@ -28,6 +28,8 @@ LOADING_FAILURES = (
     RuntimeError,
     KeyError,
     TypeError,
+    AttributeError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )

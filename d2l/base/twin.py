@@ -11,7 +11,7 @@ from d2l.errors import ModelError
 
 HIDDEN = 64  # or near it, as transformers demands a multiple of the number of heads
 INTERMEDIATE = (96, 128)  # the first that is not the hidden size, nor is its double: any transposed projection shows
-HEAD_DIMS = (16, 32)  # the first with which the heads do not add up to the hidden size
+HEAD_DIMS = (16, 32)  # tried first, where the heads do not add up to the hidden size
 VOCABULARY = 128
 WINDOW = 4  # shorter than any probe
 KERNEL_WINDOW = 128  # of the attention twin: one block of a kernel, and what GPT-OSS has
@@ -142,7 +142,8 @@ def _widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
         or base_config.num_attention_heads * head_dim == base_config.hidden_size
     ):
         return heads * share, share
-    return heads * share, next(size for size in HEAD_DIMS if size != share)
+    sizes = (*HEAD_DIMS, *range(4, 257, 4))
+    return heads * share, next(size for size in sizes if size != share and _rotates(base_config, size))
 
 
 def _real_widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
@@ -156,8 +157,9 @@ def _real_widths(base_config: PreTrainedConfig, heads: int) -> tuple[int, int]:
 def _rotates(base_config: PreTrainedConfig, head_dim: int) -> bool:
     """Return whether rope turns pairs of a head of this size, where it turns a part of every head only."""
     rope = getattr(base_config, "rope_parameters", None) or {}
-    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    return rotated > 0 and rotated % 2 == 0
+    kinds = [values for values in rope.values() if isinstance(values, dict)] or [rope]
+    rotated = [int(head_dim * values.get("partial_rotary_factor", 1.0)) for values in kinds]
+    return all(size > 0 and size % 2 == 0 for size in rotated)
 
 
 def _experts(base_config: PreTrainedConfig) -> dict[str, int]:

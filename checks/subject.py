@@ -86,7 +86,8 @@ class Subject:
         small = {"lora_r": min(self.config.lora_r, 3), "latent_size": 8, "n_latent_queries": 4, "warmup_steps": 0}
         small |= {"perceiver_heads": min(self.config.perceiver_heads, 8)}  # four queries to a key: two keys
         small |= {"perceiver_head_dim": min(self.config.perceiver_head_dim, 8)}
-        depth = {"num_blocks": min(self.config.num_blocks, 2), "layer_idx": self._twin_exit()}
+        blocks = 3 if self.config.shared_weights else 2  # of three, two share their weights
+        depth = {"num_blocks": min(self.config.num_blocks, blocks), "layer_idx": self._twin_exit()}
         return changed(self.config, **small, **depth, dtype="float32")
 
     def _twin_exit(self) -> int | None:

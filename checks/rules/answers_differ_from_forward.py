@@ -2,7 +2,8 @@
 
 What it does
 ------------
-Lets the twin answer three prompts at once, each with another document's LoRA, for more tokens than its sliding window holds.
+Lets the twin answer three prompts at once, each with another document's LoRA, for more tokens than its sliding window holds;
+its base brings settings of sampling and of a penalty of repetitions, as published ones do.
 
 Why it matters
 --------------
@@ -20,12 +21,14 @@ How to fix
 Bind the LoRA for the whole generation, decode greedily whatever the base's files say, and leave the cache to the library.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from checks.faults import override
 from checks.oracles import edited_weights
@@ -51,7 +54,7 @@ def check(subject: "Subject") -> Result:
     prompts = torch.randint(stop, (len(rows), PROMPT), generator=torch.Generator().manual_seed(1))
     seen: list[Tensor] = []  # logits [n, V] behind the last token of every pass of the base
     hook = model.base.register_forward_hook(lambda base, inputs, output: seen.append(output.logits[:, -1]))
-    with hook:
+    with hook, _made_for_sampling(model.base):
         answers = subject.implementation.generate(model, lora, prompts, [stop], ANSWER)
     worst = 0.0
     for context, (prompt, row) in enumerate(zip(prompts.tolist(), answers.tolist(), strict=True)):
@@ -73,6 +76,20 @@ def check(subject: "Subject") -> Result:
     if not worst < TOLERANCE:
         return _finding(f"logits behind the tokens of an answer differ by {worst:.2g} of the largest")
     return Pass(f"{len(rows)} answers of {ANSWER} tokens, each the likeliest; logits to {worst:.2g}", {"logits": worst})
+
+
+@contextmanager
+def _made_for_sampling(base: Any) -> Iterator[None]:
+    """Give a base meanwhile the settings of generation that published ones bring along, in the extreme."""
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, no_repeat_ngram_size=1
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        base.generation_config = own
 
 
 def _finding(actual: str) -> Fail:

@@ -140,11 +140,13 @@ def test_results_depend_on_the_seed_alone(evaluation: Evaluation) -> None:
 
 
 def test_the_other_document_has_another_text() -> None:
-    doubled = [*RECORDS, RECORDS[0]]
-    for index, other in enumerate(_draw_other_documents(doubled, random.Random(0))):
-        assert doubled[other].context != doubled[index].context
+    again = replace(RECORDS[0], prompts=("Another?",))  # a record of its own, as files have several of one document
+    several = [*RECORDS, again, again, again]
+    for seed in range(5):
+        for index, other in enumerate(_draw_other_documents(several, random.Random(seed))):
+            assert several[other].context != several[index].context
     with pytest.raises(DataError, match="found 1 in 2 records"):
-        _draw_other_documents([RECORDS[0], RECORDS[0]], random.Random(0))
+        _draw_other_documents([RECORDS[0], again], random.Random(0))
 
 
 def test_sizes_are_tokens_and_chunks_of_the_documents(trained: TrainedModel) -> None:

@@ -205,6 +205,20 @@ def test_packed_chunks_are_the_same_up_to_rounding(trained: TrainedModel, tmp_pa
 # What is refused
 
 
+def test_an_adapter_of_a_checkpoint_trained_anew_or_of_another_base_is_not_kept(
+    trained: TrainedModel, tmp_path: Path
+) -> None:
+    text = "The ferry leaves at nine."
+    run(trained, tmp_path, text)
+    elsewhere = replace(trained, config=trained.config.model_copy(update={"model_name_or_path": "another/base"}))
+    anew, moved = (Internalizer(it, AdapterForm(), lambda id_: tmp_path / id_) for it in (trained, elsewhere))
+    anew.checkpoint = {**anew.checkpoint, "sha256": "0" * 64}  # in the same folder
+    for internalizer in (anew, moved):
+        (outcome,) = internalizer.run([Document("d0", "d0", "here", text)])
+        assert outcome.status == "failed"
+        assert "another checkpoint or base" in outcome.reason
+
+
 def test_folders_of_others_are_refused(run_folder: Path, trained: TrainedModel, tmp_path: Path) -> None:
     docs = write(tmp_path / "docs", a="The ferry leaves at nine.", b="The bus leaves at ten.")
     (tmp_path / "mine").mkdir()

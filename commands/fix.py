@@ -50,17 +50,19 @@ def fix(
     if not settings:
         typer.echo("No setting is known that settles a finding.", err=True)
         return None
-    before = config.read_text(encoding="utf-8")
-    after = with_values(before, settings)
-    proven = judge(_read_patched(after, settings, read))
+    text = config.read_bytes().decode("utf-8")
+    windows = 0 < text.count("\n") == text.count("\r\n")
+    patched = with_values(text.replace("\r\n", "\n") if windows else text, settings)
+    proven = judge(_read_patched(patched, settings, read))
+    after = patched.replace("\n", "\r\n") if windows else patched
     sys.stdout.writelines(
-        unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), str(config), str(config))
+        unified_diff(text.splitlines(keepends=True), after.splitlines(keepends=True), str(config), str(config))
     )
     _say_what_became(report, proven)
     if write:
         kept = _copy_old(config)
         with replace_file(config) as partial:
-            partial.write_text(after, encoding="utf-8")
+            partial.write_bytes(after.encode("utf-8"))
         typer.echo(f"Written to {config}; the old one is {kept}", err=True)
     return proven
 

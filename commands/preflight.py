@@ -290,10 +290,10 @@ def _deliver(
     from checks.report import plain_text, print_report
 
     text = plain_text(report, fail_level, detail) if form == "text" else write_report(report, form, fail_level)
-    if output is not None:
-        with write_new_file(output) as partial:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     if form != "text" and output is None:
         typer.echo(text, nl=False)
     else:
         print_report(report, console(), fail_level, detail)
+    if output is not None:  # behind what is printed, which a full disk does not lose
+        with write_new_file(output) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")

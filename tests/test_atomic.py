@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from d2l.errors import CheckpointError, DataError
 from d2l.io import atomic
-from d2l.io.atomic import remove_leftovers, replace_file, write_new_file, write_new_folder
+from d2l.io.atomic import remove_leftovers, replace_file, require_new_file, write_new_file, write_new_folder
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -183,3 +183,12 @@ def test_permissions_that_are_right_are_not_set(tmp_path: Path, monkeypatch: pyt
     with write_new_file(tmp_path / "a.json") as partial:
         partial.write_text("{}")
     assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_new_file(tmp_path / "scores.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # tests may run as root
+    with pytest.raises(DataError, match="cannot be written to: choose another one"):
+        require_new_file(tmp_path / "scores.json")

@@ -232,6 +232,10 @@ def test_a_folder_and_standard_input_are_no_missing_file(tmp_path: Path) -> None
         find_config(tmp_path)
     with pytest.raises(ConfigError, match="not read from standard input"):
         find_config(Path("-"))
+    with pytest.raises(ConfigError, match="/dev/null is no regular file"):
+        find_config(Path("/dev/null"))
+    with pytest.raises(ConfigError, match="config file /no/file does not exist"):
+        find_config(Path("/no/file"))
 
 
 def test_the_schedulers_options_become_keys_with_a_note(tmp_path: Path) -> None:

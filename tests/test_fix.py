@@ -42,6 +42,17 @@ def test_the_patch_settles_what_was_found_and_nothing_is_written(config: Path) -
     assert clean.stderr.endswith("No setting is known that settles a finding.\n")
 
 
+def test_the_line_endings_of_windows_stay(config: Path) -> None:
+    windows = FILE.replace("\n", "\r\n").encode()
+    config.write_bytes(windows)
+    patch = fix("run.yaml", "--write").stdout_bytes
+    assert config.read_bytes() == SETTLED.replace("\n", "\r\n").encode()
+    config.write_bytes(windows)
+    applied = subprocess.run(["git", "apply", "-p0"], input=patch, capture_output=True, check=False)
+    assert applied.returncode == 0, applied.stderr
+    assert config.read_bytes() == SETTLED.replace("\n", "\r\n").encode()
+
+
 def test_a_written_patch_keeps_the_old_file(config: Path) -> None:
     Path("run.before-fix.yaml").write_text("another one\n")
     result = fix("run.yaml", "--write")

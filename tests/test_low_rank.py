@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_errors_of_zeros() -> None:
     assert relative_error(lora.zeroed(), lora) == pytest.approx(1)
     assert relative_error(lora.zeroed(), lora.zeroed()) == 0
     assert relative_error(lora, lora.zeroed()) == float("inf")
+
+
+def test_the_error_is_that_of_the_worst_delta_wherever_it_stands() -> None:
+    lora = random_lora(4, 6, 5)
+    for layer in range(LAYERS):
+        A = lora.A["v"].clone()
+        A[:, layer] = 0
+        assert relative_error(replace(lora, A={"v": A}), lora) == pytest.approx(1)
 
 
 def test_room_is_filled_with_zeros_and_the_scale_is_in_b() -> None:

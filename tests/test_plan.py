@@ -112,6 +112,8 @@ def test_assumed_rows_are_both_extremes() -> None:
 def test_cards_are_found_by_name_and_by_size() -> None:
     assert find_card("h100") is H100
     assert find_card("24GiB").memory == 24 * 2**30
+    with pytest.raises(ConfigError, match="a size such as 24GiB, found '24'"):  # bytes
+        find_card("24")
     assert find_card("80 GB").memory == 80 * 10**9
     assert find_card("a100-80").capability == (8, 0)
     assert sized_card(2**34).flops is None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SMALL_TOKENIZER = "configs/models/tiny_gpt_oss"
 LARGE = 20_000  # ids: a tokenizer above takes half a second to fingerprint, which every variant would pay
 TEXT, TOKENS = 300, 12  # at most so many characters of a document, and at least so many tokens
+SEEDS = 2**32  # a seed is below
 PIECES = 6  # more chunks than the draw of the base inputs takes
 PRINTED = "{{ supervision }} {{ strftime_now('%Y-%m-%d') }} "
 
@@ -90,7 +91,9 @@ def variants(subject: "Subject", folder: Path) -> Iterator[Inputs]:
     }
     for field, value in limits.items():
         yield replace(first, field=field, config=changed(config, **{field: value}))
-    yield from (replace(first, field="seed", config=changed(config, seed=config.seed + step)) for step in (1, 2))
+    yield from (
+        replace(first, field="seed", config=changed(config, seed=(config.seed + step) % SEEDS)) for step in (1, 2)
+    )
     yield from _conversations(first)
     yield from _data(first, subject)
 

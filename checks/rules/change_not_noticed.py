@@ -39,12 +39,13 @@ from checks.rule import Fault, Rule
 if TYPE_CHECKING:
     from checks.subject import Subject
 
-# Numbers beside those that shape rows, each of which may be larger; and what shapes nothing.
+# Numbers beside those that shape rows, each of which may be another; and what shapes nothing.
 SHAPING = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
     *("gen_lora_l1_reg_coef", "lora_r", "n_latent_queries", "num_blocks"),
 )
 FREE = ("save_steps", "save_total_limit", "logging_steps")
+LARGE = 1e6
 ACCUMULATED = "gradient_accumulation_steps"
 DATA, BASE, CHAT = {"data"}, {"base_config"}, {"chat", "tokenizer"}  # what parts of the rest are called
 
@@ -83,8 +84,12 @@ def _cases(subject: "Subject", folder: Path) -> Iterator[Case]:
     *others_before, last = then.records
     yield "the last answer", then, replace(then, records=[*others_before, replace(last, responses=("",))]), DATA
     for key in (*SHAPING, *FREE):
-        larger = then.config.model_copy(update={key: getattr(then.config, key) + 1})
-        yield key, then, replace(then, config=larger), {key} if key in SHAPING else set()
+        value = getattr(then.config, key)
+        other = (
+            value + 1 if abs(value) < LARGE else value / 2
+        )  # as a number without clipping, to which one adds nothing
+        changed_one = then.config.model_copy(update={key: other})
+        yield key, then, replace(then, config=changed_one), {key} if key in SHAPING else set()
     doubled, single = (replace(then, config=then.config.model_copy(update={ACCUMULATED: count})) for count in (2, 1))
     yield "twice the processes", single, replace(single, processes=2), {ACCUMULATED}
     yield "twice the processes, each with half", doubled, replace(single, processes=2), set()

@@ -49,7 +49,7 @@ REAL = BeforeValidator(_not_a_boolean)
 
 # Constraints stand before the validator: pydantic writes them into a JSON Schema in this order only.
 Whole = Annotated[int, WHOLE]
-Count = Annotated[int, Field(ge=1), WHOLE]
+Count = Annotated[int, Field(ge=1, le=2**53), WHOLE]  # a schedule divides it in floats
 Several = Annotated[int, Field(ge=2), WHOLE]
 NonNegative = Annotated[int, Field(ge=0), WHOLE]
 Seed = Annotated[int, Field(ge=0, lt=2**32), WHOLE]  # as wide as every generator of random numbers takes

@@ -84,10 +84,10 @@ def _write_folder(folder: Path, what: str, *, replaces: bool) -> Iterator[Path]:
 
 
 def require_new_file(path: Path) -> None:
-    """Refuse a path that exists, links to nothing included, or whose folder does not.
+    """Refuse a path that exists, links to nothing included, or whose folder does not, or cannot be written to.
 
     Raises:
-        DataError: the message names which of the two; or the path is `-`, which would become a file of that name.
+        DataError: the message names which; or the path is `-`, which would become a file of that name.
     """
     if str(path) == "-":
         raise DataError("the output goes to a file, not to standard output: name one")
@@ -95,6 +95,8 @@ def require_new_file(path: Path) -> None:
         raise DataError(f"{path} exists and is never written over: remove it or choose another name")
     if not path.parent.is_dir():
         raise DataError(f"{path}: the folder {path.parent} does not exist: make it or choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path}: the folder {path.parent} cannot be written to: choose another one")
 
 
 @contextmanager

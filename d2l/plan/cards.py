@@ -4,6 +4,7 @@ Memory is what the driver reports; rates are those of the makers' data sheets: d
 and memory bandwidth.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from d2l.config.numbers import read_bytes
@@ -65,12 +66,11 @@ def find_card(name_or_size: str) -> Card:
     for card in CARDS:
         if card.name.lower() == wanted:
             return card
-    try:
-        return sized_card(read_bytes(wanted))
-    except ValueError:
-        known = ", ".join(card.name for card in CARDS)
-        problem = f"--gpu: expected one of {known}, or a size such as 24GiB, found {name_or_size!r}"
-        raise ConfigError([problem]) from None
+    with suppress(ValueError):
+        if (size := read_bytes(wanted)) >= _GIB:
+            return sized_card(size)
+    known = ", ".join(card.name for card in CARDS)
+    raise ConfigError([f"--gpu: expected one of {known}, or a size such as 24GiB, found {name_or_size!r}"])
 
 
 def sized_card(memory: int) -> Card:

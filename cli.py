@@ -1,5 +1,6 @@
 """The console script: the application, its commands, and what their errors exit with."""
 
+import errno
 import sys
 import warnings
 from io import TextIOWrapper
@@ -45,6 +46,11 @@ class Commands(TyperGroup):
         except D2LError as error:
             tell_refusal(str(error), getattr(error, "__notes__", ()))
             raise typer.Exit(_exit_code(error)) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            tell_refusal("nothing more can be written: the disk behind standard output is full", ())
+            raise typer.Exit(USAGE) from None
         except KeyboardInterrupt as error:
             typer.echo("\n".join(["Interrupted.", *getattr(error, "__notes__", ())]), err=True)
             raise typer.Exit(INTERRUPTED) from None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_model import run_config
+from support.tiny_model import run_config, tiny_model
 
 from d2l.checkpoint import Checkpoint, save_checkpoint
 from d2l.config.schema import RunConfig
@@ -20,7 +20,7 @@ from d2l.errors import CheckpointError
 from d2l.fingerprint import Fingerprint
 from d2l.io.run_folder import MANIFEST, checkpoints_folder, step_folder
 from d2l.train import start as module
-from d2l.train.changes import compare_configs
+from d2l.train.changes import SHAPES, compare_configs
 from d2l.train.folder import Change, Identity
 from d2l.train.optimizer import learning_rates
 from d2l.train.start import Start, start_resumed, with_inputs
@@ -161,7 +161,10 @@ def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"learning_rate": 0.5}, ["learning_rate: 0.01 in the checkpoint, 0.5 now"]),
-        ({"seed": 9, "lora_r": 3}, ["lora_r: 2 in the checkpoint, 3 now", "seed: 0 in the checkpoint, 9 now"]),
+        (
+            {"seed": 9, "warmup_steps": 3},
+            ["warmup_steps: 0 in the checkpoint, 3 now", "seed: 0 in the checkpoint, 9 now"],
+        ),
     ],
 )
 def test_another_configuration_is_refused_key_by_key(tmp_path: Path, changes: dict[str, Any], named: list[str]) -> None:
@@ -173,6 +176,26 @@ def test_another_configuration_is_refused_key_by_key(tmp_path: Path, changes: di
     assert [line.strip() for line in rest] == named
     assert last.startswith("to go on all the same: ")
     assert sorted(last.split()[7::2]) == sorted(f"{key}=REASON" for key in changes)
+
+
+# Each makes a hypernetwork of other weights.
+OTHER_SHAPES: dict[str, Any] = {
+    **{"lora_r": 3, "target_modules": ("q_proj",), "ctx_encoder_type": "concat_layers", "latent_size": 24},
+    **{"n_latent_queries": 5, "num_blocks": 2, "num_self_attn_per_block": 2, "perceiver_heads": 8},
+    **{"perceiver_head_dim": 16, "per_rank_gen": False, "per_layer_processing": False, "num_pre_head_layers": 3},
+    **{"use_bias": False},
+}
+
+
+def test_what_changes_the_weights_cannot_be_allowed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert OTHER_SHAPES.keys() == SHAPES
+    own = {name: value.shape for name, value in tiny_model(run_config()).hypernet.state_dict().items()}
+    for key, value in OTHER_SHAPES.items():
+        other = run_config(**{key: value})
+        assert own != {name: it.shape for name, it in tiny_model(other).hypernet.state_dict().items()}
+        with pytest.raises(CheckpointError, match=rf"{key}: .*\n(.*\n)*the checkpoint's weights have other shapes"):
+            resume(run, other, **{key: "I want it"})
 
 
 def test_saves_and_paths_may_change(tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ CHANGEABLE = {
     "select_checks",
     "ignore_checks",
 }
+# Settings that decide how many weights the hypernetwork has, and of what shapes: no checkpoint of others can be loaded.
+SHAPES = {
+    *("lora_r", "target_modules", "ctx_encoder_type", "latent_size", "n_latent_queries", "num_blocks"),
+    *("num_self_attn_per_block", "perceiver_heads", "perceiver_head_dim", "per_rank_gen", "per_layer_processing"),
+    *("num_pre_head_layers", "use_bias"),
+}
 PARTS = ("data", "base_config", "tokenizer", "chat")  # of the fingerprint, whatever the configuration calls them
 _STEPS, _ACCUMULATION = "max_steps", "gradient_accumulation_steps"
 
@@ -79,12 +85,18 @@ def allow(
     """
     known = [(change.field, change.now) for change in earlier]
     new = [it for it in differences if (it.field, it.now) not in known]
+    if shapes := [it for it in new if it.field in SHAPES]:
+        advice = "the checkpoint's weights have other shapes: leave these as they were, or start a new run"
+        raise CheckpointError("\n".join([heading, *_lines(shapes), advice]))
     refused = [it for it in new if it.field not in reasons]
     if refused:
-        lines = [f"  {line}" for it in refused for line in (f"{it.field}: {it.text}", it.advice) if line]
         fields = " ".join(f"--allow-change {it.field}=REASON" for it in refused)
-        raise CheckpointError("\n".join([heading, *lines, f"to go on all the same: {fields}"]))
+        raise CheckpointError("\n".join([heading, *_lines(refused), f"to go on all the same: {fields}"]))
     return [Change(step, it.field, it.was, it.now, reasons[it.field]) for it in new]
+
+
+def _lines(differences: Sequence[Difference]) -> list[str]:
+    return [f"  {line}" for it in differences for line in (f"{it.field}: {it.text}", it.advice) if line]
 
 
 def compare_configs(then: RunConfig, now: RunConfig, state: Mapping[str, Any], processes: int) -> Iterator[Difference]:

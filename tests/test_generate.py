@@ -21,7 +21,15 @@ from d2l.data.packing import collate
 from d2l.data.tokenize import Row
 from d2l.errors import CheckpointError, DataError, ModelError
 from d2l.hypernet.lora import Lora, bind
-from d2l.inference.generate import ask, decode_answer, encode_prompt, find_stop_ids, generate, internalize
+from d2l.inference.generate import (
+    ask,
+    decode_answer,
+    encode_prompt,
+    find_stop_ids,
+    generate,
+    internalize,
+    tokenize_document,
+)
 from d2l.inference.load import TrainedModel, load_model
 from d2l.io.run_folder import step_folder
 
@@ -36,6 +44,18 @@ def supervised(trained: TrainedModel, supervision: Any) -> TrainedModel:
 
 
 # Loading
+
+
+def test_a_document_is_cut_as_in_training(trained: TrainedModel) -> None:
+    """By another rule the chunks, and with them the LoRA, are others."""
+    found = []
+    for chunking in ("equal", "sentences"):
+        changes = {"chunking": chunking, "max_ctx_chunk_len": 200, "max_packed_ctx_len": -1}
+        own = replace(trained, config=trained.config.model_copy(update=changes))
+        expected = chunk_document(LONG, own.chat, Limits.of(own.config, own.model.base.config))
+        found.append(tokenize_document(own, LONG))
+        assert found[-1] == expected
+    assert found[0] != found[1]
 
 
 def test_the_newest_checkpoint_of_a_run_is_loaded_with_its_config(run_folder: Path, trained: TrainedModel) -> None:

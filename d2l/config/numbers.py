@@ -3,7 +3,9 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+_EXACT = 2**53  # a schedule divides numbers of steps in floats
 
 
 def _not_a_boolean(value: Any) -> Any:
@@ -20,6 +22,12 @@ def _whole(value: Any) -> Any:
             return float(value)
         except ValueError:
             return value
+    return value
+
+
+def _exact(value: int) -> int:
+    if value > _EXACT:
+        raise ValueError(f"expected a whole number of at most {_EXACT:,}, which is as far as floats are exact")
     return value
 
 
@@ -49,7 +57,7 @@ REAL = BeforeValidator(_not_a_boolean)
 
 # Constraints stand before the validator: pydantic writes them into a JSON Schema in this order only.
 Whole = Annotated[int, WHOLE]
-Count = Annotated[int, Field(ge=1, le=2**53), WHOLE]  # a schedule divides it in floats
+Count = Annotated[int, Field(ge=1), WHOLE, AfterValidator(_exact)]
 Several = Annotated[int, Field(ge=2), WHOLE]
 NonNegative = Annotated[int, Field(ge=0), WHOLE]
 Seed = Annotated[int, Field(ge=0, lt=2**32), WHOLE]  # as wide as every generator of random numbers takes

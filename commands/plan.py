@@ -131,7 +131,8 @@ def _facts(made: "Plan") -> list[tuple[str, str]]:
     else:
         largest = made.largest_packing
         budgets = f"max_packed_inp_len: {largest.max_packed_inp_len}, max_packed_ctx_len: {largest.max_packed_ctx_len}"
-        facts.append(("largest packing", f"{budgets} ({_size(largest.peak_bytes)}{_pace(largest.tokens_per_second)})"))
+        text = f"{budgets} ({_size(largest.peak_bytes)}{_pace(largest.tokens_per_second)})"
+        facts.append(("largest packing", text + ("; no row is longer" if largest.limited_by == "rows" else "")))
     from d2l.plan.plan import PAPER_CONTEXT_TOKENS
 
     paper = f"{PAPER_CONTEXT_TOKENS:,} in the paper"

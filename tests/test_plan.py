@@ -303,9 +303,23 @@ def test_the_largest_packing_fits_and_the_next_one_does_not(card: str) -> None:
     assert found.peak_bytes <= usable
     assert found.max_packed_ctx_len % 128 == 0
     assert found.max_packed_inp_len == found.max_packed_ctx_len
+    assert found.limited_by == "card"
     larger = found.max_packed_ctx_len + 128
     config = configured("recommended", max_packed_ctx_len=larger, max_packed_inp_len=larger)
     assert memory_plan(ON_H100.sizes(config), rows.shapes(config)).needed > usable
+
+
+def test_rows_that_no_budget_makes_longer_are_said_to_limit_the_packing() -> None:
+    plan = as_json("configs/tiny_gpt_oss.yaml", "--gpu", "H100")
+    assert plan["largest_packing"]["limited_by"] == "rows"
+    assert "; no row is longer" in run("configs/tiny_gpt_oss.yaml", "--gpu", "H100").output
+
+
+@pytest.mark.parametrize("key", ["max_packed_ctx_len", "max_ctx_len"])
+def test_documents_that_a_run_drops_are_not_planned(key: str) -> None:
+    result = run(str(DOCUMENTED), "--gpu", "H100", "--document-tokens", "1000", "--set", f"{key}=999")
+    assert result.exit_code == 2
+    assert f"a run drops documents of 1,000 tokens, as {key} is 999: raise it (--set {key}=1000)" in result.output
 
 
 def test_nothing_fits_a_card_that_the_base_alone_fills() -> None:

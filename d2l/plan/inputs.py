@@ -6,9 +6,9 @@ from d2l.base.config import read_base_config
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
-from d2l.errors import ModelError
+from d2l.errors import ConfigError, ModelError
 from d2l.plan.cards import H100, Card, card_here, find_card, sized_card
-from d2l.plan.rows import AssumedRows, DataRows, Rows
+from d2l.plan.rows import UNLIMITED, AssumedRows, DataRows, Rows
 from d2l.plan.sizes import Model
 
 
@@ -41,10 +41,11 @@ def plan_inputs(
         processes: cards that share each optimizer step.
 
     Raises:
-        ConfigError: there is no such card.
+        ConfigError: there is no such card, or the run would drop documents of that length.
         ModelError: the base model or a named tokenizer cannot be read.
         DataError: the data cannot be used.
     """
+    _require_taken(config, document_tokens)
     card, remarks = _card(config, gpu), []
     if card is None:
         card = H100
@@ -64,6 +65,15 @@ def plan_inputs(
         base_config = read_base_config(config.model_name_or_path)
     model = Model(base_config, "cuda", card.capability, processes)
     return PlanInputs(model, rows or AssumedRows(document_tokens), card, tuple(remarks))
+
+
+def _require_taken(config: RunConfig, document_tokens: int | None) -> None:
+    """Refuse documents that are longer than a run takes."""
+    limits = {name: getattr(config, name) for name in ("max_ctx_len", "max_packed_ctx_len")}
+    for name, most in limits.items():
+        if document_tokens is not None and most != UNLIMITED and document_tokens > most:
+            problem = f"--document-tokens: a run drops documents of {document_tokens:,} tokens, as {name} is {most:,}"
+            raise ConfigError([f"{problem}: raise it (--set {name}={document_tokens}), or plan shorter ones"])
 
 
 def _card(config: RunConfig, gpu: str | None) -> Card | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -35,12 +35,17 @@ class Saving:
 
 @dataclass(frozen=True)
 class Packing:
-    """The largest budgets, in the configuration's proportion, with which the run fits."""
+    """The largest budgets, in the configuration's proportion, with which the run fits.
+
+    Attributes:
+        limited_by: the card, or the rows, of which no larger budget would make others.
+    """
 
     max_packed_inp_len: int
     max_packed_ctx_len: int
     peak_bytes: int
     tokens_per_second: float | None
+    limited_by: Literal["card", "rows"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ def _largest_packing(model: Model, config: RunConfig, rows: Rows, card: Card) ->
 
     sizes = model.sizes(config)
     low, high = 0, -(-rows.most_tokens // _GRAIN)
+    most = high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -179,7 +185,8 @@ def _largest_packing(model: Model, config: RunConfig, rows: Rows, card: Card) ->
         return None
     tokens, seconds = _pace(sizes, shapes, card)
     speed = None if seconds is None else sizes.processes * tokens / seconds
-    return Packing(**budgets, peak_bytes=memory_plan(sizes, shapes).peak, tokens_per_second=speed)
+    peak = memory_plan(sizes, shapes).peak
+    return Packing(**budgets, peak_bytes=peak, tokens_per_second=speed, limited_by="rows" if low == most else "card")
 
 
 def _savings(model: Model, config: RunConfig, rows: Rows, peak: int) -> list[Saving]:

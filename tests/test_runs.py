@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import cli
 from d2l.evaluation.curves import MOST_POINTS, smooth, thin
 from d2l.io.run_folder import EVALUATIONS
-from d2l.train.events import note_event, read_events
+from d2l.train.events import STOPPED, note_event, read_events
 from d2l.train.history import RunHistory, read_history, read_metrics, series, speeds
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
@@ -93,6 +93,17 @@ def test_the_newest_held_out_loss_is_told(tmp_path: Path) -> None:
     (folder / EVALUATIONS).write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "docu')
     assert facts(folder)[0]["heldout_loss"] == 2.25
     assert d2l("status", folder).stdout.splitlines()[1].split()[3] == "2.25"
+
+
+def test_a_run_that_was_asked_to_stop_has_stopped_at_once(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    note_event(folder, "resumed from step 4")
+    written_ago(folder, 5)
+    assert facts(folder)[0]["state"] == "running?"
+    note_event(folder, f"{STOPPED} 6 by SIGINT")
+    assert facts(folder)[0]["state"] == "stopped"
+    note_event(folder, "resumed from step 6")
+    assert facts(folder)[0]["state"] == "running?"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 from d2l.io.run_folder import AUTOPSY_FOLDER, EVENTS, RUN
 
+STOPPED = "stopped after step"  # how the event of a run that was asked to stop begins
 _SUPERSEDED = "superseded-"
 
 

@@ -28,7 +28,7 @@ from d2l.io.run_folder import (
     step_folders,
     step_of,
 )
-from d2l.train.events import Event, read_events, was_autopsied
+from d2l.train.events import STOPPED, Event, read_events, was_autopsied
 from d2l.train.first_step import FIRST_STEP
 from d2l.train.metrics import LOSS_SUFFIX, PEAK_SUFFIX
 
@@ -122,7 +122,7 @@ class RunHistory:
             return "done"
         if self.locked is False:
             return "died"
-        if was_autopsied(self.folder):
+        if was_autopsied(self.folder) or (self.events and self.events[-1].text.startswith(STOPPED)):
             return "stopped"
         age = self.age(now)
         if age is None:

@@ -8,7 +8,7 @@ from typing import Any
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
-from d2l.train.events import note_event
+from d2l.train.events import STOPPED, note_event
 from d2l.train.first_step import FIRST_STEP, UNKNOWN, Prediction
 from d2l.train.folder import named_writes, prepare
 from d2l.train.loop import Trainer, train_steps
@@ -76,7 +76,7 @@ def train(
         return None
     if this.is_main_process:
         with _named_writes(start.folder):
-            note_event(start.folder, f"stopped after step {trainer.step_number:,} by {trainer.stop.cause}")
+            note_event(start.folder, f"{STOPPED} {trainer.step_number:,} by {trainer.stop.cause}")
     return trainer.stop.cause
 
 

@@ -135,7 +135,7 @@ class Subject:
         config = deepcopy(self.twin_base_config)
         if self.twin_plan.experts.value != "packed":
             return None
-        config.num_local_experts = min(4 * config.num_experts_per_tok, self.base_config.num_local_experts)
+        config.num_local_experts = 4 * config.num_experts_per_tok
         return self._grouped(config, self.twin_plan.expert_transient_bytes)
 
     def _grouped(self, config: "PreTrainedConfig", transient_bytes: int) -> "PreTrainedModel":

@@ -100,18 +100,18 @@ def in_pieces() -> Iterator[None]:
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Multiply the contexts of a packed row by their LoRAs in one grouped product; torch's takes no float64."""
-    own, multiply = lora._has_grouped_products, functional.grouped_mm
+    own, multiply = lora.has_grouped_products, functional.grouped_mm
 
     def by_group(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
         groups = rows.tensor_split(offs[:-1].tolist())
         return torch.cat([group @ matrix for group, matrix in zip(groups, matrices, strict=True)])
 
-    lora._has_grouped_products = lambda tokens, A, B, lengths: all(lengths)
+    lora.has_grouped_products = lambda tokens, A, B, lengths: all(lengths)
     functional.grouped_mm = by_group  # type: ignore[assignment]
     try:
         yield
     finally:
-        lora._has_grouped_products, functional.grouped_mm = own, multiply
+        lora.has_grouped_products, functional.grouped_mm = own, multiply
 
 
 def changes_of_resuming(then: RunInputs, now: RunInputs) -> set[str]:

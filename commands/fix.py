@@ -50,13 +50,11 @@ def fix(
     if not settings:
         typer.echo("No setting is known that settles a finding.", err=True)
         return None
-    text = config.read_bytes().decode("utf-8")
-    windows = 0 < text.count("\n") == text.count("\r\n")
-    patched = with_values(text.replace("\r\n", "\n") if windows else text, settings)
-    proven = judge(_read_patched(patched, settings, read))
-    after = patched.replace("\n", "\r\n") if windows else patched
+    before = config.read_bytes().decode("utf-8")  # with its own ends of lines
+    after = with_values(before, settings)
+    proven = judge(_read_patched(after, settings, read))
     sys.stdout.writelines(
-        unified_diff(text.splitlines(keepends=True), after.splitlines(keepends=True), str(config), str(config))
+        unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), str(config), str(config))
     )
     _say_what_became(report, proven)
     if write:

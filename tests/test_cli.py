@@ -1,5 +1,6 @@
 """The commands, with toy rules and a toy training run in place of the real ones."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import cli
 from checks.result import Fail, Pass, Skip, Warn
 from checks.rule import Fault, Rule
 from commands.console import LOADING, libraries_to_stderr, load_libraries
-from d2l.errors import ConfigError, NonFiniteError
+from d2l.errors import ConfigError, DataError, NonFiniteError
 from d2l.train.first_step import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,6 +284,15 @@ def test_our_own_faults_are_not_hidden(world):
     assert isinstance(d2l("preflight").exception, RuntimeError)
 
 
+def test_a_full_disk_behind_standard_output_is_one_message(world):
+    world.load_error = OSError(errno.ENOSPC, "No space left on device")
+    result = d2l("preflight")
+    assert result.exit_code == 2
+    assert "the disk behind standard output is full" in result.stderr
+    world.load_error = OSError(errno.ENOSPC, "No space left on device", "weights")  # of a file: ours to have caught
+    assert isinstance(d2l("preflight").exception, OSError)
+
+
 # preflight
 
 
@@ -357,6 +367,16 @@ def test_a_format_for_programs_is_all_of_stdout_or_in_the_file(world, tmp_path, 
     assert told.exit_code == 1
     assert (tmp_path / "report").read_text() == result.stdout
     assert told.stdout == d2l("preflight", "x.yaml").stdout
+
+
+def test_a_report_that_cannot_be_written_was_printed(world, tmp_path, monkeypatch):
+    def full(path):
+        raise DataError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("commands.preflight.write_new_file", full)
+    result = d2l("preflight", "x.yaml", "-o", str(tmp_path / "report"))
+    assert result.exit_code == 2
+    assert "TOY201" in result.stdout
 
 
 def test_the_schema_of_reports_is_printed_and_nothing_runs(world):

@@ -259,6 +259,10 @@ def test_the_schedulers_options_become_keys_with_a_note(tmp_path: Path) -> None:
         ),
         ("num_train_epochs: 3", "num_train_epochs: 3 of the reference is not supported"),
         ("seed: 99999999999999999999", "line 1: seed: must be less than 4294967296"),
+        (
+            "max_steps: 99999999999999999999",
+            "line 1: max_steps: expected a whole number of at most 9,007,199,254,740,992",
+        ),
     ],
 )
 def test_what_has_no_place_here_is_refused(tmp_path: Path, text: str, expected: str) -> None:

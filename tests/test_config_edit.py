@@ -51,6 +51,13 @@ def test_a_value_of_several_lines_becomes_one() -> None:
     )
 
 
+def test_lines_end_as_those_of_the_file() -> None:
+    windows = FILE.replace("\n", "\r\n")
+    values = {"target_modules": ["o_proj"], "warmup_steps": 7, "a_new_key": 1}
+    assert with_values(windows, values) == with_values(FILE, values).replace("\n", "\r\n")
+    assert with_values("rank: 8\r\nseed: 1", {"dtype": "float32"}) == "rank: 8\r\nseed: 1\r\ndtype: float32\r\n"
+
+
 @pytest.mark.parametrize(
     "text", ["", "# nothing", "{}", "{rank: 8, seed: 1}", "rank: 8", "rank: 8 # eight", "---\nrank: 8\n"]
 )

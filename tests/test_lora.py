@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from d2l.base.segments import Segments
 from d2l.errors import ModelError
-from d2l.hypernet.lora import Lora, _ends, _has_grouped_products, bind, checkpoint_contexts, merge_chunks
+from d2l.hypernet.lora import Lora, _ends, bind, checkpoint_contexts, has_grouped_products, merge_chunks
 from d2l.hypernet.targets import find_targets, target_sizes
 
 COMBINE = ["combine_01_1", "combine_02_2_1", "combine_03_3_1_2_scalers", "combine_04_2_1_nobias"]
@@ -563,7 +563,7 @@ def test_grouped_products_are_the_products_of_each_context(
     x, probe = torch.randn(1, 16, 24), torch.randn(1, 16, 16, dtype=dtype)
 
     def run(grouped: bool) -> list[Tensor]:
-        monkeypatch.setattr("d2l.hypernet.lora._has_grouped_products", lambda *_: grouped)
+        monkeypatch.setattr("d2l.hypernet.lora.has_grouped_products", lambda *_: grouped)
         lora = random_lora({"q": (24, 16)}, len(lengths), layers=1, rank=8)
         tokens = x.clone().to(dtype).requires_grad_()
         with bind({"q": [linear]}, lora, Segments(lengths)):
@@ -579,4 +579,4 @@ def test_grouped_products_are_the_products_of_each_context(
 
 
 def test_grouped_products_need_a_gpu_that_has_them() -> None:
-    assert not _has_grouped_products(*(torch.zeros(8, 8, dtype=torch.bfloat16) for _ in range(3)), (8,))
+    assert not has_grouped_products(*(torch.zeros(8, 8, dtype=torch.bfloat16) for _ in range(3)), (8,))

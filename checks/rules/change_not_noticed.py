@@ -45,7 +45,7 @@ SHAPING = (
     *("gen_lora_l1_reg_coef", "lora_r", "n_latent_queries", "num_blocks"),
 )
 FREE = ("save_steps", "save_total_limit", "logging_steps")
-LARGE = 1e6
+LARGE = 1e6  # from where on one may add nothing: 1e30 is a limit that clips no gradient
 ACCUMULATED = "gradient_accumulation_steps"
 DATA, BASE, CHAT = {"data"}, {"base_config"}, {"chat", "tokenizer"}  # what parts of the rest are called
 
@@ -85,11 +85,9 @@ def _cases(subject: "Subject", folder: Path) -> Iterator[Case]:
     yield "the last answer", then, replace(then, records=[*others_before, replace(last, responses=("",))]), DATA
     for key in (*SHAPING, *FREE):
         value = getattr(then.config, key)
-        other = (
-            value + 1 if abs(value) < LARGE else value / 2
-        )  # as a number without clipping, to which one adds nothing
-        changed_one = then.config.model_copy(update={key: other})
-        yield key, then, replace(then, config=changed_one), {key} if key in SHAPING else set()
+        other = value + 1 if abs(value) < LARGE else value / 2
+        now = replace(then, config=then.config.model_copy(update={key: other}))
+        yield key, then, now, {key} if key in SHAPING else set()
     doubled, single = (replace(then, config=then.config.model_copy(update={ACCUMULATED: count})) for count in (2, 1))
     yield "twice the processes", single, replace(single, processes=2), {ACCUMULATED}
     yield "twice the processes, each with half", doubled, replace(single, processes=2), set()

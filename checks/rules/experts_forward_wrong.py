@@ -53,9 +53,8 @@ def check(subject: "Subject") -> Result:
     limit = getattr(config, "swiglu_limit", experts.LIMIT)
     evidence: dict[str, float] = {}
     for way, bound, base in _ways(subject):
-        tokens = (
-            (base.config.num_local_experts - 1) // top_k if way == FEW else None
-        )  # whose routes leave an expert out
+        # a few tokens are as many as leave an expert without a route
+        tokens = (base.config.num_local_experts - 1) // top_k if way == FEW else None
         differences = _differences(config, base, top_k, alpha, limit, tokens)
         found = {f"layer {number}{way}": value for number, value in differences}
         evidence |= found

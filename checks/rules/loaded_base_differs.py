@@ -145,8 +145,7 @@ def _as_transformers_loads(subject: "Subject") -> "PreTrainedModel":
             trust_remote_code=False,
             **options,
         )
-    if getattr(base.config, "num_experts_per_tok", None):
-        base.set_experts_implementation("eager")
+    base.set_experts_implementation("eager")
     _cast_weights(base, plan.torch_dtype)
     return base.eval()
 

@@ -24,9 +24,10 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     places = {key.value: (key.end_mark.index, value) for key, value in pairs}
     edits, added = [], []
+    newline = "\r\n" if "\r\n" in text else "\n"
     for key, value in values.items():
         if key not in places:
-            added.append(f"{key}: {in_yaml(value)}\n")
+            added.append(f"{key}: {in_yaml(value)}{newline}")
             continue
         end_of_key, node = places[key]
         start = text.index(":", end_of_key) + 1
@@ -34,7 +35,7 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     if added and text and not text.endswith("\n"):
-        text += "\n"
+        text += newline
     return text + "".join(added)
 
 

@@ -122,10 +122,9 @@ def find_config(path: Path | None) -> Path:
     shipped = ", ".join(f"configs/{name}" for name in shipped_configs())
     if str(path) == "-":
         raise ConfigError(["a configuration is not read from standard input: name a file"])
-    exists = found is not None and found.exists()
-    wrong = (
-        "does not exist" if not exists else "is a folder, not a file" if Path(path).is_dir() else "is no regular file"
-    )
+    wrong = "does not exist"
+    if found is not None and found.exists():
+        wrong = "is a folder, not a file" if found.is_dir() else "is no regular file"
     raise ConfigError([f"config file {path} {wrong}; shipped configs are {shipped}; `d2l init` writes a new one"])
 
 

@@ -194,7 +194,7 @@ class _Slot:
             shape = (len(lengths), lengths[0], -1)
             summed = torch.baddbmm(output.reshape(shape).to(dtype), tokens.reshape(shape) @ A.mT, B, alpha=self.scale)
             return summed.reshape(output.shape).to(output.dtype)
-        if _has_grouped_products(tokens, A, B, lengths):
+        if has_grouped_products(tokens, A, B, lengths):
             ends = _ends(lengths, tokens.device)
             reduced = functional.grouped_mm(tokens, A.mT, offs=ends) * self.scale
             return output + functional.grouped_mm(reduced, B, offs=ends).reshape(output.shape)
@@ -212,7 +212,7 @@ class _Slot:
         return output if self.A.requires_grad else torch.promote_types(output, self.A.dtype)
 
 
-def _has_grouped_products(tokens: Tensor, A: Tensor, B: Tensor, lengths: Sequence[int]) -> bool:
+def has_grouped_products(tokens: Tensor, A: Tensor, B: Tensor, lengths: Sequence[int]) -> bool:
     """Return whether one kernel multiplies all contexts: in bfloat16 on SM 90 and 100, where rows have whole 16 bytes.
 
     Other GPUs would loop over the contexts, and ask the host for their lengths.

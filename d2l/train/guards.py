@@ -101,7 +101,7 @@ def require_sound_state(
     found = find_spoilt(named, optimizer)
     tensors = _list_some(found, 3) if found else f"those of rank {_list_some(spoilt_ranks, 8)}"
     cause = (
-        f"optimizer moments are not finite, or weights, or the norm of these is beyond {MAX_NORM:.3g}: {tensors}; "
+        f"weights or optimizer moments are not finite, or the norm of a weight is beyond {MAX_NORM:.3g}: {tensors}; "
         "no checkpoint of them was written"
     )
     where = f"after the update of step {step}" if step else "before the first step"

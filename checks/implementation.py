@@ -111,6 +111,9 @@ class Implementation(Protocol):
     def load_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
         """Read a base as the run would."""
 
+    def load_sharded_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
+        """Read a base, in all processes of torch's default group, of which each then holds a share of every weight."""
+
     def inspect_base(
         self, config: RunConfig, base_config: "PreTrainedConfig", plan: "LoadPlan"
     ) -> "Mapping[str, Tensor] | None":
@@ -194,11 +197,7 @@ class Implementation(Protocol):
         """Do the same, and evaluate held-out rows meanwhile, of which there are some for each stage of the run."""
 
     def evaluate(self, run: Any, rows: Sequence["Row"]) -> Mapping[str, float]:
-        """Score held-out rows, a document each, in the middle of a run, as its own evaluations do.
-
-        Returns:
-            What it has of the scores of evaluation.jsonl, under their names; see `checks.oracles.heldout`.
-        """
+        """Score held-out rows, a document each, in the middle of a run; see `checks.oracles.heldout` for the names of scores."""
 
     def generate(
         self, model: Any, lora: "Lora | None", prompts: Tensor, stop: Sequence[int], max_new_tokens: int

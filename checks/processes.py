@@ -138,8 +138,9 @@ def _member(task: Callable[[], Any], rank: int, count: int, folder: Path) -> Non
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
             _value(folder, rank).write_bytes(pickle.dumps(task()))
             distributed.destroy_process_group()
-        except Exception:
+        except Exception as error:
             traceback.print_exc(file=said)
+            said.write(f"{type(error).__name__}: {error}".splitlines()[0])  # what the finding says of it
             said.flush()
             os._exit(1)
         said.flush()

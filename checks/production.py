@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import LoadPlan, plan_load
+from d2l.base.sharding import load_sharded_base
 from d2l.build import Components, build_chat, build_model, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint
 from d2l.config.load import saved_config
@@ -75,6 +76,11 @@ class Production:
     def load_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
         with quiet_transformers():
             return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
+
+    def load_sharded_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
+        with quiet_transformers():
+            processes = distributed.get_world_size()
+            return load_sharded_base(str(folder), read_base_config(str(folder)), plan, seed=0, processes=processes)
 
     def inspect_base(
         self, config: RunConfig, base_config: PreTrainedConfig, plan: LoadPlan
@@ -198,12 +204,7 @@ class Production:
         return merge_documents(loras)
 
     def evaluation(
-        self,
-        base: PreTrainedModel,
-        chat: ChatFormat,
-        checkpoint: Path,
-        records: Sequence[Record],
-        max_new_tokens: int,
+        self, base: PreTrainedModel, chat: ChatFormat, checkpoint: Path, records: Sequence[Record], max_new_tokens: int
     ) -> Mapping[str, Any]:
         return evaluate(load_here(base, chat, checkpoint), records, max_new_tokens=max_new_tokens).to_json()
 

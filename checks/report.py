@@ -22,10 +22,21 @@ TRACEBACK_LINES = 4  # the innermost frame and the error
 
 
 def print_report(
-    report: Report | Selftest, console: Console, fail_level: FailLevel = "error", detail: Detail = "normal"
+    report: Report | Selftest,
+    console: Console,
+    fail_level: FailLevel = "error",
+    detail: Detail = "normal",
+    *,
+    ends: bool = True,
 ) -> None:
-    """Print the report on the console: coloured on a terminal, else as `plain_text`."""
+    """Print the report on the console: coloured on a terminal, else as `plain_text`.
+
+    Args:
+        ends: whether the command ends with the report's exit code, which is named then.
+    """
     page = _page(report, fail_level, detail)
+    if not ends:
+        page = replace(page, summary=page.summary.rpartition(" (exit code")[0])
     if console.is_terminal and not console.is_dumb_terminal:
         console.print(coloured(page, console.width))
     else:

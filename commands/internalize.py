@@ -141,8 +141,9 @@ def _internalize_many(
             with open_index(output) as index:
                 index.require_checkpoint(work.checkpoint["sha256"])
                 outcomes = _run(work, index, read_documents(places, index.known), show_document)
+                others = index.entries.keys() - {outcome.document.id for outcome in outcomes}
     _warn(outcomes)
-    _print_summary(form, trained, output, outcomes)
+    _print_summary(form, trained, output, outcomes, sorted(id_ for id_ in others if (output / id_).is_dir()))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(INCOMPLETE)
 
@@ -179,7 +180,18 @@ def _warn(outcomes: "Sequence[Outcome]") -> None:
         typer.echo(f"Note: and {len(warned) - SHOWN:,} more; the index has all", err=True)
 
 
-def _print_summary(form: AdapterForm, trained: "TrainedModel", output: Path, outcomes: "Sequence[Outcome]") -> None:
+def _print_summary(
+    form: AdapterForm,
+    trained: "TrainedModel",
+    output: Path,
+    outcomes: "Sequence[Outcome]",
+    others: Sequence[str],
+) -> None:
+    """Print what became of the documents, and which adapters lie beside those.
+
+    Args:
+        others: ids of documents of earlier calls.
+    """
     counts = Counter(outcome.status for outcome in outcomes)
     made = [outcome for outcome in outcomes if outcome.card is not None]
     failed = [outcome for outcome in outcomes if outcome.card is None]
@@ -194,6 +206,10 @@ def _print_summary(form: AdapterForm, trained: "TrainedModel", output: Path, out
     if errors:
         lines += [f"error    up to {max(errors):.2g} of a delta, in {len(errors):,} adapters of a smaller rank"]
     lines += [f"base     {trained.config.model_name_or_path}"]
+    if others:
+        lines += [
+            f"beside   adapters of documents that were not among these: {_some(others)}; remove what is not wanted"
+        ]
     lines += _listing("same as", [f"{it.document.id} {it.duplicate_of}" for it in duplicates])
     lines += _listing("failed ", [f"{it.document.source}: {it.reason.splitlines()[0]}" for it in failed])
     typer.echo("\n".join([*lines, *_serving(form, trained, output, made)]))
@@ -202,6 +218,12 @@ def _print_summary(form: AdapterForm, trained: "TrainedModel", output: Path, out
 def _listing(title: str, items: Sequence[str]) -> list[str]:
     rest = [f"and {len(items) - SHOWN:,} more in index.jsonl"] if len(items) > SHOWN else []
     return [f"{title}  {item}" for item in [*items[:SHOWN], *rest]]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first, and count the rest."""
+    rest = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
 
 
 def _work(outcomes: "Sequence[Outcome]") -> str:

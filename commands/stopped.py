@@ -65,7 +65,8 @@ def nothing_to_do(start: "Start", max_steps: int) -> str:
     """Return why nothing is done, and how the run goes on."""
     return (
         f"nothing to do: {start.folder} is at step {start.step}, and max_steps is {max_steps}\n"
-        f"to go on: --resume {start.folder} --max-steps N, with N above {start.step}"
+        f"to go on: --resume {start.folder} --max-steps N, with N above {start.step}; a schedule that ends at max_steps is "
+        "another one then, which --allow-change max_steps=REASON has to allow"
     )
 
 

@@ -182,7 +182,7 @@ def _check_and_train(
             report = run_checks(subject, rules, ignore=accepted, observe=observe)
     _print_notes([*compared.notes[len(start.notes) :], *filter(None, [said])], quiet=quiet)
     report = replace(report, seconds=waited())
-    print_report(report, screen)
+    print_report(report, screen, ends=False)
     if report.exit_code() != 0:
         _tell_findings(report)
         raise typer.Exit(REFUSED)
@@ -235,6 +235,8 @@ def _config_file(config: Path | None, resume: Path | None, output: str | None) -
             f"to start anew in {output} leave --resume out"
         )
     own = next((run / CONFIG for run in runs if (run / CONFIG).is_file()), None)
+    if config is None and own is None and not resume.exists():
+        raise UsageError(f"--resume {resume} does not exist: `d2l status FOLDER` lists the runs below a folder")
     if config is None and own is None:
         raise UsageError(
             f"{resume} holds no config.yaml of a run: name the configuration, d2l train CONFIG --resume DIR"

@@ -197,7 +197,7 @@ def load_records(config: RunConfig) -> tuple[Record, ...]:
             key = f"train_ds_names[{index}]" + (" (or --data)" if len(names) == 1 else "")
             failures.append(f"{key}: {error}")
     if failures:
-        advice = "To check everything else without the data, leave --data out: --set 'train_ds_names=[]'"
+        advice = "`d2l preflight CONFIG --set 'train_ds_names=[]'` checks everything else, without the data"
         raise DataError("\n\n".join([*failures, advice]))
     return tuple(records)
 

@@ -1,8 +1,10 @@
 """Atomic writing: complete or not at all, new outputs never written over, cache files replaced."""
 
 import os
+import re
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from d2l.errors import CheckpointError, DataError
+from d2l.inference.cards import require_place_for_many, require_place_for_one
+from d2l.inference.documents import Document
 from d2l.io import atomic
-from d2l.io.atomic import remove_leftovers, replace_file, require_new_file, write_new_file, write_new_folder
+from d2l.io.atomic import (
+    remove_leftovers,
+    replace_file,
+    require_new_file,
+    require_writable,
+    write_new_file,
+    write_new_folder,
+)
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -192,3 +203,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # tests may run as root
     with pytest.raises(DataError, match="cannot be written to: choose another one"):
         require_new_file(tmp_path / "scores.json")
+    for require in (
+        partial(require_place_for_one, document=Document("a", "a", "here", "text")),
+        require_place_for_many,
+    ):
+        with pytest.raises(CheckpointError, match=rf"adapters/a: {re.escape(str(tmp_path))} cannot be written to"):
+            require(tmp_path / "adapters" / "a")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is no folder"):
+        require_writable(tmp_path / "file" / "a")

@@ -186,7 +186,7 @@ def test_version():
         (["preflight", "-o", "no/such/folder/report.json"], "does not exist: make it"),
         (["explain", "ATT20"], "did you mean ATT206 block-tables-wrong or ATT205"),
         (["train"], "CONFIG is missing: name a configuration, or continue a run with --resume"),
-        (["train", "--resume", "absent"], "absent holds no config.yaml of a run: name the configuration"),
+        (["train", "--resume", "absent"], "--resume absent does not exist: `d2l status FOLDER` lists"),
         (
             ["train", "x", "--resume", "a", "--output", "b"],
             "to continue that run leave --output out; to start anew in b",
@@ -537,7 +537,8 @@ def test_train_says_that_there_is_nothing_to_do(world):
     assert (result.exit_code, world.trained) == (0, [])
     assert result.stdout == (
         "nothing to do: runs/resumed is at step 2, and max_steps is 2\n"
-        "to go on: --resume runs/resumed --max-steps N, with N above 2\n"
+        "to go on: --resume runs/resumed --max-steps N, with N above 2; a schedule that ends at max_steps is another one then, "
+        "which --allow-change max_steps=REASON has to allow\n"
     )
 
 
@@ -590,6 +591,7 @@ def test_a_process_that_its_own_preflight_refuses_names_itself_and_the_findings(
     assert refusal.startswith("Error: training refused by preflight, nothing was written: TOY201; `d2l explain CODE`")
     assert (finding.split()[0], FAIL.message in finding) == ("TOY201", True)
     assert place.startswith("in rank 1 of 2 on ")
+    assert "(exit code" not in d2l("train", "x.yaml").stdout  # of the report: the command's own is another
 
 
 def test_a_warning_is_said_without_a_line_of_source(monkeypatch: pytest.MonkeyPatch) -> None:

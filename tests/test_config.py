@@ -55,6 +55,9 @@ def test_five_mistakes_are_five_problems_with_lines_and_suggestions(tmp_path: Pa
         ("target_modules: []\n", "at least 1 item"),
         ("current_date: tomorrow\n", "should match pattern"),
         ("\x00", "not valid YAML"),
+        ("seed: 1\nlora_r: 010\n", "line 2: 010 is the number 8 in YAML; write 8, or the number that is meant"),
+        ("max_steps: 1:30\n", "line 1: 1:30 is the number 90 in YAML"),
+        ("num_chunk_probs: {1: 0.5, 02: 0.5}\n", "02 is the number 2 in YAML"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, expected: str) -> None:

@@ -118,7 +118,9 @@ def test_jsonl_and_the_second_run_that_keeps_what_is_right(run_folder: Path, tmp
     assert read_index(out).keys() == {"first", "docs-000002", "third"}
     shutil.rmtree(out / "third")
     data.write_text(json.dumps(lines[0]))
-    d2l("internalize", run_folder, data, "-o", out)
+    fewer = d2l("internalize", run_folder, data, "-o", out)
+    beside = "beside   adapters of documents that were not among these: docs-000002; remove what is not wanted\n"
+    assert (beside in fewer.stdout, "beside" in again.stdout) == (True, False)
     assert read_index(out).keys() == {"first", "docs-000002"}
 
 

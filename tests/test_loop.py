@@ -315,7 +315,9 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path
     with torch.no_grad():
         new.model.hypernet.get_parameter(place).view(-1)[0] = math.nan
     before, moments = weights(new), new.checkpoint().trainer
-    with pytest.raises(NonFiniteError, match=rf"^after the update of step 1 .*: {re.escape(place)} \(nan\)"):
+    with pytest.raises(
+        NonFiniteError, match=rf"^after the update of step 1 .*: {re.escape(place)} \(largest value nan\)"
+    ):
         next(steps)
     now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: text for path, text in now.items() if path.parent.name != "autopsy"} == files
@@ -344,9 +346,9 @@ def spoil_a_moment(new: Trainer) -> None:
 @pytest.mark.parametrize(
     ("spoil", "tensor"),
     [
-        (spoil_a_weight, "head.weight (nan)"),
-        (enlarge_a_weight, "head.weight (1e+30)"),
-        (spoil_a_moment, "exp_avg_sq of head.weight (inf)"),
+        (spoil_a_weight, "head.weight (largest value nan)"),
+        (enlarge_a_weight, "head.weight (largest value 1e+30)"),
+        (spoil_a_moment, "exp_avg_sq of head.weight (largest value inf)"),
     ],
 )
 def test_what_an_update_has_spoilt_is_not_saved(
@@ -380,7 +382,7 @@ def test_a_checkpoint_that_an_older_version_saved_unsound_is_not_advised(tmp_pat
     spoil_a_weight(new)
     with pytest.raises(NonFiniteError) as raised:
         list(steps)
-    assert f"not to be used: {newest} holds head.weight (1e+30)" in str(raised.value)
+    assert f"not to be used: {newest} holds head.weight (largest value 1e+30)" in str(raised.value)
     assert f"--resume {step_folder(tmp_path, 0)}" in str(raised.value)
 
 

@@ -122,6 +122,7 @@ def test_limit_holds_for_each_path_and_does_not_look_further(tmp_path: Path) -> 
     [
         ('{"context": "x" "prompts"}\n', "invalid JSON: Expecting ',' delimiter at column 17"),
         ("[" * 100_000 + "\n", "invalid JSON"),
+        ('{"context": "x", "prompts": [], "context": "y"}\n', "invalid JSON: `context` is there twice"),
         (f'{{"context": {"9" * 5000}}}\n', "invalid JSON"),
         ([1], "expected an object, found list"),
         ({"text": "x", "title": "y"}, "`context` is missing (found: text, title)"),
@@ -133,6 +134,7 @@ def test_limit_holds_for_each_path_and_does_not_look_further(tmp_path: Path) -> 
         ({**GOOD, "responses": ["Rollo", None]}, "`responses[1]` must be a string, found null"),
         ({**GOOD, "prompts": [], "responses": []}, "`prompts` is empty"),
         ({**GOOD, "responses": ["Rollo"]}, "2 prompts but 1 responses"),
+        ({**GOOD, "responses": ["Rollo", " \n"]}, "`responses[1]` is blank: write what the model is to answer"),
         ({**GOOD, **TEACHER, "logprobs_indices": None}, "come together"),
         ({**GOOD, **TEACHER, "logprobs_vals": [[[-1.0]]]}, "an entry for each of the 2 prompts"),
     ],

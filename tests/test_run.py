@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ from d2l.config.schema import RunConfig
 from d2l.errors import CheckpointError
 from d2l.io.atomic import make_folders
 from d2l.io.run_folder import METRICS, step_folder
-from d2l.train.events import read_events
+from d2l.train.events import FAILED, read_events
+from d2l.train.history import read_history
 from d2l.train.metrics import MEASURED
 from d2l.train.optimizer import learning_rates
 from d2l.train.run import train
@@ -349,6 +352,11 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_from_its_newest_checkpoi
         patch.setattr("d2l.checkpoint.save_file", save)
         with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000002: .*No space left"):
             go(config)
+    failed = read_events(folder)[-1].text
+    assert re.match(
+        f"{FAILED} [23]: CheckpointError: cannot write the checkpoint", failed
+    )  # it is written in the background
+    assert read_history(folder).state(time.time()) == "died"
     go(config, folder)
     assert without_time(lines(folder)) == without_time(expected)
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import cli
 from d2l.evaluation.curves import MOST_POINTS, smooth, thin
 from d2l.io.run_folder import EVALUATIONS
-from d2l.train.events import STOPPED, note_event, read_events
+from d2l.train.events import FAILED, STOPPED, note_event, read_events
 from d2l.train.history import RunHistory, read_history, read_metrics, series, speeds
 
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "run"
@@ -104,6 +104,8 @@ def test_a_run_that_was_asked_to_stop_has_stopped_at_once(tmp_path: Path) -> Non
     assert facts(folder)[0]["state"] == "stopped"
     note_event(folder, "resumed from step 6")
     assert facts(folder)[0]["state"] == "running?"
+    note_event(folder, f"{FAILED} 7: RuntimeError: out of memory")
+    assert facts(folder)[0]["state"] == "died"
 
 
 @pytest.mark.parametrize(

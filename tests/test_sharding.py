@@ -14,9 +14,14 @@ import pytest
 import torch
 from support.forked import run_forked
 from support.launch import run_here, train_alone
+from support.random_runs import random_subject
 from support.sharded_run import main, settings_of, trainer_for, write_base
 from support.tiny_model import base_config, tiny_base
 
+from checks.rules import RULES
+from checks.rules.sharded_base_differs import SHARDED
+from checks.runner import run_checks
+from checks.subject import changed
 from d2l.base.config import read_base_config
 from d2l.base.load_plan import Choice, plan_load
 from d2l.base.sharding import load_sharded_base, sharding_obstacle, sharding_units
@@ -244,3 +249,13 @@ def test_tied_embeddings_are_left_to_the_root() -> None:
     untied, tied = (tiny_base(None, "llama", tie_word_embeddings=it) for it in (False, True))
     assert len(sharding_units(untied)) == 4 + 2
     assert len(sharding_units(tied)) == 4
+
+
+@pytest.mark.parametrize("seed", [5, 17])
+def test_a_sharded_base_of_another_family_is_judged_the_whole_one(seed: int) -> None:
+    """Take embeddings that are the head's, and a mixture of experts that is left early."""
+    drawn = random_subject(seed)
+    assert drawn.base_config.tie_word_embeddings or drawn.config.ctx_encoder_type == "early_exit"
+    subject = replace(drawn, config=changed(drawn.config, **SHARDED))
+    (outcome,) = run_checks(subject, RULES, select=("BAS203",)).outcomes
+    assert (outcome.outcome, outcome.message[:33]) == ("pass", "2 steps over shares of 50% are th")

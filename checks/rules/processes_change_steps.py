@@ -22,63 +22,53 @@ Deal the micro-batches of a step out by rank, divide losses by counts of the who
 the last of them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing import current_process
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, distributed
+from torch import distributed
 
 from checks.faults import override
 from checks.implementation import Implementation
-from checks.processes import GroupError, can_fork, in_group
+from checks.processes import GroupError, in_group
 from checks.result import Fail, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
-from checks.training.steps import guarded_config, hypernet_values, light_model, loss_rows
+from checks.training.group_steps import (
+    NO_GROUP,
+    PER_PROCESS,
+    PLAN,
+    PROCESSES,
+    STEPS,
+    TOLERANCE,
+    can_form_group,
+    first_difference,
+    taken,
+)
+from checks.training.steps import guarded_config, light_model, loss_rows
 
 if TYPE_CHECKING:
     from checks.implementation import Stepper
     from checks.subject import Subject
 
-PROCESSES, STEPS, PER_PROCESS = 2, 2, 2  # and micro-batches that each process takes in a step
-TOLERANCE = 1e-5  # of losses and norms, which are summed in float32, and in another order
 MOVED = 1e-6  # of weights in float64, which a step moves by a thousandth
-# Rows are micro-batches by themselves, three an epoch: what the processes read in a step is never the same.
-PLAN: dict[str, Any] = {"learning_rate": 1e-3, "max_grad_norm": 0.1, "gen_lora_l1_reg_coef": 0.1, "loss": "ce"}
-PLAN |= {"max_packed_inp_len": 17, "max_packed_ctx_len": 9}
 REMEDY = "deal micro-batches out by rank, divide by counts of the whole step, and sum gradients over processes"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What the steps gave: loss and gradient norm of each, and the hypernetwork's parameters by name behind the last."""
-
-    numbers: Sequence[tuple[float, float]]
-    weights: dict[str, Tensor]
 
 
 def check(subject: "Subject") -> Result:
     """Compare the steps of two processes with those of one."""
-    if not can_fork() or distributed.is_initialized() or current_process().daemon:
-        return Skip("no process can be forked here: CUDA, a group of processes, or this system does not allow it")
-    alone = _taken(_trainer(subject, subject.implementation.trainer, PROCESSES * PER_PROCESS))
+    if not can_form_group():
+        return Skip(NO_GROUP)
+    alone = taken(_trainer(subject, subject.implementation.trainer, PROCESSES * PER_PROCESS))
     in_several = subject.implementation.trainer_in_group
     try:
-        members = in_group(lambda: _taken(_trainer(subject, in_several, PER_PROCESS)), PROCESSES)
+        members = in_group(lambda: taken(_trainer(subject, in_several, PER_PROCESS)), PROCESSES)
     except GroupError as failure:
         return _finding("two processes cannot train together", f"{STEPS} steps", str(failure))
     evidence: dict[str, Any] = {"alone": alone.numbers}
     for rank, member in enumerate(members):
         evidence[f"process {rank}"] = member.numbers
-        for step, (found, expected) in enumerate(zip(member.numbers, alone.numbers, strict=True), start=1):
-            for name, ours, theirs in zip(("loss", "gradient norm"), found, expected, strict=True):
-                if not abs(ours / theirs - 1) <= TOLERANCE:
-                    return _differs(f"process {rank}, step {step}: {name} {ours:.6g} instead of {theirs:.6g}", evidence)
-        for name, weight in alone.weights.items():
-            error = float((member.weights[name] - weight).abs().max())
-            if not error <= MOVED:
-                return _differs(f"process {rank}: {name} is {error:.2g} off after {STEPS} steps", evidence)
+        if difference := first_difference(member, alone, MOVED):
+            return _differs(f"process {rank}, {difference}", evidence)
     return Pass(
         f"{STEPS} steps of {PROCESSES} processes are those of one with {PROCESSES} times the micro-batches", evidence
     )
@@ -89,11 +79,6 @@ def _trainer(subject: "Subject", make: Callable[..., "Stepper"], micro_batches: 
     own = guarded_config(subject)
     config = changed(own, **PLAN, gradient_accumulation_steps=micro_batches)
     return make(light_model(subject, config), loss_rows(subject), config)
-
-
-def _taken(trainer: "Stepper") -> Taken:
-    metrics = [trainer.step() for _ in range(STEPS)]
-    return Taken([(it.task_loss, it.grad_norm) for it in metrics], hypernet_values(trainer.model))
 
 
 def _differs(actual: str, evidence: dict[str, Any]) -> Fail:

@@ -1,6 +1,8 @@
 """A YAML file of `key: value` lines: its values, where each key stands, and what is wrong with the file itself."""
 
 import math
+import re
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,35 @@ def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
 
     Raises:
         yaml.YAMLError: it is no YAML.
-        ValueError: it holds a value that does not exist, or aliases that stand for too much.
+        ValueError: it holds a value that does not exist, a number that is another one than it looks, or aliases that stand
+            for too much.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None and _written_out(root, {}) > len(text) + ROOM_FOR_ALIASES:
         raise ValueError(f"its aliases stand for more than {ROOM_FOR_ALIASES:,} characters; write out what is meant")
-    return root, yaml.safe_load(text)
+    value = yaml.safe_load(text)
+    for node in _scalars(root):
+        if _UNLIKE_DECIMAL.fullmatch(node.value) and node.tag in _NUMBERS:
+            meant = yaml.safe_load(node.value)
+            line = f"line {node.start_mark.line + 1}: " if "\n" in text else ""
+            raise ValueError(
+                f"{line}{node.value} is the number {meant} in YAML; write {meant}, or the number that is meant"
+            )
+    return root, value
+
+
+# YAML 1.1 (https://yaml.org/type/int.html): 010 is octal, 1:30 counts sixties; no newer YAML and no reader takes them so.
+_UNLIKE_DECIMAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """Yield all values, and keys, that are neither lists nor mappings."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.CollectionNode):
+        for child in chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value:
+            yield from _scalars(child)
 
 
 def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:

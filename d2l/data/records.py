@@ -7,16 +7,13 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BufferedReader
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
+from d2l.data.record_files import FORMS, Unreadable, kind_of, open_values
 from d2l.data.tables import compact
 from d2l.errors import DataError
 from d2l.io.atomic import write_new_file
@@ -25,8 +22,6 @@ EXPECTED = (
     'expected: {"context": "…", "prompts": ["…", …], "responses": ["…", …]}, a response for each prompt '
     "(optional: logprobs_vals and logprobs_indices, nested as [prompt][supervised token][k])"
 )
-_FORMS = "a JSONL, JSON (both also .gz) or Parquet file, or a folder written by `save_to_disk` of datasets"
-_ENDINGS = {".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz"}
 SHOWN = 5  # problems that a message lists in full: it has to fit on one screen
 
 
@@ -100,10 +95,10 @@ def matching_paths(name: str | Path) -> list[Path]:
     if glob.has_magic(text):
         if found := sorted(glob.glob(text, recursive=True)):
             return [Path(item) for item in found]
-        raise DataError(f"{name}: the pattern matches no file\nexpected: {_FORMS}; {_where_from()}")
+        raise DataError(f"{name}: the pattern matches no file\nexpected: {FORMS}; {_where_from()}")
     missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
     why = f"its folder {missing} does not exist" if missing is not None else "does not exist"
-    raise DataError(f"{name}: {why}\nexpected: {_FORMS}; {_where_from()}")
+    raise DataError(f"{name}: {why}\nexpected: {FORMS}; {_where_from()}")
 
 
 def document_in_prompts(record: Record) -> Record:
@@ -131,11 +126,11 @@ def _read_path(path: Path, limit: int | None) -> list[Record]:
 
 
 def _read_records(path: Path, limit: int | None) -> list[Record]:
-    unit, values = _open(path)
+    unit, values = open_values(path)
     records: list[Record] = []
     problems: list[str] = []
     for number, value in islice(values, limit):
-        problem = value.text if isinstance(value, _Unreadable) else _problem(value)
+        problem = value.text if isinstance(value, Unreadable) else _problem(value)
         if problem:
             problems.append(f"{unit} {number}: {problem}")
         else:
@@ -148,97 +143,14 @@ def _read_records(path: Path, limit: int | None) -> list[Record]:
     return records
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """Stands in for a line that holds no value; `text` says why."""
-
-    text: str
-
-
 def _where_from() -> str:
     return f"a relative path starts from {Path.cwd()}"
-
-
-def _open(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """Return what the parts of this kind of file are called, and the parts: (number from 1, value)."""
-    if path.is_dir():
-        return "row", _folder(path)
-    if path.suffix == ".parquet":
-        return "row", _parquet(path)
-    with _binary(path) as file:
-        start = file.read(4096)
-    if start.startswith(b"\x1f\x8b"):
-        raise DataError(f"{path}: is compressed by gzip; name it .jsonl.gz or .json.gz")
-    if b"\0" in start:
-        raise DataError(
-            f"{path}: is binary (holds NUL bytes)\nexpected: JSONL in UTF-8, or Parquet under a name that ends "
-            "in .parquet; convert or rename it"
-        )
-    return ("item", _json_list(path)) if path.name.removesuffix(".gz").endswith(".json") else ("line", _jsonl(path))
-
-
-def _binary(path: Path) -> gzip.GzipFile | BufferedReader:
-    """Open a file for its bytes, unpacked where its name ends in .gz."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with _binary(path) as file:  # bytes: only \n ends a line, and an undecodable line is named
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-
-def _parse(text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _Unreadable(f"not UTF-8 (byte 0x{text[error.start]:02x} at position {error.start + 1})")
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return _Unreadable(f"invalid JSON: {error.msg} at {line}column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of open brackets
-        return _Unreadable(f"invalid JSON: {error}")
-
-
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    with _binary(path) as file:
-        value = _parse(file.read().removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(value, _Unreadable) or not isinstance(value, list):
-        found = value.text if isinstance(value, _Unreadable) else f"found {_kind(value)}"
-        raise DataError(f"{path}: expected one JSON list of records, {found}; name one-object-per-line files .jsonl")
-    return enumerate(value, 1)
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1024)
-            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-
-
-def _folder(path: Path) -> Iterator[tuple[int, Any]]:
-    if not any((path / name).exists() for name in ("state.json", "dataset_info.json", "dataset_dict.json")):
-        endings = sorted({"".join(file.suffixes[-2:]) for file in path.iterdir() if file.is_file()} & _ENDINGS)
-        files = f"; for its files name a glob: {path / f'*{endings[0]}'}" if endings else ""
-        raise DataError(f"{path}: is a folder that `save_to_disk` of datasets did not write{files}\nexpected: {_FORMS}")
-    import datasets  # here: it takes seconds to import, and most data is JSONL
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, pyarrow.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a dataset: {str(error).splitlines()[0]}") from None
-    if isinstance(dataset, datasets.DatasetDict):
-        raise DataError(f"{path}: holds several splits; name one of {', '.join(str(path / s) for s in dataset)}")
-    return enumerate(dataset, 1)
 
 
 def _problem(value: Any) -> str | None:
     """Return why a value cannot be a record, or None."""
     if not isinstance(value, Mapping):
-        return f"expected an object, found {_kind(value)}"
+        return f"expected an object, found {kind_of(value)}"
     for key in ("context", "prompts", "responses"):
         if value.get(key) is None:
             return f"`{key}` is missing (found: {', '.join(map(str, value)) or 'nothing'})"
@@ -248,7 +160,7 @@ def _problem(value: Any) -> str | None:
         return "`context` is empty: there is no document"
     for key in ("prompts", "responses"):
         if not isinstance(value[key], list):
-            return f"`{key}` must be a list of strings, found {_kind(value[key])}"
+            return f"`{key}` must be a list of strings, found {kind_of(value[key])}"
         for index, text in enumerate(value[key]):
             if problem := _text_problem(f"{key}[{index}]", text):
                 return problem
@@ -256,12 +168,15 @@ def _problem(value: Any) -> str | None:
         return "`prompts` is empty: there is no question"
     if len(value["prompts"]) != len(value["responses"]):
         return f"{len(value['prompts'])} prompts but {len(value['responses'])} responses"
+    for index, text in enumerate(value["responses"]):
+        if not text.strip():
+            return f"`responses[{index}]` is blank: write what the model is to answer, or leave the question out"
     return _logprobs_problem(value)
 
 
 def _text_problem(name: str, value: Any) -> str | None:
     if not isinstance(value, str):
-        return f"`{name}` must be a string, found {_kind(value)}"
+        return f"`{name}` must be a string, found {kind_of(value)}"
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -292,7 +207,3 @@ def _record(value: Mapping[str, Any], source: str) -> Record:
 
 def _tables(value: list[Any] | None) -> tuple[Any, ...] | None:
     return None if value is None else tuple(map(compact, value))
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:30]!r}"

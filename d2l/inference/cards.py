@@ -18,7 +18,7 @@ from typing import Any
 
 from d2l.errors import CheckpointError
 from d2l.inference.documents import RESERVED, Document
-from d2l.io.atomic import make_folders, remove_leftovers, replace_file
+from d2l.io.atomic import make_folders, remove_leftovers, replace_file, require_writable
 from d2l.io.lock import lock_folder
 
 CARD, INDEX = "d2l.json", RESERVED
@@ -79,8 +79,9 @@ def require_place_for_one(folder: Path, document: Document) -> None:
     """Refuse a folder for one adapter that holds anything but an adapter of the same document, or of the same ones merged.
 
     Raises:
-        CheckpointError: the message says what it holds.
+        CheckpointError: the message says what it holds, or that nothing can be written there.
     """
+    require_writable(folder)
     if not os.path.lexists(folder):
         return
     card = read_card(folder)
@@ -100,8 +101,9 @@ def require_place_for_many(folder: Path) -> None:
     """Refuse a folder for several adapters that exists without an index of them.
 
     Raises:
-        CheckpointError: the message names what to do.
+        CheckpointError: the message names what to do; or nothing can be written there.
     """
+    require_writable(folder)
     if os.path.lexists(folder) and not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} exists and is never written over: remove it or choose another folder (one with {INDEX}, which an "

@@ -34,6 +34,19 @@ def require_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is never written over: remove it or choose another folder")
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a path below a folder that cannot be written to, or below a file, before the work for it is done.
+
+    Raises:
+        CheckpointError: the message names what is in the way.
+    """
+    nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise CheckpointError(f"cannot write {folder}: {nearest} is no folder; choose another place")
+    if not os.access(nearest, os.W_OK):
+        raise CheckpointError(f"cannot write {folder}: {nearest} cannot be written to; choose another place")
+
+
 @contextmanager
 def write_new_folder(folder: Path, what: str) -> Iterator[Path]:
     """Yield a new folder beside `folder`; it is renamed to `folder` when the block ends without an error.

@@ -163,7 +163,7 @@ def newest_sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             return folder, rejected
         size = float(kept[bad[0]][0].abs().amax())
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        rejected.append(f"{folder} holds {bad[0]} ({size:.3g}){more}")
+        rejected.append(f"{folder} holds {bad[0]} (largest value {size:.3g}){more}")
     return None, rejected
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from d2l.io.run_folder import AUTOPSY_FOLDER, EVENTS, RUN
 
 STOPPED = "stopped after step"  # how the event of a run that was asked to stop begins
+FAILED = "failed after step"  # and that of one that an error has ended, but for values that are not finite
 _SUPERSEDED = "superseded-"
 
 

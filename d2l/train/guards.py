@@ -60,7 +60,7 @@ class Spoilt:
     def __str__(self) -> str:
         """Return the tensor and its size, as messages have them."""
         tensor = f"{self.moment} of {self.parameter}" if self.moment else self.parameter
-        return f"{tensor} ({self.size:.3g})"
+        return f"{tensor} (largest value {self.size:.3g})"
 
 
 def find_spoilt(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Spoilt]:

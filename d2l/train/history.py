@@ -28,7 +28,7 @@ from d2l.io.run_folder import (
     step_folders,
     step_of,
 )
-from d2l.train.events import STOPPED, Event, read_events, was_autopsied
+from d2l.train.events import FAILED, STOPPED, Event, read_events, was_autopsied
 from d2l.train.first_step import FIRST_STEP
 from d2l.train.metrics import LOSS_SUFFIX, PEAK_SUFFIX
 
@@ -120,7 +120,7 @@ class RunHistory:
         saved = self.checkpoints[-1].step if self.checkpoints else None
         if self.max_steps is not None and saved is not None and saved >= self.max_steps:
             return "done"
-        if self.locked is False:
+        if self.locked is False or (self.events and self.events[-1].text.startswith(FAILED)):
             return "died"
         if was_autopsied(self.folder) or (self.events and self.events[-1].text.startswith(STOPPED)):
             return "stopped"

@@ -1,14 +1,15 @@
 """Training run: its components, its folder and the training loop, for a configuration that passed preflight."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from d2l.build import Components
 from d2l.config.schema import RunConfig
 from d2l.data.tokenize import OnProgress
-from d2l.train.events import STOPPED, note_event
+from d2l.errors import CheckpointError, NonFiniteError
+from d2l.train.events import FAILED, STOPPED, note_event
 from d2l.train.first_step import FIRST_STEP, UNKNOWN, Prediction
 from d2l.train.folder import named_writes, prepare
 from d2l.train.loop import Trainer, train_steps
@@ -67,7 +68,7 @@ def train(
     watch = Watch(trainer, start.folder, heldout, sources, prediction, kept)
     taken = closing(_take_steps(trainer, start.folder, watch, evidence))  # closed: nothing is being saved any more
     tracked = started_trackers(config, start.folder, start.identity.id, trainer.step_number)
-    with tracked as track, taken as steps:
+    with tracked as track, _noted_failure(start.folder, trainer), taken as steps:
         for metrics in steps:
             record = metrics.to_json() | watch.evaluation
             track(record)
@@ -78,6 +79,21 @@ def train(
         with _named_writes(start.folder):
             note_event(start.folder, f"{STOPPED} {trainer.step_number:,} by {trainer.stop.cause}")
     return trainer.stop.cause
+
+
+@contextmanager
+def _noted_failure(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Note in the run's folder what has ended it; values that are not finite have an autopsy of their own."""
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except Exception as error:
+        if processes().is_main_process:
+            with suppress(OSError, CheckpointError):  # the folder may be what failed
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                note_event(folder, f"{FAILED} {trainer.step_number:,}: {what}")
+        raise
 
 
 def _take_steps(

@@ -44,7 +44,7 @@ MUTANTS = [
     ),
     *bugs(
         _AREA,
-        "d2l.data.records:_jsonl",
+        "d2l.data.record_files:_jsonl",
         "records",
         ("every-other-line", "if line.strip():", "if line.strip() and number % 2:", "half of the records, unreported"),
     ),

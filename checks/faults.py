@@ -36,15 +36,20 @@ class Override:
     methods: Mapping[str, Callable[..., Any]]
     unless: Callable[[Subject], str]
     configured: Mapping[str, Any] = field(default_factory=dict)
+    members: frozenset[str] = frozenset()
 
     def under(self, **values: Any) -> "Override":
         """Return the same fault in a run with these values of the configuration, where alone it shows."""
         return replace(self, configured=values)
 
+    def in_trainer(self, *members: str) -> "Override":
+        """Return the same fault, of which is said that it shows only where these members of a trainer are used."""
+        return replace(self, members=frozenset(f"trainer.{member}" for member in members))
+
     @property
     def replaces(self) -> frozenset[str]:
-        """Name the methods that are replaced."""
-        return frozenset(self.methods)
+        """Name the methods that are replaced, or the members of a trainer that are."""
+        return self.members or frozenset(self.methods)
 
     def __call__(self, subject: Subject) -> Subject:
         """Return the subject with the faulty implementation."""
@@ -80,7 +85,7 @@ def override_step(around: Callable[[Callable[[], Any], Any], Any]) -> Override:
         made.step = lambda: around(step, made)
         return made
 
-    return override(trainer=trainer)
+    return override(trainer=trainer).in_trainer("step")
 
 
 def only_records_differ(planted: Subject, subject: Subject) -> bool:
@@ -143,14 +148,30 @@ class _Overlay:
 
 
 class _Watched:
-    """An implementation that notes which of its methods are used."""
+    """An implementation that notes which of its methods are used, and of trainers which members: `trainer.step`."""
 
     def __init__(self, watched: Implementation) -> None:
         self._watched, self.used = watched, Counter[str]()
 
     def __getattr__(self, name: str) -> Any:
         self.used[name] += 1
-        return getattr(self._watched, name)
+        method = getattr(self._watched, name)
+        return partial(self._made, method) if name == "trainer" else method
+
+    def _made(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        made: Any = make(*arguments)
+        own, used = type(made), self.used
+
+        class Noting(own):  # type: ignore[misc,valid-type]
+            def __getattribute__(self, name: str) -> Any:
+                used[f"trainer.{name}"] += 1
+                return super().__getattribute__(name)
+
+        try:
+            made.__class__ = Noting
+        except TypeError:  # of a kind that cannot be watched: all of it may be used
+            used.update(f"trainer.{name}" for name in dir(made))
+        return made
 
 
 @dataclass(frozen=True)
@@ -158,7 +179,8 @@ class Used:
     """What a check uses of a subject.
 
     Attributes:
-        methods: of the implementation; `plan` is left out where it is used for tiny bases on the CPU alone.
+        methods: of the implementation, and members of its trainers, such as `trainer.step`;
+            `plan` is left out where it is used for tiny bases on the CPU alone.
         fields: of the configuration.
         plans: configuration and base's config of every plan of a tiny base on the CPU.
     """

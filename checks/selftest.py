@@ -5,7 +5,7 @@ A check that nobody saw fail is no check.
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from checks.choice import choose
@@ -129,16 +129,35 @@ def measure_alone(subject: "Subject", rules: Sequence[Rule]) -> "tuple[list[Outc
 
     A fault in anything else cannot change its outcome.
     """
-    from checks.faults import compute_ahead, use_of  # here: they import torch
-
-    def measure(index: int) -> "tuple[Outcome, Used]":
-        outcomes: list[Outcome] = []
-        used = use_of(subject, lambda fresh: outcomes.extend(examine(fresh, [rules[index]], {}, lambda _: None)))
-        return outcomes[0], used
+    from checks.faults import compute_ahead  # here: it imports torch
 
     compute_ahead(subject)
-    found = list(in_processes(measure, len(rules), available_cores()))
+    found = list(in_processes(lambda index: _alone(subject, rules[index]), len(rules), available_cores()))
     return [outcome for outcome, _ in found], {outcome.code: used for outcome, used in found}
+
+
+def _alone(subject: "Subject", rule: Rule) -> "tuple[Outcome, Used]":
+    from checks.faults import use_of  # here: it imports torch
+
+    outcomes: list[Outcome] = []
+    used = use_of(subject, lambda fresh: outcomes.extend(examine(fresh, [rule], {}, lambda _: None)))
+    return outcomes[0], used
+
+
+class _Configured:
+    """The outcomes of checks on the clean subject with other settings, each measured once by a process."""
+
+    def __init__(self, subject: "Subject") -> None:
+        self._subject = subject
+        self._measured: dict[tuple[str, str], tuple[Outcome, Used]] = {}
+
+    def outcome(self, rule: Rule, planted: "Subject", replaced: Collection[str]) -> Outcome | None:
+        """Return the outcome with the settings of a planted subject; None where the check uses what is replaced there."""
+        key = rule.code, planted.config.model_dump_json()
+        if key not in self._measured:
+            self._measured[key] = _alone(replace(self._subject, config=planted.config), rule)
+        outcome, used = self._measured[key]
+        return None if used.methods.intersection(replaced) else outcome
 
 
 def _trials(
@@ -151,11 +170,12 @@ def _trials(
 ) -> Iterator[Trial]:
     """Yield one trial for each fault, in order; several processes share them where the system can fork."""
     planted = [(rule, fault) for rule in chosen for fault in rule.faults]
+    configured = _Configured(subject)
 
     def trial(index: int) -> Trial:
         rule, fault = planted[index]
         start = time.perf_counter()
-        verdict, detail = _try(subject, rule, fault, present, used, clean)
+        verdict, detail = _try(subject, rule, fault, present, used, clean, configured)
         return Trial(rule.code, fault.name, verdict, detail, time.perf_counter() - start)
 
     # A fork has everything that was read and computed so far; only the number of a trial and its result are sent.
@@ -188,6 +208,7 @@ def _try(
     present: Sequence[Rule],
     used: "dict[str, Used]",
     measured: dict[str, Outcome],
+    configured: _Configured,
 ) -> tuple[Verdict, str]:
     """Plant one fault and run the rules that it could change."""
     from checks.faults import inherit  # here: it imports torch
@@ -211,8 +232,12 @@ def _try(
         inherit(planted, subject, fault.replaces)
 
     def known(judged: "Subject", other: Rule) -> Outcome | None:
-        """Return the clean outcome where a remedy made the subject clean again."""
-        return measured[other.code] if judged == subject else None
+        """Return the clean outcome where a remedy made the subject clean again, or nothing that the check uses is replaced."""
+        if judged == subject:
+            return measured[other.code]
+        if judged is planted and fault.configures and other != rule and used:
+            return configured.outcome(other, planted, fault.replaces)
+        return None
 
     outcomes = {outcome.code: outcome for outcome in examine(planted, concerned, {}, lambda _: None, known=known)}
     target = outcomes.pop(rule.code)

@@ -1,12 +1,25 @@
 """What a planted fault can change: fields that a check reads, records alone, and what a subject has computed before."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from checks import selftest
-from checks.faults import Used, changed_fields, compute_ahead, configure, inherit, only_records_differ, override, use_of
+from checks.faults import (
+    Used,
+    changed_fields,
+    compute_ahead,
+    configure,
+    inherit,
+    only_records_differ,
+    override,
+    override_step,
+    use_of,
+)
 from checks.production import make_subject
 from checks.result import Fail, Pass, Result
 from checks.rule import Fault, Rule
@@ -90,6 +103,44 @@ class TestFaultsThatShowInAnotherRun:
             assert concerns(rule, fault, planted, subject, used) == expected
 
 
+class Slotted:
+    """A trainer whose class cannot be exchanged."""
+
+    __slots__ = ("model", "steps")
+
+    def step(self) -> int:
+        return 7
+
+
+class TestTrainers:
+    def test_the_members_that_a_check_uses_are_noted_those_that_others_call_too(self, subject: Subject) -> None:
+        class Plain:
+            def step(self) -> int:
+                return 7
+
+            def train(self) -> int:
+                return self.step()
+
+        def members(make: Any, use: Any) -> set[str]:
+            made = replace(subject, implementation=SimpleNamespace(trainer=make))
+            used = use_of(made, lambda watched: use(watched.implementation.trainer()))
+            return {name for name in used.methods if "." in name and "__" not in name}
+
+        assert members(Plain, lambda made: None) == set()
+        assert members(Plain, lambda made: made.step()) == {"trainer.step"}
+        assert members(Plain, lambda made: Plain.train(made)) == {"trainer.step"}
+        assert members(Plain, lambda made: made.train()) == {"trainer.train", "trainer.step"}
+        assert members(Slotted, lambda made: None) == {"trainer.model", "trainer.step", "trainer.steps"}
+
+    def test_a_fault_of_a_member_concerns_who_uses_it(self, subject: Subject) -> None:
+        fault = Fault("still", "no step", override_step(lambda step, made: None))
+        assert fault.replaces == {"trainer.step"}
+        planted, rule = fault.plant(subject), next(iter(RULES))
+        for used, expected in (("trainer.step", True), ("trainer.save", False), ("trainer", False)):
+            own = {rule.code: Used(frozenset({"trainer", used}), frozenset())}
+            assert concerns(rule, fault, planted, subject, own) == expected
+
+
 class TestInheritance:
     def test_what_the_fault_does_not_touch_is_kept(self, subject: Subject) -> None:
         rows, chat = subject.rows, subject.chat
@@ -129,6 +180,37 @@ def test_a_selftest_runs_a_check_once_on_the_clean_subject(subject: Subject, mon
     rule = Rule("TOY101", "toy", "static", "error", (), check, faults=(Fault("three", "", configure(lora_r=3)),))
     assert selftest.run_selftest(subject, [rule]).exit_code() == 0
     assert ranks == [subject.config.lora_r, 3]
+
+
+def test_what_other_checks_say_of_other_settings_is_measured_once(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But on the planted subject where they use, under these settings alone, what the fault replaces."""
+    runs = Counter[str]()
+
+    def uses(code: str, *, under: bool) -> Any:
+        def check(judged: Subject) -> Result:
+            runs[code] += 1
+            if judged.config.lora_r == 3 and under and not judged.implementation.batches(judged.config, ()):
+                return Fail(message="none", expected="some", actual="none", remedy="none")
+            return Pass("")
+
+        return check
+
+    def rules(*others: Rule) -> list[Rule]:
+        lost = override(batches=lambda healthy, config, rows: []).under(lora_r=3)
+        faults = tuple(Fault(name, "", lost) for name in ("first", "second"))
+        return [Rule("TOY101", "toy", "static", "error", (), uses("TOY101", under=True), faults=faults), *others]
+
+    monkeypatch.setattr(selftest, "available_cores", lambda: 1)
+    healthy = SimpleNamespace(batches=lambda config, rows: ["one"])
+    clean = replace(subject, implementation=healthy)
+    plain = Rule("TOY102", "plain", "static", "error", (), uses("TOY102", under=False))
+    assert [it.result for it in selftest.run_selftest(clean, rules(plain)).trials] == ["caught", "caught"]
+    assert runs == {"TOY101": 3, "TOY102": 2}
+    other = Rule("TOY103", "other", "static", "error", (), uses("TOY103", under=True))
+    for trial in selftest.run_selftest(clean, rules(other)).trials:
+        assert (trial.result, trial.detail) == ("missed", "TOY101 is red, but so is TOY103 fail")
 
 
 def test_files_of_a_cache_are_exchanged_or_cut(tmp_path: Path) -> None:

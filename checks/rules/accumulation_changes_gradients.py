@@ -102,8 +102,10 @@ RULE = Rule(
     requires=("LSS201",),
     check=check,
     faults=(
-        Fault("ignored", "a step takes one micro-batch", override(trainer=_ignored)),
+        Fault("ignored", "a step takes one micro-batch", override(trainer=_ignored).in_trainer("step")),
         Fault("mean-reported", "the loss that is reported is a mean over micro-batches", override_step(_mean_loss)),
-        Fault("weighed-by-itself", "each micro-batch is weighed by itself", override(trainer=_weighed)),
+        Fault(
+            "weighed-by-itself", "each micro-batch is weighed by itself", override(trainer=_weighed).in_trainer("step")
+        ),
     ),
 )

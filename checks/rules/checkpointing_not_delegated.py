@@ -105,6 +105,6 @@ RULE = Rule(
     faults=(
         Fault("not-handed-on", "gradient_checkpointing_enable does nothing", override(build=_not_handed_on)),
         Fault("base-in-eval", "the frozen base is kept in eval mode", override(build=_base_in_eval)),
-        Fault("ignored", "the trainer never switches checkpointing on", override(trainer=_ignored)),
+        Fault("ignored", "the trainer never switches checkpointing on", override(trainer=_ignored).in_trainer("step")),
     ),
 )

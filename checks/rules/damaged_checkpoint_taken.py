@@ -138,7 +138,7 @@ RULE = Rule(
     requires=("SAV202",),
     check=check,
     faults=(
-        Fault("not-verified", "a changed byte is not noticed", override(trainer=_unverified)),
+        Fault("not-verified", "a changed byte is not noticed", override(trainer=_unverified).in_trainer("resume")),
         Fault("by-name", "the newest folder is taken unseen", override(newest=_by_name)),
         Fault("ordered-as-text", "step 9 counts as newer than step 10", override(newest=_as_text)),
     ),

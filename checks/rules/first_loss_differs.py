@@ -116,6 +116,10 @@ RULE = Rule(
             "a part of the hypernetwork that is frozen",
             override(nothing_to_train, trainer=_with_a_frozen_part),
         ),
-        Fault("spoilt-update", "an update that leaves NaN", override(nothing_to_train, trainer=_with_a_spoilt_update)),
+        Fault(
+            "spoilt-update",
+            "an update that leaves NaN",
+            override(nothing_to_train, trainer=_with_a_spoilt_update).in_trainer("step"),
+        ),
     ),
 )

@@ -103,7 +103,11 @@ RULE = Rule(
     requires=("STP202", "BAS201"),
     check=check,
     faults=(
-        Fault("never-clipped", "max_grad_norm is ignored", override(trainer=_never)),
-        Fault("clipped-by-parameter", "each parameter is clipped by itself", override(trainer=_by_parameter)),
+        Fault("never-clipped", "max_grad_norm is ignored", override(trainer=_never).in_trainer("step")),
+        Fault(
+            "clipped-by-parameter",
+            "each parameter is clipped by itself",
+            override(trainer=_by_parameter).in_trainer("step"),
+        ),
     ),
 )

@@ -104,8 +104,16 @@ RULE = Rule(
     requires=("GRD203",),
     check=check,
     faults=(
-        Fault("ignored", "the coefficient is ignored", override(trainer=_ignored)),
-        Fault("for-every-micro-batch", "the term is added for every micro-batch", override(trainer=_per_micro_batch)),
-        Fault("rank-of-the-first", "the first micro-batch's rank divides the term", override(trainer=_by_the_first)),
+        Fault("ignored", "the coefficient is ignored", override(trainer=_ignored).in_trainer("step")),
+        Fault(
+            "for-every-micro-batch",
+            "the term is added for every micro-batch",
+            override(trainer=_per_micro_batch).in_trainer("step"),
+        ),
+        Fault(
+            "rank-of-the-first",
+            "the first micro-batch's rank divides the term",
+            override(trainer=_by_the_first).in_trainer("step"),
+        ),
     ),
 )

@@ -192,11 +192,29 @@ RULE = Rule(
     requires=("ATT201", "LOR202", "STP202", "OPT202"),
     check=check,
     faults=(
-        Fault("not-shifted", "logits predict their own token", override(trainer=_with_queries(_not_shifted))),
-        Fault("shifted-twice", "labels are shifted twice", override(trainer=_with_queries(_shifted_twice))),
-        Fault("last-label-lost", "the end token is not trained", override(trainer=_with_queries(_last_label_lost))),
-        Fault("renormalised", "the teacher's top-k are renormalised", override(trainer=_with_queries(_renormalised))),
+        Fault(
+            "not-shifted",
+            "logits predict their own token",
+            override(trainer=_with_queries(_not_shifted)).in_trainer("step"),
+        ),
+        Fault(
+            "shifted-twice",
+            "labels are shifted twice",
+            override(trainer=_with_queries(_shifted_twice)).in_trainer("step"),
+        ),
+        Fault(
+            "last-label-lost",
+            "the end token is not trained",
+            override(trainer=_with_queries(_last_label_lost)).in_trainer("step"),
+        ),
+        Fault(
+            "renormalised",
+            "the teacher's top-k are renormalised",
+            override(trainer=_with_queries(_renormalised)).in_trainer("step"),
+        ),
         Fault("always-by-token", "the mean over contexts is ignored", override(trainer=_always_by_token)),
-        Fault("summed-gradient", "the gradient is that of a sum", override(trainer=_summed_gradient)),
+        Fault(
+            "summed-gradient", "the gradient is that of a sum", override(trainer=_summed_gradient).in_trainer("step")
+        ),
     ),
 )

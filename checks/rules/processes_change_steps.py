@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from checks.implementation import Stepper
     from checks.subject import Subject
 
+LAYERS = 1  # what processes share is a step, however deep the base
 MOVED = 1e-6  # of weights in float64, which a step moves by a thousandth
 REMEDY = "deal micro-batches out by rank, divide by counts of the whole step, and sum gradients over processes"
 
@@ -76,9 +77,9 @@ def check(subject: "Subject") -> Result:
 
 def _trainer(subject: "Subject", make: Callable[..., "Stepper"], micro_batches: int) -> "Stepper":
     """Make a trainer of so many micro-batches a step, in the run's own optimizer."""
-    own = guarded_config(subject)
+    own = guarded_config(subject, LAYERS)
     config = changed(own, **PLAN, gradient_accumulation_steps=micro_batches)
-    return make(light_model(subject, config), loss_rows(subject), config)
+    return make(light_model(subject, config, layers=LAYERS), loss_rows(subject), config)
 
 
 def _differs(actual: str, evidence: dict[str, Any]) -> Fail:

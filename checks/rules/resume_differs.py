@@ -137,15 +137,15 @@ def _trainer(subject: "Subject", seed: int) -> "Stepper":
         return staged_trainer(subject, (), seed, muon_learning_rate=muon)
 
 
-def _stepper(change: Callable[[Any], None]) -> Override:
-    """Make a fault of a run that is changed right after it was made."""
+def _stepper(member: str, change: Callable[[Any], None]) -> Override:
+    """Make a fault of a run of which a member is changed right after it was made."""
 
     def trainer(healthy: Implementation, model: Any, rows: Any, config: Any) -> "Stepper":
         run = healthy.trainer(model, rows, config)
         change(run)
         return run
 
-    return override(trainer=trainer)
+    return override(trainer=trainer).in_trainer(member)
 
 
 def _truncate(run: Any) -> None:
@@ -249,15 +249,15 @@ RULE = Rule(
     requires=("STP202", "OPT201", "OPT202"),
     check=check,
     faults=(
-        Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper(_truncate)),
-        Fault("changed-meanwhile", "a checkpoint is written while it changes", _stepper(_save_late)),
-        Fault("moments-lost", "the optimizer starts anew", _stepper(_lose_moments)),
+        Fault("checkpoint-unreadable", "a saved checkpoint cannot be read back", _stepper("save", _truncate)),
+        Fault("changed-meanwhile", "a checkpoint is written while it changes", _stepper("save_while", _save_late)),
+        Fault("moments-lost", "the optimizer starts anew", _stepper("resume", _lose_moments)),
         Fault(
             "rates-mixed-up",
             "all parameters resume with one rate",
-            _stepper(_at_one_rate).under(muon_learning_rate=1e-2),
+            _stepper("resume", _at_one_rate).under(muon_learning_rate=1e-2),
         ),
-        Fault("position-lost", "other batches come next", override(trainer=_on_other_batches)),
-        Fault("weights-lost", "the weights are not restored", _stepper(_lose_weights)),
+        Fault("position-lost", "other batches come next", override(trainer=_on_other_batches).in_trainer("resume")),
+        Fault("weights-lost", "the weights are not restored", _stepper("resume", _lose_weights)),
     ),
 )

@@ -97,7 +97,11 @@ RULE = Rule(
     requires=("GRD203",),
     check=check,
     faults=(
-        Fault("row-lost", "a row is left out and another one read twice", override(trainer=_last_row_lost)),
-        Fault("same-batches", "every step reads the same batches", override(trainer=_always_anew)),
+        Fault(
+            "row-lost",
+            "a row is left out and another one read twice",
+            override(trainer=_last_row_lost).in_trainer("step"),
+        ),
+        Fault("same-batches", "every step reads the same batches", override(trainer=_always_anew).in_trainer("step")),
     ),
 )

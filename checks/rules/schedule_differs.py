@@ -121,7 +121,7 @@ RULE = Rule(
         Fault(
             "stepped-per-micro-batch",
             "the schedule is stepped for every micro-batch",
-            override(trainer=_stepped_per_micro_batch),
+            override(trainer=_stepped_per_micro_batch).in_trainer("step"),
         ),
         Fault("minimum-ignored", "min_lr is ignored", override(learning_rates=_without_minimum)),
     ),

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +60,15 @@ from d2l.base.layers import decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from checks.implementation import Stepper
     from checks.subject import Subject
+    from d2l.base.load_plan import LoadPlan
 
 LARGEST_SHARE = 2 / 3  # of two processes: a half, and what is rounded up
 AT_ONCE = 2  # layers that may be whole: one that runs, and the next, which a GPU gathers meanwhile
 MOVED = 1e-5  # of weights in float32, which a step moves by a thousandth
-SHARDED = {
-    "base_sharding": "full",
-    "expert_weights": "dequantize",
-    "quantize_ctx_encoder": False,
-}  # nothing stands in its way
+# Settings under which nothing stands in its way.
+SHARDED = {"base_sharding": "full", "expert_weights": "dequantize", "quantize_ctx_encoder": False}
 REMEDY = "load it with d2l.base.sharding.load_sharded_base"
 
 
@@ -97,23 +97,24 @@ def check(subject: "Subject") -> Result:
     with tempfile.TemporaryDirectory(prefix="d2l-") as place:
         folder = Path(place) / "base"
         _write_base(subject, folder)
+        ways = [partial(load, folder) for load in _loaders(subject)]
         try:
-            members = in_group(lambda: _both_ways(subject, folder), PROCESSES)
+            members = in_group(lambda: [_held(subject, load) for load in ways], PROCESSES)
         except GroupError as failure:
             return _finding("two processes cannot train over a sharded base", f"{STEPS} steps", str(failure))
     evidence: dict[str, Any] = {}
-    for rank, (whole, sharded) in enumerate(members):
+    for rank, (expected_of, found) in enumerate(members):
         evidence[f"process {rank}"] = {
-            "whole": whole.steps.numbers,
-            "sharded": sharded.steps.numbers,
-            "shares": sharded.shares,
-            "layers at once": sharded.layers[0],
+            "whole": expected_of.steps.numbers,
+            "sharded": found.steps.numbers,
+            "shares": found.shares,
+            "layers at once": found.layers[0],
         }
-        if difference := first_difference(sharded.steps, whole.steps, MOVED):
+        if difference := first_difference(found.steps, expected_of.steps, MOVED):
             expected = f"losses, norms and weights as over a whole base, within {TOLERANCE:g}"
             actual = f"process {rank}, {difference}"
             return _finding("a sharded base is not the whole one", expected, actual, evidence)
-        if unlike := _unlike_a_share(sharded):
+        if unlike := _unlike_a_share(found):
             return _finding(*unlike, evidence)
     return Pass(f"{STEPS} steps over shares of {1 / PROCESSES:.0%} are those over the whole base", evidence)
 
@@ -127,7 +128,7 @@ def _unlike_a_share(held: Held) -> tuple[str, str, str] | None:
         if share > LARGEST_SHARE:
             return "the base is not sharded", f"about {1 / PROCESSES:.0%} of it", f"{share:.0%} {when} the steps"
     most, layers = held.layers
-    if most > min(AT_ONCE, layers - 1):
+    if most > max(1, min(AT_ONCE, layers - 1)):
         actual = f"{most} of {layers} layers whole at once"
         return "a sharded base is gathered as a whole", f"a layer, and the next one at most, of {layers}", actual
     return None
@@ -143,19 +144,26 @@ def _write_base(subject: "Subject", folder: Path) -> None:
         subject.implementation.save_base(base, folder)
 
 
-def _both_ways(subject: "Subject", folder: Path) -> tuple[Held, Held]:
-    """Take the steps in this process of a group: over the whole base, and over one that all its processes share."""
-    implementation = subject.implementation
-    return _held(subject, folder, implementation.load_base), _held(subject, folder, implementation.load_sharded_base)
+def _loaders(subject: "Subject") -> "list[Callable[..., PreTrainedModel]]":
+    """Return what loads a base whole, and what does in shares; what is not offered is missed here, not in a forked process."""
+    it = subject.implementation
+    *_, whole, sharded = it.build, it.trainer_in_group, it.load_base, it.load_sharded_base
+    return [whole, sharded]
 
 
-def _held(subject: "Subject", folder: Path, load: Callable[..., "PreTrainedModel"]) -> Held:
-    base = load(folder, subject.twin_plan)
+def _trainer(subject: "Subject", base: "PreTrainedModel") -> "Stepper":
+    """Make a trainer of this process around a base."""
     config = changed(guarded_config(subject), **PLAN, gradient_accumulation_steps=PER_PROCESS)
     model = build_drawn(subject.implementation, base, config, seed=0)
-    before = _share(base)
+    return subject.implementation.trainer_in_group(model, loss_rows(subject), config)
+
+
+def _held(subject: "Subject", load: Callable[["LoadPlan"], "PreTrainedModel"]) -> Held:
+    """Take the steps in this process of a group."""
+    base = load(subject.twin_plan)
+    trainer, before = _trainer(subject, base), _share(base)
     with _layers_counted(base) as counts:
-        steps = taken(subject.implementation.trainer_in_group(model, loss_rows(subject), config))
+        steps = taken(trainer)
     trainable = tuple(name for name, it in base.named_parameters() if it.requires_grad)
     return Held(steps, (before, _share(base)), (max(counts), len(decoder_layers(base))), trainable)
 

@@ -163,6 +163,6 @@ RULE = Rule(
     faults=(
         Fault("nothing-moves", "a step leaves the weights as they were", override_step(_undone)),
         Fault("drawn-anew", "a trainer changes the weights that it is given", override(trainer=_drawn_anew)),
-        Fault("never-zeroed", "gradients of all steps add up", override(trainer=_never_zeroed)),
+        Fault("never-zeroed", "gradients of all steps add up", override(trainer=_never_zeroed).in_trainer("step")),
     ),
 )

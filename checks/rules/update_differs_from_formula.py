@@ -216,9 +216,9 @@ RULE = Rule(
     requires=("STP202",),
     check=check,
     faults=(
-        Fault("betas-swapped", "beta1 and beta2 are exchanged", override(trainer=_betas_swapped)),
+        Fault("betas-swapped", "beta1 and beta2 are exchanged", override(trainer=_betas_swapped).in_trainer("step")),
         Fault("decay-on-all", "scalers and biases decay too", override_step(_decay_on_all)),
-        Fault("one-rate", "muon_learning_rate is ignored", override(trainer=_one_rate)),
+        Fault("one-rate", "muon_learning_rate is ignored", override(trainer=_one_rate).in_trainer("step")),
         Fault("last-piece-lost", "in pieces, the last matrix is not stepped", override(in_pieces=_last_piece_lost)),
     ),
 )

@@ -109,11 +109,16 @@ def light_model(
     return model
 
 
-def guarded_config(subject: "Subject") -> "RunConfig":
-    """Return the light configuration with the run's own losses and optimizer, at a learning rate that moves a twin."""
+def guarded_config(subject: "Subject", layers: int = LAYERS) -> "RunConfig":
+    """Return the light configuration with the run's own losses and optimizer, at a learning rate that moves a twin.
+
+    Args:
+        layers: of the base that it is for.
+    """
     own = {name: getattr(subject.config, name) for name in OWN}
     muon = None if subject.config.muon_learning_rate is None else 1e-2
-    return light_config(subject, **own, learning_rate=1e-3, muon_learning_rate=muon)  # of the run's own OPT204 judges
+    # of the run's own rates OPT204 judges
+    return light_config(subject, layers, **own, learning_rate=1e-3, muon_learning_rate=muon)
 
 
 def hypernet_values(model: Any) -> dict[str, Tensor]:

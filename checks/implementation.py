@@ -111,8 +111,8 @@ class Implementation(Protocol):
     def load_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
         """Read a base as the run would."""
 
-    def load_sharded_base(self, folder: Path, plan: "LoadPlan") -> "PreTrainedModel":
-        """Read a base, in all processes of torch's default group, of which each then holds a share of every weight."""
+    def load_sharded_base(self, config: RunConfig) -> "PreTrainedModel":
+        """Read the run's base, in all processes of torch's default group, each of which then holds a share of every weight."""
 
     def inspect_base(
         self, config: RunConfig, base_config: "PreTrainedConfig", plan: "LoadPlan"

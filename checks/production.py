@@ -24,8 +24,7 @@ from d2l.base.config import read_base_config
 from d2l.base.files import save_mxfp4
 from d2l.base.load import inspect_base, load_base, random_base
 from d2l.base.load_plan import LoadPlan, plan_load
-from d2l.base.sharding import load_sharded_base
-from d2l.build import Components, build_chat, build_model, fitted_base_config, load_records, tokenize
+from d2l.build import Components, build_base, build_chat, build_model, fitted_base_config, load_records, tokenize
 from d2l.checkpoint import find_checkpoint, load_checkpoint
 from d2l.config.load import saved_config
 from d2l.config.schema import RunConfig
@@ -77,10 +76,9 @@ class Production:
         with quiet_transformers():
             return load_base(str(folder), read_base_config(str(folder)), plan, seed=0)
 
-    def load_sharded_base(self, folder: Path, plan: LoadPlan) -> PreTrainedModel:
+    def load_sharded_base(self, config: RunConfig) -> PreTrainedModel:
         with quiet_transformers():
-            processes = distributed.get_world_size()
-            return load_sharded_base(str(folder), read_base_config(str(folder)), plan, seed=0, processes=processes)
+            return build_base(config, read_base_config(config.model_name_or_path), distributed.get_world_size())
 
     def inspect_base(
         self, config: RunConfig, base_config: PreTrainedConfig, plan: LoadPlan

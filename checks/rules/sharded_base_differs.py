@@ -55,6 +55,7 @@ from checks.training.group_steps import (
     taken,
 )
 from checks.training.steps import guarded_config, loss_rows
+from d2l.base.attention import FLASH_4
 from d2l.base.layers import decoder_layers
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
     from checks.implementation import Stepper
     from checks.subject import Subject
-    from d2l.base.load_plan import LoadPlan
 
 LARGEST_SHARE = 2 / 3  # of two processes: a half, and what is rounded up
 AT_ONCE = 2  # layers that may be whole: one that runs, and the next, which a GPU gathers meanwhile
@@ -97,7 +97,7 @@ def check(subject: "Subject") -> Result:
     with tempfile.TemporaryDirectory(prefix="d2l-") as place:
         folder = Path(place) / "base"
         _write_base(subject, folder)
-        ways = [partial(load, folder) for load in _loaders(subject)]
+        ways = _ways(subject, folder)
         try:
             members = in_group(lambda: [_held(subject, load) for load in ways], PROCESSES)
         except GroupError as failure:
@@ -144,11 +144,13 @@ def _write_base(subject: "Subject", folder: Path) -> None:
         subject.implementation.save_base(base, folder)
 
 
-def _loaders(subject: "Subject") -> "list[Callable[..., PreTrainedModel]]":
-    """Return what loads a base whole, and what does in shares; what is not offered is missed here, not in a forked process."""
+def _ways(subject: "Subject", folder: Path) -> "list[Callable[[], PreTrainedModel]]":
+    """Return what loads the base whole, and what does in shares; what is not offered is missed here, not in a forked process."""
     it = subject.implementation
     *_, whole, sharded = it.build, it.trainer_in_group, it.load_base, it.load_sharded_base
-    return [whole, sharded]
+    own = {"attn_implementation": "auto"} if subject.config.attn_implementation == FLASH_4 else {}  # no CPU runs it
+    config = changed(subject.twin_config, model_name_or_path=str(folder), **own)
+    return [partial(whole, folder, subject.twin_plan), partial(sharded, config)]
 
 
 def _trainer(subject: "Subject", base: "PreTrainedModel") -> "Stepper":
@@ -158,9 +160,9 @@ def _trainer(subject: "Subject", base: "PreTrainedModel") -> "Stepper":
     return subject.implementation.trainer_in_group(model, loss_rows(subject), config)
 
 
-def _held(subject: "Subject", load: Callable[["LoadPlan"], "PreTrainedModel"]) -> Held:
+def _held(subject: "Subject", load: Callable[[], "PreTrainedModel"]) -> Held:
     """Take the steps in this process of a group."""
-    base = load(subject.twin_plan)
+    base = load()
     trainer, before = _trainer(subject, base), _share(base)
     with _layers_counted(base) as counts:
         steps = taken(trainer)
@@ -194,16 +196,16 @@ def _finding(message: str, expected: str, actual: str, evidence: dict[str, Any] 
     return Fail(message=message, expected=expected, actual=actual, remedy=REMEDY, evidence=evidence or {})
 
 
-def _held_whole(healthy: Implementation, folder: Path, plan: Any) -> Any:
+def _held_whole(healthy: Implementation, config: Any) -> Any:
     """Let every process read the whole base for itself."""
-    return healthy.load_base(folder, plan)
+    return healthy.load_sharded_base(changed(config, base_sharding="none"))
 
 
 def _spoilt(spoil: Callable[[Any], None]) -> Any:
     """Make a fault of loading a base and doing something to it."""
 
-    def load_sharded_base(healthy: Implementation, folder: Path, plan: Any) -> Any:
-        base = healthy.load_sharded_base(folder, plan)
+    def load_sharded_base(healthy: Implementation, config: Any) -> Any:
+        base = healthy.load_sharded_base(config)
         with torch.no_grad():
             spoil(base)
         return base

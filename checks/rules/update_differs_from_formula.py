@@ -65,7 +65,7 @@ def check(subject: "Subject") -> Result:
     if finding := _census(run.steps, names):
         return finding
     config = light_config(subject, **{**PLAN, **MUON})
-    plans = {"AdamW": (run.steps, run.config)}
+    plans = {"AdamW and Muon" if subject.config.muon_learning_rate else "AdamW": (run.steps, run.config)}
     try:
         trainer = subject.implementation.trainer(run.trainer.model, run.rows, config)
         plans["Muon"] = [observed_step(trainer), _step_in_pieces(subject, trainer)], config

@@ -40,7 +40,8 @@ def require_writable(folder: Path) -> None:
     Raises:
         CheckpointError: the message names what is in the way.
     """
-    nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    place = folder.absolute()
+    nearest = next((parent for parent in place.parents if os.path.lexists(parent)), place)  # "/" has no parent
     if not nearest.is_dir():
         raise CheckpointError(f"cannot write {folder}: {nearest} is no folder; choose another place")
     if not os.access(nearest, os.W_OK):

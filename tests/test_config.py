@@ -57,7 +57,7 @@ def test_five_mistakes_are_five_problems_with_lines_and_suggestions(tmp_path: Pa
         ("\x00", "not valid YAML"),
         ("seed: 1\nlora_r: 010\n", "line 2: 010 is the number 8 in YAML; write 8, or the number that is meant"),
         ("max_steps: 1:30\n", "line 1: 1:30 is the number 90 in YAML"),
-        ("num_chunk_probs: {1: 0.5, 02: 0.5}\n", "02 is the number 2 in YAML"),
+        ("num_chunk_probs: {1: 0.5, 011: 0.5}\n", "011 is the number 9 in YAML"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, expected: str) -> None:
@@ -88,7 +88,7 @@ def test_aliases_that_stand_for_gigabytes_are_refused_at_once(tmp_path: Path, te
 
 def test_plain_aliases_and_long_lists_are_read(tmp_path: Path) -> None:
     names = [f"file-{number}.jsonl" for number in range(20_000)]
-    text = f"train_ds_names: {names}\nlora_r: &size 4\nlatent_size: *size\n"
+    text = f"train_ds_names: {names}\nlora_r: &size 04\nlatent_size: *size\n"
     config = load_config(write(tmp_path, text))
     assert (len(config.train_ds_names), config.latent_size) == (20_000, 4)
 

@@ -27,8 +27,8 @@ def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
         raise ValueError(f"its aliases stand for more than {ROOM_FOR_ALIASES:,} characters; write out what is meant")
     value = yaml.safe_load(text)
     for node in _scalars(root):
-        if _UNLIKE_DECIMAL.fullmatch(node.value) and node.tag in _NUMBERS:
-            meant = yaml.safe_load(node.value)
+        meant = yaml.safe_load(node.value) if _UNLIKE_DECIMAL.fullmatch(node.value) and node.tag in _NUMBERS else None
+        if meant is not None and node.value.replace("_", "").lstrip("+-0") != str(abs(meant)):
             line = f"line {node.start_mark.line + 1}: " if "\n" in text else ""
             raise ValueError(
                 f"{line}{node.value} is the number {meant} in YAML; write {meant}, or the number that is meant"

@@ -81,7 +81,7 @@ def require_place_for_one(folder: Path, document: Document) -> None:
     Raises:
         CheckpointError: the message says what it holds, or that nothing can be written there.
     """
-    require_writable(folder)
+    require_writable(folder.absolute().parent)  # it is written beside, and renamed
     if not os.path.lexists(folder):
         return
     card = read_card(folder)
@@ -103,12 +103,12 @@ def require_place_for_many(folder: Path) -> None:
     Raises:
         CheckpointError: the message names what to do; or nothing can be written there.
     """
-    require_writable(folder)
     if os.path.lexists(folder) and not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} exists and is never written over: remove it or choose another folder (one with {INDEX}, which an "
             "earlier `d2l internalize` of several documents wrote, is gone on with)"
         )
+    require_writable(folder)
 
 
 class Index:

@@ -35,17 +35,17 @@ def require_new_folder(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a path below a folder that cannot be written to, or below a file, before the work for it is done.
+    """Refuse a folder that cannot be written to, or not be made, before the work for it is done.
 
     Raises:
         CheckpointError: the message names what is in the way.
     """
     place = folder.absolute()
-    nearest = next((parent for parent in place.parents if os.path.lexists(parent)), place)  # "/" has no parent
+    nearest = next(it for it in (place, *place.parents) if os.path.lexists(it))
     if not nearest.is_dir():
-        raise CheckpointError(f"cannot write {folder}: {nearest} is no folder; choose another place")
+        raise CheckpointError(f"cannot write into {folder}: {nearest} is no folder; choose another place")
     if not os.access(nearest, os.W_OK):
-        raise CheckpointError(f"cannot write {folder}: {nearest} cannot be written to; choose another place")
+        raise CheckpointError(f"cannot write into {folder}: {nearest} cannot be written to; choose another place")
 
 
 @contextmanager

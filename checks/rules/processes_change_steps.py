@@ -14,6 +14,7 @@ fraction of its data, at another learning rate, or several runs that drift apart
 How it is detected
 ------------------
 In float64, losses and gradient norms of both processes and their weights after the last step must be those of the one process.
+The weights with which a run begins must be the same in both, to the last bit.
 Skipped where a process cannot be forked: with CUDA, within a group of processes or a daemon, or by this operating system.
 
 How to fix
@@ -25,12 +26,13 @@ the last of them.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
 
 from checks.faults import override
 from checks.implementation import Implementation
 from checks.processes import GroupError, in_group
-from checks.result import Fail, Pass, Result, Skip
+from checks.result import Fail, NotOffered, Pass, Result, Skip
 from checks.rule import Fault, Rule
 from checks.subject import changed
 from checks.training.group_steps import (
@@ -44,7 +46,7 @@ from checks.training.group_steps import (
     first_difference,
     taken,
 )
-from checks.training.steps import guarded_config, light_model, loss_rows
+from checks.training.steps import guarded_config, hypernet_values, light_base, light_model, loss_rows
 
 if TYPE_CHECKING:
     from checks.implementation import Stepper
@@ -61,10 +63,17 @@ def check(subject: "Subject") -> Result:
         return Skip(NO_GROUP)
     alone = taken(_trainer(subject, subject.implementation.trainer, PROCESSES * PER_PROCESS))
     in_several = subject.implementation.trainer_in_group
+    begin = _beginning(subject)
     try:
-        members = in_group(lambda: taken(_trainer(subject, in_several, PER_PROCESS)), PROCESSES)
+        begun, members = zip(
+            *in_group(lambda: (begin(), taken(_trainer(subject, in_several, PER_PROCESS))), PROCESSES), strict=True
+        )
     except GroupError as failure:
         return _finding("two processes cannot train together", f"{STEPS} steps", str(failure))
+    for rank, weights in enumerate(begun):
+        if other := [name for name, weight in weights.items() if not torch.equal(weight, begun[0][name])]:
+            actual = f"process {rank}: {other[0]}, first of {len(other)} parameters that are others than in process 0"
+            return _finding("two processes begin with different hypernetworks", "equal weights in both", actual)
     evidence: dict[str, Any] = {"alone": alone.numbers}
     for rank, member in enumerate(members):
         evidence[f"process {rank}"] = member.numbers
@@ -73,6 +82,16 @@ def check(subject: "Subject") -> Result:
     return Pass(
         f"{STEPS} steps of {PROCESSES} processes are those of one with {PROCESSES} times the micro-batches", evidence
     )
+
+
+def _beginning(subject: "Subject") -> Callable[[], dict[str, Tensor]]:
+    """Return what gives the weights with which a run begins in a process; none where the implementation does not say."""
+    try:
+        initial = subject.implementation.initial
+    except NotOffered:
+        return dict
+    base, config = light_base(subject, LAYERS), guarded_config(subject, LAYERS)
+    return lambda: hypernet_values(initial(base, config))
 
 
 def _trainer(subject: "Subject", make: Callable[..., "Stepper"], micro_batches: int) -> "Stepper":
@@ -116,6 +135,12 @@ def _too_many_taken(healthy: Implementation, model: Any, rows: Any, config: Any)
     return healthy.trainer_in_group(model, rows, changed(config, **several))
 
 
+def _drawn_by_rank(healthy: Implementation, base: Any, config: Any) -> Any:
+    """Let every process of a group begin with weights of its own."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return healthy.initial(base, changed(config, seed=config.seed + rank))
+
+
 RULE = Rule(
     code="GRD206",
     name="processes-change-steps",
@@ -126,6 +151,7 @@ RULE = Rule(
     check=check,
     faults=(
         Fault("each-alone", "every process trains by itself", override(trainer_in_group=_alone)),
+        Fault("drawn-by-rank", "every process begins with its own weights", override(initial=_drawn_by_rank)),
         Fault("own-order", "every process draws its own order of rows", override(trainer_in_group=_own_order)),
         Fault("mean-taken", "gradients are means over processes, not sums", override(trainer_in_group=_mean_taken)),
         Fault(

@@ -14,8 +14,9 @@ falling loss. Layers that are gathered together, or stay so behind their pass, t
 How it is detected
 ------------------
 Losses and gradient norms of both steps, and the hypernetwork's weights behind them, must be those over the whole base. Before
-and after the steps a process may hold two thirds of the base's parameters at most, when a layer runs no more than two layers
-whole, and none may take a gradient. Skipped where a process cannot be forked.
+and after the steps a process may hold two thirds of the base's parameters at most, which are as many as the whole base has; when
+a layer runs, that layer alone whole, but for a weight that embeddings and head share; and none may take a gradient. Skipped where
+a process cannot be forked.
 
 How to fix
 ----------
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from checks.subject import Subject
 
 LARGEST_SHARE = 2 / 3  # of two processes: a half, and what is rounded up
-AT_ONCE = 2  # layers that may be whole: one that runs, and the next, which a GPU gathers meanwhile
+AT_ONCE = 1  # part that may be whole when a layer runs: that layer
 MOVED = 1e-5  # of weights in float32, which a step moves by a thousandth
 # Settings under which nothing stands in its way.
 SHARDED = {"base_sharding": "full", "expert_weights": "dequantize", "quantize_ctx_encoder": False}
@@ -77,14 +78,16 @@ class Held:
     """What a process saw of a base.
 
     Attributes:
-        shares: of the parameters that it held before and after the steps.
-        layers: that were whole at once, at most, when one of them ran, and all.
+        values: of all parameters, in every process together.
+        shares: of them, that it held before and after the steps.
+        parts: layers, and embeddings and head where they are two, that were whole at once, at most, when a layer ran, and all.
         trainable: parameters that take a gradient.
     """
 
     steps: Taken
+    values: int
     shares: tuple[float, float]
-    layers: tuple[int, int]
+    parts: tuple[int, int]
     trainable: tuple[str, ...]
 
 
@@ -108,29 +111,35 @@ def check(subject: "Subject") -> Result:
             "whole": expected_of.steps.numbers,
             "sharded": found.steps.numbers,
             "shares": found.shares,
-            "layers at once": found.layers[0],
+            "parts at once": found.parts[0],
         }
         if difference := first_difference(found.steps, expected_of.steps, MOVED):
             expected = f"losses, norms and weights as over a whole base, within {TOLERANCE:g}"
             actual = f"process {rank}, {difference}"
             return _finding("a sharded base is not the whole one", expected, actual, evidence)
-        if unlike := _unlike_a_share(found):
+        if unlike := _unlike_a_share(found, expected_of.values):
             return _finding(*unlike, evidence)
     return Pass(f"{STEPS} steps over shares of {1 / PROCESSES:.0%} are those over the whole base", evidence)
 
 
-def _unlike_a_share(held: Held) -> tuple[str, str, str] | None:
-    """Return in what a process does not hold a frozen share, what was expected and what was found; None where it does."""
+def _unlike_a_share(held: Held, values: int) -> tuple[str, str, str] | None:
+    """Return in what a process does not hold a frozen share, what was expected and what was found; None where it does.
+
+    Args:
+        values: of all parameters of the whole base.
+    """
+    if held.values != values:
+        return "a sharded base has other weights than the whole one", f"{values:,} values", f"{held.values:,}"
     if held.trainable:
         actual = f"{len(held.trainable)} do; first: {held.trainable[0]}"
         return "a sharded base is not frozen", "no parameter that takes a gradient", actual
     for when, share in zip(("before", "after"), held.shares, strict=True):
         if share > LARGEST_SHARE:
             return "the base is not sharded", f"about {1 / PROCESSES:.0%} of it", f"{share:.0%} {when} the steps"
-    most, layers = held.layers
-    if most > max(1, min(AT_ONCE, layers - 1)):
-        actual = f"{most} of {layers} layers whole at once"
-        return "a sharded base is gathered as a whole", f"a layer, and the next one at most, of {layers}", actual
+    most, parts = held.parts
+    if most > AT_ONCE:
+        actual = f"{most} of {parts} layers, embeddings and head whole at once"
+        return "too much of a sharded base is gathered at once", "the layer that runs", actual
     return None
 
 
@@ -167,18 +176,25 @@ def _held(subject: "Subject", load: Callable[[], "PreTrainedModel"]) -> Held:
     with _layers_counted(base) as counts:
         steps = taken(trainer)
     trainable = tuple(name for name, it in base.named_parameters() if it.requires_grad)
-    return Held(steps, (before, _share(base)), (max(counts), len(decoder_layers(base))), trainable)
+    values = sum(it.numel() for it in base.parameters())
+    return Held(steps, values, (before, _share(base)), (max(counts), len(_parts(base))), trainable)
+
+
+def _parts(base: "PreTrainedModel") -> list[nn.Module]:
+    """Return the layers, and embeddings and head where they have not one weight, which is needed from first to last."""
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    return [*decoder_layers(base), *([] if embeddings.weight is head.weight else [embeddings, head])]
 
 
 @contextmanager
 def _layers_counted(base: "PreTrainedModel") -> Iterator[list[int]]:
-    """Note whenever a layer runs how many layers this process holds whole."""
-    layers, counts = decoder_layers(base), list[int]()
+    """Note whenever a layer runs how many parts this process holds whole."""
+    parts, counts = _parts(base), list[int]()
 
     def count(module: nn.Module, inputs: Any) -> None:
-        counts.append(sum(not any(isinstance(it, DTensor) for it in layer.parameters()) for layer in layers))
+        counts.append(sum(not any(isinstance(it, DTensor) for it in part.parameters()) for part in parts))
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(count) for layer in decoder_layers(base)]
     try:
         yield counts
     finally:

@@ -32,11 +32,11 @@ def print_report(
     """Print the report on the console: coloured on a terminal, else as `plain_text`.
 
     Args:
-        ends: whether the command ends with the report's exit code, which is named then.
+        ends: whether the command ends with the exit code of a `Report`, which is named then.
     """
     page = _page(report, fail_level, detail)
-    if not ends:
-        page = replace(page, summary=page.summary.rpartition(" (exit code")[0])
+    if not ends and isinstance(report, Report):
+        page = replace(page, summary=_outcome_line(report, fail_level))
     if console.is_terminal and not console.is_dumb_terminal:
         console.print(coloured(page, console.width))
     else:
@@ -195,9 +195,13 @@ def idle_ignores(report: Report) -> list[str]:
 
 
 def summary_line(report: Report, fail_level: FailLevel = "error") -> str:
-    """Return how many checks ended in each way, the time, and the exit code in words."""
-    code = report.exit_code(fail_level)
-    return f"{_counts(report)} in {report.seconds:.1f} s: {_verdict(report, code, fail_level)} (exit code {code})"
+    """Return how many checks ended in each way, the time, and the exit code, in words too."""
+    return f"{_outcome_line(report, fail_level)} (exit code {report.exit_code(fail_level)})"
+
+
+def _outcome_line(report: Report, fail_level: FailLevel) -> str:
+    verdict = _verdict(report, report.exit_code(fail_level), fail_level)
+    return f"{_counts(report)} in {report.seconds:.1f} s: {verdict}"
 
 
 def _counts(report: Report) -> str:

@@ -137,6 +137,7 @@ def measure_alone(subject: "Subject", rules: Sequence[Rule]) -> "tuple[list[Outc
 
 
 def _alone(subject: "Subject", rule: Rule) -> "tuple[Outcome, Used]":
+    """Run a rule by itself, with nothing computed before; return its outcome and what it uses."""
     from checks.faults import use_of  # here: it imports torch
 
     outcomes: list[Outcome] = []

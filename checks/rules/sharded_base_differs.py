@@ -156,7 +156,7 @@ def _write_base(subject: "Subject", folder: Path) -> None:
 def _ways(subject: "Subject", folder: Path) -> "list[Callable[[], PreTrainedModel]]":
     """Return what loads the base whole, and what does in shares; what is not offered is missed here, not in a forked process."""
     it = subject.implementation
-    *_, whole, sharded = it.build, it.trainer_in_group, it.load_base, it.load_sharded_base
+    whole, sharded, *_ = it.load_base, it.load_sharded_base, it.build, it.trainer_in_group
     own = {"attn_implementation": "auto"} if subject.config.attn_implementation == FLASH_4 else {}  # no CPU runs it
     config = changed(subject.twin_config, model_name_or_path=str(folder), **own)
     return [partial(whole, folder, subject.twin_plan), partial(sharded, config)]
@@ -181,7 +181,10 @@ def _held(subject: "Subject", load: Callable[[], "PreTrainedModel"]) -> Held:
 
 
 def _parts(base: "PreTrainedModel") -> list[nn.Module]:
-    """Return the layers, and embeddings and head where they have not one weight, which is needed from first to last."""
+    """Return the layers, and embeddings and head where they have not one weight, which is needed from first to last.
+
+    What d2l takes for its units is judged by this, and not asked.
+    """
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     return [*decoder_layers(base), *([] if embeddings.weight is head.weight else [embeddings, head])]
 

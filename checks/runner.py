@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Observer = Callable[[Rule], None]  # called with every rule just before it runs
 Known = Callable[["Subject", Rule], Outcome | None]
 
+SHARED_RECORDS = (
+    100_000  # of more, processes would each copy gigabytes: a page that holds what Python counts is soon written
+)
+
 
 def run_checks(
     subject: "Subject",
@@ -97,7 +101,7 @@ def examine(
     requirement blocks nothing: nothing is known against it, and the dependent names best itself what it lacks.
 
     Args:
-        workers: processes that share the rules of stage twin, each of which measures something of its own.
+        workers: processes that share the rules of the stages twin and data, each of which measures something of its own.
         known: gives an outcome that was measured before on an equal subject, or None.
         seconds: for each rule, see `run_checks`.
     """
@@ -112,8 +116,8 @@ def examine(
         if root:
             outcome = _outcome(rule, "blocked", message=f"blocked by {root}", blocked_by=root)
         else:
-            if rule.stage == "twin" and workers > 1 and not needed and not ahead and _is_ready(subject, index, rules):
-                ahead = _measure_ahead(subject, rules[index:], observe, workers, seconds)
+            if workers > 1 and not needed and rule.code not in ahead and _is_ready(subject, index, rules):
+                ahead |= _measure_ahead(subject, rules[index:], observe, workers, seconds)
             if needed or rule.code not in ahead:
                 observe(rule)
                 judged = _with_settings(subject, needed)
@@ -149,18 +153,22 @@ def _remedy(
 
 
 def _is_ready(subject: "Subject", index: int, rules: Sequence[Rule]) -> bool:
-    """Tell whether this is the place to farm out what follows: behind the first rule that builds a twin.
+    """Tell whether this is the place to farm out the rest of a stage: behind the first rule that builds a twin, or rows.
 
-    That rule fills what a subject computes once, and a forked process inherits it.
+    That rule fills what is computed once, and a forked process inherits it.
     """
-    return index > 0 and rules[index - 1].stage == "twin" and hasattr(subject, "twin")
+    if index == 0 or rules[index - 1].stage != rules[index].stage:
+        return False
+    if rules[index].stage == "data":
+        return "rows" in vars(subject) and len(subject.records or ()) <= SHARED_RECORDS
+    return rules[index].stage == "twin" and hasattr(subject, "twin")
 
 
 def _measure_ahead(
     subject: "Subject", rules: Sequence[Rule], observe: Observer, workers: int, seconds: float
 ) -> dict[str, Outcome]:
-    """Measure every rule of stage twin among `rules` in forked processes, each rule by itself."""
-    chosen = [rule for rule in rules if rule.stage == "twin"]
+    """Measure every rule of the first one's stage among `rules` in forked processes, each rule by itself."""
+    chosen = [rule for rule in rules if rule.stage == rules[0].stage]
     outcomes = in_processes(lambda index: _measure(chosen[index], subject, seconds), len(chosen), workers)
     ahead = {}
     for rule, outcome in zip(chosen, outcomes, strict=True):

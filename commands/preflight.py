@@ -1,8 +1,7 @@
 """The command that runs checks. Heavy imports come late."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from commands.console import (
     GpuOption,
     IgnoreOption,
     ModelOption,
-    OnProgress,
     SetOption,
     Texts,
     TokenizerOption,
@@ -30,6 +28,7 @@ from commands.console import (
     read_config,
     waited,
 )
+from commands.progress import checks_progress
 from d2l.io.atomic import require_new_file, write_new_file
 from d2l.io.resources import resource
 
@@ -266,21 +265,6 @@ def _refuse_beside(given: object, message: str) -> None:
     """Refuse options that do not go together."""
     if given:
         raise UsageError(message)
-
-
-@contextmanager
-def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
-    """Yield two functions that show, on a terminal, which check is running and how many records are tokenized."""
-    screen = console(stderr=True)
-    with redirect_stdout(sys.stderr):
-        if not screen.is_terminal:
-            yield lambda rule: None, lambda done, records: None
-            return
-        with screen.status("starting") as status:
-            yield (
-                lambda rule: status.update(f"{rule.code} {rule.name}"),
-                lambda done, records: status.update(f"tokenizing: {done:,} of {records:,} records"),
-            )
 
 
 def _deliver(

@@ -1,14 +1,17 @@
-"""The progress of a training: a bar on a terminal, a line every few steps elsewhere."""
+"""The progress of checks and of a training: a line or a bar on a terminal, a line every few steps elsewhere."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
-from commands.console import OnProgress
+from commands.console import OnProgress, console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from checks.runner import Observer
     from d2l.config.schema import RunConfig
 
 METRICS = ("ce_loss", "kl_loss", "grad_norm", "gen_lora_l1_norm", "tokens")
@@ -17,6 +20,29 @@ REFRESHES = 2  # a second: each costs the training a millisecond or two
 SPEED_WINDOW = 600.0  # seconds over which the remaining time is estimated: steps may take a minute
 
 ShowStep = Callable[[Mapping[str, float]], None]
+
+
+@contextmanager
+def checks_progress() -> "Iterator[tuple[Observer, OnProgress]]":
+    """Yield two functions that show, on a terminal, which check is running and how many records are tokenized.
+
+    A forked process shows nothing: it may have inherited the screen's lock from a thread that held it.
+    """
+    screen, own = console(stderr=True), os.getpid()
+    with redirect_stdout(sys.stderr):
+        if not screen.is_terminal:
+            yield lambda rule: None, lambda done, records: None
+            return
+        with screen.status("starting") as status:
+
+            def show(text: str) -> None:
+                if os.getpid() == own:
+                    status.update(text)
+
+            yield (
+                lambda rule: show(f"{rule.code} {rule.name}"),
+                lambda done, records: show(f"tokenizing: {done:,} of {records:,} records"),
+            )
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from commands.console import (
     read_config,
     waited,
 )
-from commands.preflight import checks_progress
-from commands.progress import METRICS, steps_progress
+from commands.progress import METRICS, checks_progress, steps_progress
 from commands.refusals import tell_refusal
 from commands.stopped import STOPPED, end_at_once, nothing_to_do, to_go_on, told, write_at_once
 from d2l.errors import DataError

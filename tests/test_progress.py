@@ -9,8 +9,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from rich.console import Console
 from transformers.utils import logging
 
+from checks.processes import in_processes
+from checks.rules import RULES
 from commands.console import load_libraries
-from commands.progress import clock, steps_progress, thousands
+from commands.progress import checks_progress, clock, steps_progress, thousands
 from d2l.config.schema import RunConfig
 
 MEASURED = {"tokens_per_second": 98_765.4, "cuda_peak_gib": 138.6}
@@ -110,3 +112,22 @@ def test_bars_of_libraries_are_silent_and_those_of_downloads_are_not(
     assert capsys.readouterr() == ("", "")
     assert not are_progress_bars_disabled()
     assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"  # which datasets reads when it is imported
+
+
+def test_checks_in_forked_processes_leave_the_screen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have inherited its lock from a thread that held it, and would wait for it forever."""
+    shown: list[str] = []
+    monkeypatch.setattr("rich.status.Status.update", lambda status, text: shown.append(text))
+    screen = Console(file=StringIO(), force_terminal=True)
+    monkeypatch.setattr("commands.progress.console", lambda stderr: screen)
+
+    with checks_progress() as (observe, on_tokenize):
+
+        def elsewhere(index: int) -> list[str]:
+            on_tokenize(1, 10)
+            return shown
+
+        assert [*in_processes(elsewhere, 2, workers=2)] == [[], []]
+        observe(RULES[0])
+        on_tokenize(1000, 2000)
+    assert shown == [f"{RULES[0].code} {RULES[0].name}", "tokenizing: 1,000 of 2,000 records"]

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checks import runner
 from checks.json_values import jsonable
 from checks.processes import in_processes
 from checks.result import Fail, Inapplicable, NotApplicable, NotOffered, Outcome, Pass, Skip, UsageError, Warn
@@ -509,11 +510,13 @@ def test_an_error_of_what_is_examined_is_a_finding(tmp_path, monkeypatch):
 
 
 class TestSeveralProcesses:
-    """Rules of stage twin are shared by processes, with the outcomes of one process."""
+    """Rules of the stages twin and data are shared by processes, with the outcomes of one process."""
 
     @dataclass(frozen=True)
     class WithTwin(Subject):
         twin: str = "made"
+        rows: tuple[int, ...] = (1,)
+        records: tuple[int, ...] = (1,)
 
     def test_outcomes_are_those_of_one_process(self):
         rules = [
@@ -524,8 +527,10 @@ class TestSeveralProcesses:
             LOG,
             says("CRS202", KeyError("x")),
             looks_for("DAT301", stage="data"),
+            looks_for("DAT302", "lost", stage="data"),
+            looks_for("DAT303", stage="data", requires=("DAT302",)),
         ]
-        for defects in (set(), {"rank"}, {"leak", "noise"}):
+        for defects in (set(), {"rank"}, {"leak", "noise"}, {"lost"}):
             subject = self.WithTwin(frozenset(defects))
             alone, shared = (examine(subject, rules, {}, lambda rule: None, workers) for workers in (1, 3))
             assert [self.without_frames(outcome) for outcome in shared] == [self.without_frames(o) for o in alone]
@@ -534,10 +539,21 @@ class TestSeveralProcesses:
         def check(subject):
             return Pass(str(os.getpid()))
 
-        rules = [replace(HYP, code=f"HYP20{i}", check=check) for i in range(4)]
-        first, *rest = examine(self.WithTwin(), rules, {}, lambda rule: None, 2)
-        assert first.message == str(os.getpid())
-        assert str(os.getpid()) not in {outcome.message for outcome in rest}
+        for stage, number in (("twin", 2), ("data", 3)):
+            rules = [replace(HYP, code=f"HYP{number}0{i}", stage=stage, check=check) for i in range(4)]
+            first, *rest = examine(self.WithTwin(), rules, {}, lambda rule: None, 2)
+            assert first.message == str(os.getpid())
+            assert str(os.getpid()) not in {outcome.message for outcome in rest}
+
+    def test_those_of_large_data_do_not(self, monkeypatch):
+        def check(subject):
+            return Pass(str(os.getpid()))
+
+        monkeypatch.setattr(runner, "SHARED_RECORDS", 2)
+        rules = [replace(HYP, code=f"DAT30{i}", stage="data", check=check) for i in range(3)]
+        for records, here in (((1, 2), False), ((1, 2, 3), True)):
+            *_, last = examine(self.WithTwin(records=records), rules, {}, lambda rule: None, 2)
+            assert (last.message == str(os.getpid())) is here
 
     @staticmethod
     def without_frames(outcome):

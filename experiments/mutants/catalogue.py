@@ -20,6 +20,8 @@ from experiments.mutants import (
     bugs_optimizer,
     bugs_packing,
     bugs_perceiver,
+    bugs_processes,
+    bugs_rare_paths,
     bugs_trainer,
 )
 from experiments.mutants.mutant import Mutant
@@ -40,6 +42,8 @@ MUTANTS: tuple[Mutant, ...] = (
         *bugs_checkpoint.MUTANTS,
         *bugs_continuing.MUTANTS,
         *bugs_answers.MUTANTS,
+        *bugs_processes.MUTANTS,
+        *bugs_rare_paths.MUTANTS,
     ),
 )
 

@@ -17,9 +17,9 @@ _INTRODUCTION = """# Mutants
 
 `make mutants` plants small bugs into `d2l/`, one at a time, and runs the preflight under each: on
 `configs/tiny_gpt_oss.yaml`, where that is green on the same dequantized, with attention per document and by blocks, and then
-on a tiny Llama with documents from a file, a KL loss, averages per context and an L1 term, and on the same Llama evaluated as it
-trains, with cross-entropy, chunks of sentences that overlap, documents that the file has twice, and Muon
-([workbench.py](mutants/workbench.py)).
+on a tiny Llama with documents from a file, a KL loss, averages per context and an L1 term, on the same Llama evaluated as it
+trains, with cross-entropy, chunks of sentences that overlap, documents that the file has twice, and Muon, and on both with a
+base that is sharded over two processes ([workbench.py](mutants/workbench.py)).
 Each bug is proven to apply, to be reached and to change a number (the last column). *Killed* means by a red check; a crash
 of a check does not count. A survivor is a hole unless the list judges it equivalent or outside the claims. Whether the red
 check names the cause was judged by reading ([naming.py](mutants/naming.py)).

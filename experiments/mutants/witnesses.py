@@ -11,6 +11,7 @@ from experiments.mutants import (
     witnesses_heldout,
     witnesses_internalizing,
     witnesses_model,
+    witnesses_processes,
     witnesses_steps,
     witnesses_training,
 )
@@ -40,9 +41,12 @@ WITNESSES: dict[str, Callable[[Values], None]] = {
         witnesses_answers.answers,
         *(witnesses_heldout.heldout, witnesses_heldout.evaluated_run, witnesses_heldout.kept_out),
         *(witnesses_internalizing.internalize, witnesses_internalizing.merging),
+        *(witnesses_processes.summed, witnesses_processes.shared_steps, witnesses_processes.sharded),
         *(
             witnesses_steps.pieces,
             witnesses_steps.slices,
+            witnesses_steps.stacks,
+            witnesses_steps.grouped_lora,
             witnesses_steps.unsound,
             witnesses_steps.cuts,
             witnesses_steps.block_tables,

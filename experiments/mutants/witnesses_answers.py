@@ -1,6 +1,9 @@
 """Witness of answers: prompts, generated tokens and their texts."""
 
+from unittest import mock
+
 import torch
+from transformers import GenerationConfig
 
 from d2l.build import Components
 from d2l.data.chat.format import chat_format
@@ -12,7 +15,7 @@ from experiments.mutants.workbench import configurations
 
 
 def answers(values: Values) -> None:
-    """Ask by both conventions, answer three prompts under three LoRAs and one under none, and read texts."""
+    """Ask by both conventions, answer three prompts under three LoRAs and one under none, beside settings of the base."""
     for name in ("per_layer_activations", "early_exit"):
         config = kinds()[name]
         model = build(config)
@@ -20,6 +23,11 @@ def answers(values: Values) -> None:
         made = model.lora(one_batch(config))
         values[f"{name} answers"] = generate(model, made, prompts, stop=[0], max_new_tokens=12)
         values[f"{name} base"] = generate(model, None, prompts[:1], stop=[0], max_new_tokens=12)
+        for key, value in (("repetition_penalty", 1.5), ("no_repeat_ngram_size", 1), ("do_sample", True)):
+            own = GenerationConfig(**{key: value, "top_k": 0})
+            with mock.patch.object(model.base, "generation_config", own):
+                found = generate(model, made, prompts, stop=[0], max_new_tokens=12)
+            values[f"{name} beside {key}"] = found
     tokenizer = Components(configurations()["tiny_gpt_oss"]).tokenizer
     conventions: tuple[Supervision, ...] = ("content", "sampled")
     for supervision in conventions:

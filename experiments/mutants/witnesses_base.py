@@ -81,7 +81,7 @@ def experts(values: Values) -> None:
 
 
 def grouped(values: Values) -> None:
-    """Run the same experts a layer at once, in one slice and in several, and a token by itself, as an answer has it."""
+    """Run the same experts a layer at once, in one slice and in several, and one token or two, as answers have them."""
     base_config, plan = gpt_oss()
     for transient in (2**17, 2**30):
         at_once = replace(plan.expert_products, value="grouped")
@@ -98,6 +98,7 @@ def grouped(values: Values) -> None:
         found = {"output": output.detach(), "hidden": hidden.grad, "routed": routed.grad}
         with torch.no_grad():
             found["alone"] = module(hidden[:1], index[:1], routed[:1])
+            found["two"] = module(hidden[:2], index[:2, :3], routed[:2, :3])
         values |= {f"{transient} {name}": value for name, value in found.items()}
 
 

@@ -1,10 +1,12 @@
-"""Witnesses of what only large or spoilt steps run: losses in slices, the Perceiver in pieces, unsound states, snapshots."""
+"""Witnesses of what only large or spoilt steps run: losses in slices, matrices in stacks, the Perceiver in pieces, snapshots."""
 
 from dataclasses import replace
 from random import Random
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from d2l.base import blocks
 from d2l.build import Components
@@ -12,15 +14,15 @@ from d2l.checkpoint import Checkpoint, take_snapshot
 from d2l.data.chunks import split_context
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.hypernet import memory
-from d2l.train import losses
+from d2l.hypernet import lora, memory
+from d2l.train import losses, optimizer
 from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss, lora_l1
 from d2l.train.processes import OneProcess
 from experiments.mutants.values import Values
-from experiments.mutants.witnesses_model import build, kinds, one_batch, refusal
+from experiments.mutants.witnesses_model import SMALL, build, kinds, one_batch, refusal
 from experiments.mutants.witnesses_training import CPU, training_configs
-from experiments.mutants.workbench import configurations
+from experiments.mutants.workbench import configurations, llama_config
 
 
 def pieces(values: Values) -> None:
@@ -51,6 +53,36 @@ def slices(values: Values) -> None:
             loss = compute_loss(logits, batches[1], made, normalizer, loss=kind, use_per_ctx_average_loss=True)
             (gradient,) = torch.autograd.grad(loss.total, logits, retain_graph=True)
         values |= {f"{kind} gradient": gradient, f"{kind} loss": loss.task.detach()}
+
+
+def stacks(values: Values) -> None:
+    """Take a step by Muon where few matrices are orthogonalized at once."""
+    config = llama_config(**SMALL, muon_learning_rate=0.03)
+    hypernet = build(config).hypernet
+    made = optimizer.make_optimizer(hypernet, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in hypernet.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    with mock.patch.object(optimizer, "STACK_VALUES", 512):
+        made.step()
+    values |= dict(hypernet.state_dict())
+
+
+def grouped_lora(values: Values) -> None:
+    """Multiply contexts of unequal lengths by their LoRAs as where one kernel takes all of them."""
+
+    def by_group(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+        groups = rows.tensor_split(offs[:-1].tolist())
+        return torch.cat([group @ matrix for group, matrix in zip(groups, matrices, strict=True)])
+
+    config = kinds()["early_exit"]
+    model, batch = build(config), one_batch(config)
+    with (
+        mock.patch.object(lora, "has_grouped_products", return_value=True),
+        mock.patch.object(functional, "grouped_mm", by_group),
+        torch.no_grad(),
+    ):
+        values["logits"] = model.logits(batch, model.lora(batch))
 
 
 def unsound(values: Values) -> None:

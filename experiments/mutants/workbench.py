@@ -1,6 +1,7 @@
-"""The configurations of the mutants' preflight, and the documents of the last two."""
+"""The configurations of the mutants' preflight, and their documents."""
 
 import atexit
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -28,12 +29,14 @@ EVALUATED = {
 
 @cache
 def configurations() -> dict[str, RunConfig]:
-    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS, three times, and a Llama, twice.
+    """Return the runs that every mutant is diagnosed on: the shipped tiny GPT-OSS and a Llama.
 
     The Llama reads documents from a file, several questions to each, long ones in chunks; its loss is KL to a teacher,
     averaged per context, with an L1 term; its encoder exits early; it adapts two modules, one of them oblong. The second
     time its file has needles of unequal length, half of them twice, on some of which it is evaluated as it trains; its loss
-    is cross-entropy, its chunks are of whole sentences and overlap, and its matrices have Muon.
+    is cross-entropy, its chunks are of whole sentences and overlap, and its matrices have Muon. The last two shard their
+    base over processes; there the GPT-OSS has a Perceiver whose blocks share weights, and the Llama a head that is its
+    embeddings.
     """
     shipped = load_config(resource("configs/tiny_gpt_oss.yaml"))
     dequantized = shipped.model_copy(update={"attn_implementation": "per_document", "expert_weights": "dequantize"})
@@ -43,6 +46,8 @@ def configurations() -> dict[str, RunConfig]:
         "packed_flex": shipped.model_copy(update={"attn_implementation": "packed_flex"}),
         "llama": llama_config((str(_documents_with_teacher()),), loss="kl"),
         "llama_evaluated": llama_config((str(_written(records_with_copies())),), **EVALUATED),
+        "sharded": dequantized.model_copy(update={"base_sharding": "full", "shared_weights": True, "num_blocks": 3}),
+        "sharded_llama": llama_config(base_sharding="full", model_name_or_path=str(_tied_llama())),
     }
 
 
@@ -105,9 +110,22 @@ def _documents_with_teacher() -> Path:
     return _written(records)
 
 
+def _tied_llama() -> Path:
+    """Write the config of the Llama whose head is its embeddings into a temporary folder."""
+    file = _temporary_folder() / "llama.json"
+    file.write_text(json.dumps(json.loads(LLAMA.read_text()) | {"tie_word_embeddings": True}))
+    return file
+
+
 def _written(records: list[Record]) -> Path:
-    """Write records into a file of a temporary folder that lasts as long as the process."""
+    """Write records into a file of a temporary folder."""
+    file = _temporary_folder() / "documents.jsonl"
+    write_records(file, records)
+    return file
+
+
+def _temporary_folder() -> Path:
+    """Make a folder that lasts as long as the process."""
     folder = Path(mkdtemp(prefix="d2l-mutants-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_records(folder / "documents.jsonl", records)
-    return folder / "documents.jsonl"
+    return folder

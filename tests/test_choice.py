@@ -1,5 +1,6 @@
 """Which checks run and whose findings are accepted: codes, names and beginnings of codes, days, and the configuration's own."""
 
+import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from datetime import date
 
 import pytest
 
-from checks.choice import choose, chosen_by, read_ignores
+from checks.choice import choose, chosen_by, read_ignores, reads_data
 from checks.report import plain_text
 from checks.result import Fail, Pass, Skip, UsageError
 from checks.rule import Rule
@@ -54,6 +55,15 @@ def test_checks_are_chosen_by_code_name_and_beginning(select: list[str], codes: 
     assert choice.required == set(required.split())
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [((), True), (("data",), True), (("static", "device"), True), (("static", "twin"), False)],
+)
+def test_data_is_read_where_a_stage_judges_it(stages: tuple[str, ...], expected: bool) -> None:
+    """The plan of a card's memory counts the run's own rows."""
+    assert reads_data(stages) is expected
+
+
 def test_a_stage_asks_for_all_of_its_checks() -> None:
     choice = choose(RULES, ("static",), ("ATT",))
     assert ([it.code for it in choice.rules], choice.required) == (["ATT101", "ATT102"], {"ATT101", "ATT102"})
@@ -85,6 +95,8 @@ def test_a_finding_is_accepted_until_the_end_of_a_day(until: str, accepted: bool
     assert outcome.message == ("ignored (mail of a@b): broken" if accepted else "broken")
     assert report.expired_ignores == (() if accepted else ("ATT102@2026-11-26",))
     assert report.to_json()["summary"]["expired_ignores"] == list(report.expired_ignores)
+    alone = replace(report, outcomes=report.outcomes[:1])  # where nothing else stands against the run
+    assert (alone.exit_code("error"), alone.exit_code("warn")) == (0, int(not accepted))
     assert ("ATT102@2026-11-26 is over: its findings count again" in plain_text(report)) is not accepted
 
 
@@ -129,7 +141,16 @@ def test_a_check_that_hangs_ends_alone() -> None:
     assert report.outcomes[1].message == "did not finish within 0.05 s"
     assert "--timeout" in report.outcomes[1].remedy
     assert report.exit_code() == 3
-    time.sleep(0.06)  # no alarm is left
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # no alarm is left
+
+
+def test_no_alarm_is_left_behind_a_check_that_ends_in_time() -> None:
+    """It would end `d2l train` in the midst of its steps."""
+    before = signal.getsignal(signal.SIGALRM)
+    with time_limit(100):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 def test_no_limit_is_no_limit() -> None:

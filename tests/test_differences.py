@@ -28,7 +28,7 @@ REPORT: dict[str, Any] = {
                 "message": "it does 2 things",
                 "ignored": True,
             },
-            "evidence": {"layer": {"0": [1e-7, 2], "1": "fp 3"}, "found": 4, "bytes": 10**7},
+            "evidence": {"layer": {"0": [1e-7, 2], "1": "fp 3"}, "found": 4, "bytes": 10**7, "gain": 0.5},
         },
         {"code": "MEM401", "name": "memory", "outcome": "skip", "message": "no GPU: 3 GiB"},
     ],
@@ -65,6 +65,11 @@ def changed(*path: Any, value: Any) -> dict[str, Any]:
         (changed("outcomes", 1, "ignored", value=False), [("outcome", "LOR201 no-effect", "fail (ignored)", "fail")]),
         (changed("outcomes", 2, value=None), [("outcome", "MEM401 memory", "skip", "-")]),
         (changed("outcomes", 0, "evidence", "change", value=1e-2), [("measured", "ATT201 change", "3e-06", "0.01")]),
+        (
+            changed("outcomes", 1, "evidence", "gain", value=-0.5),
+            [("measured", "LOR201 gain", "0.5", "-0.5")],
+        ),
+        (changed("outcomes", 0, "evidence", "change", value=-3e-6), []),  # of either sign, rounding
         (
             changed("outcomes", 1, "evidence", "layer", "0", value=[1e-7, 3]),
             [("measured", "LOR201 layer: 0", "[1e-07, 2]", "[1e-07, 3]")],

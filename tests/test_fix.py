@@ -42,6 +42,12 @@ def test_the_patch_settles_what_was_found_and_nothing_is_written(config: Path) -
     assert clean.stderr.endswith("No setting is known that settles a finding.\n")
 
 
+def test_a_finding_that_is_accepted_is_left_alone(config: Path) -> None:
+    result = fix("run.yaml", "--write", "--ignore", "ATT101=it is what we have")
+    assert result.stderr.endswith("No setting is known that settles a finding.\n")
+    assert config.read_text() == FILE
+
+
 def test_the_line_endings_of_windows_stay(config: Path) -> None:
     windows = FILE.replace("\n", "\r\n").encode()
     config.write_bytes(windows)

@@ -127,6 +127,11 @@ def test_junit_of_every_outcome() -> None:
     assert "d2l explain QNT202" in failure.text
     assert "blocked by QNT202" in cases[4].result[0].text
     assert "ignored (fits)" in cases[1].system_out
+    warning, found = cases[7].system_out, FULL.outcomes[7]
+    assert found.outcome == "warn"
+    for text in (found.expected, found.actual, found.remedy):
+        assert text
+        assert text in warning
     assert [(it.name, it.value) for it in next(iter(suites)).properties()] == [*FULL.judged.items()]
 
 
@@ -228,6 +233,17 @@ def test_a_fingerprint_stays_where_lines_and_numbers_change(tmp_path: Path) -> N
     assert first == second
     assert first[0] != first[1]
     assert [results[0]["locations"][0]["physicalLocation"]["region"]["startLine"] for results in found] == [1, 3]
+
+
+def test_findings_of_two_configurations_have_fingerprints_of_their_own(tmp_path: Path) -> None:
+    """Code scanning shows one of those that share a fingerprint."""
+    prints = set()
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).write_text("expert_weights: packed\n", encoding="utf-8")
+        report = replace(FULL, config=str(tmp_path / name), outcomes=FULL.outcomes[2:3])
+        (result,) = log(report)["results"]
+        prints.update(result["partialFingerprints"].values())
+    assert len(prints) == 2
 
 
 @drawn

@@ -35,7 +35,7 @@ from d2l.plan.cards import CARDS, H100, RESERVED, find_card, sized_card
 from d2l.plan.memory import memory_plan
 from d2l.plan.operations import count_operations
 from d2l.plan.plan import Plan, make_plan
-from d2l.plan.rows import PARAGRAPH, AssumedRows, DataRows, RowShape
+from d2l.plan.rows import PARAGRAPH, AssumedRows, DataRows, Record, RowShape
 from d2l.plan.sizes import HOPPER, Model, Sizes
 from d2l.plan.speed import MEAN_ROWS, MEASURED, Measurement, efficiency, micro_batch_seconds
 
@@ -307,6 +307,28 @@ def test_the_largest_packing_fits_and_the_next_one_does_not(card: str) -> None:
     larger = found.max_packed_ctx_len + 128
     config = configured("recommended", max_packed_ctx_len=larger, max_packed_inp_len=larger)
     assert memory_plan(ON_H100.sizes(config), rows.shapes(config)).needed > usable
+
+
+def test_tokens_of_the_largest_packing_are_those_of_all_processes() -> None:
+    """As those of the run's own packing are."""
+    one, two = (
+        make_plan(
+            Model(read_base_config("openai/gpt-oss-20b"), "cuda", HOPPER, processes=processes),
+            configured("recommended"),
+            AssumedRows(),
+            H100,
+        ).largest_packing
+        for processes in (1, 2)
+    )
+    assert one is not None
+    assert two is not None
+    assert two.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
+
+
+@pytest.mark.parametrize(("document", "questions"), [(100, 700), (700, 100)])
+def test_all_records_share_a_row_of_the_longer_side(document: int, questions: int) -> None:
+    records = (Record(document, 1, document, questions, questions, 10),) * 3
+    assert DataRows(records, "").most_tokens == 2100
 
 
 def test_rows_that_no_budget_makes_longer_are_said_to_limit_the_packing() -> None:

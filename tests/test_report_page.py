@@ -86,6 +86,13 @@ def test_a_clean_page_and_one_without_checks() -> None:
     )
 
 
+def test_a_page_is_red_where_the_exit_code_is() -> None:
+    """A warning stands against a run of `--fail-level warn` alone."""
+    warned = replace(FULL, outcomes=(replace(FULL.outcomes[0], outcome="warn"),), unused_ignores=(), expired_ignores=())
+    for level in ("error", "warn"):
+        assert ('class="verdict fail"' in write_report(warned, "html", level)) == bool(warned.exit_code(level))
+
+
 @settings(derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(reports)
 def test_what_comes_from_data_stays_text(report: Report) -> None:

@@ -397,13 +397,14 @@ def crashes_on(name):
         (looks_for("TOY204", "own", finding=Warn), "missed", "TOY204 reports warn"),
         (looks_for("TOY204", "own", requires=("HYP201",), faults=(defect("rank"),)), "missed", "blocked by HYP201"),
         (crashes_on("own"), "missed", "TOY204 reports crash"),
+        (looks_for("TOY204", "brittle"), "missed", "so is CRS205 crash"),
         (says("TOY204", FAIL, faults=(defect("own"),)), "missed", "does not pass on the clean subject"),
         (says("TOY204", Skip("no data"), faults=(defect("own"),)), "not_applied", "no data"),
         (looks_for("TOY204", "own", severity="warning"), "caught", "found own"),
     ],
 )
 def test_selftest_verdicts(rule, result, words):
-    selftest = run_selftest(CLEAN, [*RULES, rule])
+    selftest = run_selftest(CLEAN, [*RULES, replace(crashes_on("brittle"), code="CRS205", faults=()), rule])
     trial = selftest.trials[-1]
     assert trial.result == result
     assert words in trial.detail
@@ -544,6 +545,13 @@ class TestSeveralProcesses:
             first, *rest = examine(self.WithTwin(), rules, {}, lambda rule: None, 2)
             assert first.message == str(os.getpid())
             assert str(os.getpid()) not in {outcome.message for outcome in rest}
+
+    def test_one_that_hangs_there_is_ended_too(self):
+        hang = replace(HYP, code="HYP203", check=lambda subject: time.sleep(30))
+        rules = [replace(HYP, code="HYP201"), hang, replace(HYP, code="HYP204")]
+        found = examine(self.WithTwin(), rules, {}, lambda rule: None, 2, seconds=0.2)
+        assert [(it.outcome, it.message) for it in found][1] == ("crash", "did not finish within 0.2 s")
+        assert [it.outcome for it in found] == ["pass", "crash", "pass"]
 
     def test_those_of_large_data_do_not(self, monkeypatch):
         def check(subject):

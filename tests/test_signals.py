@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from support.launch import run_here
 from support.tiny_model import random_rows, run_config, tiny_model
 
+from commands.stopped import STOPPED, told
 from d2l.checkpoint import load_checkpoint
 from d2l.io.run_folder import step_folder, step_folders, step_of
 from d2l.train import stopping
@@ -35,6 +37,25 @@ def train(folder: Path, stop: StopRequest, on_step: Callable[[int], None] = lamb
 
 def saved(folder: Path) -> list[int | None]:
     return [step_of(it) for it in step_folders(folder)]
+
+
+# Before the first step
+
+
+@pytest.mark.parametrize("resumed", ["run", "checkpoint", "nothing"])
+def test_a_stop_before_a_step_is_taken_says_what_is_left(
+    tmp_path: Path, resumed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is resumed from a folder, or from a checkpoint in it, goes on from there."""
+    train(tmp_path, StopRequest())
+    folder = {"run": tmp_path, "checkpoint": step_folder(tmp_path, 2), "nothing": tmp_path / "new"}[resumed]
+    with pytest.raises(typer.Exit) as ended, told(folder, ["ATT101=ours"]):
+        raise Interrupted("SIGTERM")
+    assert ended.value.exit_code == STOPPED
+    left = f"; to go on: d2l train --resume {folder} --ignore ATT101=ours"
+    if resumed == "nothing":
+        left = ", and nothing was saved: start it again"
+    assert capsys.readouterr().err == f"Stopped by SIGTERM before a step was taken{left}\n"
 
 
 # The loop

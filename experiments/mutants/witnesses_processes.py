@@ -69,6 +69,7 @@ def _member(task: Callable[[int], Found], store: str, rank: int) -> list[Found]:
 
 
 def _recorded(values: Values, title: str, found: list[Found]) -> None:
+    """Record what each process found."""
     for rank, of_process in enumerate(found):
         values |= {f"{title} {rank} {name}": value for name, value in of_process.items()}
 
@@ -144,6 +145,7 @@ def _over_shares(config: RunConfig, rows: Any) -> Found:
 
 
 def _held(parameter: torch.Tensor) -> int:
+    """Count the values of a parameter that this process holds."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
@@ -153,4 +155,5 @@ def _whole(base: PreTrainedModel) -> int:
 
 
 def _weights(module: nn.Module, title: str) -> Found:
+    """Return a copy of a module's weights."""
     return {f"{title} {name}": value.detach().clone() for name, value in module.state_dict().items()}

@@ -190,9 +190,8 @@ def _check_and_train(
 
 def _tell_findings(report: "Report") -> None:
     """Tell that the preflight refuses the run; in another process than the first, whose report is printed, with its own."""
-    against = [it for it in report if it in report.failures or it.code in report.required & report.not_run]
-    findings = [] if is_first() else [f"  {it.code} {it.name}: {it.message}" for it in against]
-    codes = ", ".join(it.code for it in against)
+    findings = [] if is_first() else [f"  {it.code} {it.name}: {it.message}" for it in report.failures]
+    codes = ", ".join(it.code for it in report.failures)
     refusal = f"training refused by preflight, nothing was written: {codes}; `d2l explain CODE` explains a check"
     tell_refusal(refusal, findings)
 

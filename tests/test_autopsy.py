@@ -25,11 +25,14 @@ from typer.testing import CliRunner
 import cli
 from checks.catalogue import read_catalogue
 from checks.lookalikes import lookalikes
+from d2l.checkpoint import Checkpoint, save_checkpoint
 from d2l.data.packing import PackedBatch, collate
 from d2l.data.tokenize import IGNORE_INDEX, Row
 from d2l.errors import NonFiniteError
 from d2l.hypernet.lora import Lora
+from d2l.io.run_folder import step_folder
 from d2l.train.autopsy import Autopsy, Values, newest_autopsy, read_autopsy
+from d2l.train.diagnosis import newest_sound_checkpoint
 from d2l.train.loop import Trainer, batch_loss, train_steps
 from d2l.train.losses import Normalizer
 from d2l.train.random_state import random_state
@@ -341,6 +344,34 @@ def test_the_folder_holds_the_batch_and_the_random_state_and_nothing_is_written_
     assert newest_autopsy(tmp_path) == tmp_path / "autopsy-2"
 
 
+@pytest.mark.parametrize("tensor", ["", "exp_avg", "exp_avg_sq"])
+def test_a_checkpoint_that_no_step_can_start_from_is_passed_over(tmp_path: Path, tensor: str) -> None:
+    """A moment is measured by another rule than a weight, which may not be large either."""
+    trainer = make_trainer()
+    trainer.step()
+    save_checkpoint(step_folder(tmp_path, 1), trainer.checkpoint())
+    trainer.step()
+    checkpoint = trainer.checkpoint()
+    kept = checkpoint.trainer if tensor else checkpoint.hypernet
+    name = next(it for it in kept if it.startswith(f"optimizer.{tensor}.")) if tensor else next(iter(kept))
+    large = torch.inf if tensor == "exp_avg_sq" else 1e10  # of weights alone this is too large
+    save_checkpoint(step_folder(tmp_path, 2), with_value(checkpoint, name, large))
+    found, rejected = newest_sound_checkpoint(tmp_path)
+    sound = 2 if tensor == "exp_avg" else 1
+    assert found == step_folder(tmp_path, sound)
+    assert [f"holds {name} (largest value" in it for it in rejected] == [True] * (2 - sound)
+
+
+def with_value(checkpoint: Checkpoint, name: str, value: float) -> Checkpoint:
+    """Return a checkpoint with one value of a tensor exchanged."""
+    parts = {field: dict(getattr(checkpoint, field)) for field in ("hypernet", "trainer")}
+    for tensors in parts.values():
+        if name in tensors:
+            tensors[name] = tensors[name].clone()
+            tensors[name].flatten()[0] = value
+    return replace(checkpoint, **parts)
+
+
 def test_a_replay_changes_nothing_that_a_run_would_see(tmp_path: Path) -> None:
     trainer = make_trainer()
     CAUSES["square root at 0"].plant(trainer)
@@ -484,6 +515,10 @@ def test_the_newest_autopsy_is_shown_first_suspect_first(stopped: Path) -> None:
     assert "looks like     QNT201 weights-changed-by-loading" in shown.stdout
     assert f"--resume {stopped / 'checkpoints' / 'step-000000'}" in shown.stdout
     assert re.search(rf"^{VICTIM} +document pass: base.model.embed_tokens, output: ", shown.stdout, re.MULTILINE)
+    trail = lines[lines.index("on the way to the first suspect") + 2 :]
+    end = trail[: trail.index("")] if "" in trail else trail
+    assert end[-1].split()[:3] == ["document", "pass", "base.model.embed_tokens"]  # it ends there
+    assert end[-1].endswith("1 inf")
     assert d2l("autopsy", stopped / "autopsy").stdout == shown.stdout
 
 

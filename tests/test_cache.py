@@ -345,6 +345,15 @@ def test_another_build_during_a_build(tmp_path: Path, tokenized_records: list[in
     assert files(tmp_path) == ALL_FILES
 
 
+def test_what_another_build_has_listed_stays_listed(tmp_path: Path) -> None:
+    """Two that have begun at once, neither with the other's shards."""
+    parts = [[tokenize_record(number, record, CHAT, LIMITS, 7)] for number, record in enumerate(RECORDS[:2])]
+    stores = [cache._Store(tmp_path, {"key": "one"}) for _ in parts]
+    for number, (store, part) in enumerate(zip(stores, parts, strict=True)):
+        store.write(number, part)
+    assert all(cache._Store(tmp_path, {"key": "one"}).read(number) for number in range(2))
+
+
 def test_two_processes_build_the_same_key_at_the_same_time(tmp_path: Path, chat: ChatFormat) -> None:
     records = needle_records(60, 1, 2, 8, seed=0)
     fresh = tokenize_records(records, chat, Limits(), 0)

@@ -551,6 +551,14 @@ def test_train_resumes_with_the_configuration_of_the_run(world, tmp_path, place)
     assert world.loaded[1][0] == Path("x.yaml")
 
 
+def test_train_resumes_from_within_the_folder_of_checkpoints(world, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert d2l("train", "--resume", "step-000005").exit_code == 0
+    assert world.loaded[0][0].resolve() == tmp_path / "config.yaml"
+
+
 @pytest.mark.parametrize("found", [FAIL, ValueError("boom")])
 def test_train_is_refused_by_a_red_report(world, found):
     world.rules[:] = [rule("TOY201", found)]

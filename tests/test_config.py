@@ -49,6 +49,8 @@ def test_five_mistakes_are_five_problems_with_lines_and_suggestions(tmp_path: Pa
         ("lora_r: 4\nlora_r: 8\n", "set a second time (first on line 1)"),
         ("num_chunk_probs: {1: 0.5}\nmax_ctx_chunk_len: 64\n", "must sum to 1"),
         ("num_chunk_probs: {1: 1.0}\n", "needs max_ctx_chunk_len"),
+        ("max_ctx_chunk_len: 64\nnum_chunk_probs: {0: 0.5, 1: 0.5}\n", "chunk counts of 1 or more"),
+        ("max_ctx_chunk_len: 64\nnum_chunk_probs: {}\n", "at least one entry"),
         ("min_ctx_chunk_len: 65\nmax_ctx_chunk_len: 64\n", "must not be above max_ctx_chunk_len (64)"),
         ("layer_idx: 2\nctx_encoder_type: embed_only\n", "only used with ctx_encoder_type: early_exit"),
         ("lora_dropout: 0.1\n", "not supported"),

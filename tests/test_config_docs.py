@@ -111,6 +111,7 @@ def test_the_list_has_a_line_for_each_key_in_a_pipe_and_a_table_on_a_terminal(mo
         ("use_kl_loss", ["An old name (the reference", "now loss (true → kl, false → ce)", "Loss of a label token"]),
         ("needle_filler_words", ["old name   needle_filler_tokens"]),
         ("filler_tokens", ["now filler_words", "curriculum.filler_words"]),
+        ("curriculum.min_filler_words", ["old name   min_filler_tokens"]),
     ],
 )
 def test_a_name_is_explained(name: str, words: list[str]) -> None:
@@ -307,6 +308,9 @@ def test_options_of_init_take_the_place_of_the_preset(tmp_path: Path, monkeypatc
     assert config.resolved() | {"model_name_or_path": "", "train_ds_names": ""} == load_config(
         Path("configs/gpt_oss_20b.yaml")
     ).resolved() | {"model_name_or_path": "", "train_ds_names": ""}
+    shown = d2l("init", "-", "--model", "meta: llama", "--data", "train #1.jsonl")
+    assert yaml.safe_load(shown.stdout)["train_ds_names"] == ["train #1.jsonl"]
+    assert yaml.safe_load(shown.stdout)["model_name_or_path"] == "meta: llama"
     again = d2l("init")
     assert again.exit_code == 2
     assert "run.yaml exists and is never written over" in again.stderr

@@ -51,6 +51,12 @@ def test_a_value_of_several_lines_becomes_one() -> None:
     )
 
 
+@pytest.mark.parametrize("mark", ["|", ">", ">-", "|+"])
+def test_what_stands_behind_a_block_of_text_stays(mark: str) -> None:
+    text = f"remark: {mark}\n  two\n  lines\n\n# of the seed\nseed: 3\n"
+    assert with_values(text, {"remark": "short"}) == "remark: short\n\n# of the seed\nseed: 3\n"
+
+
 def test_lines_end_as_those_of_the_file() -> None:
     windows = FILE.replace("\n", "\r\n")
     values = {"target_modules": ["o_proj"], "warmup_steps": 7, "a_new_key": 1}

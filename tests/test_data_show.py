@@ -46,6 +46,8 @@ def test_joined_texts_are_the_row_and_the_marked_tokens_those_with_a_label() -> 
     assert len(re.findall(r"\[\[", "".join(questions))) == sum(batch.n_queries)
     starts = [int(text) for text in re.findall(r"^--- question.* tokens (\d+) to", result.stdout, re.MULTILINE)]
     assert starts == (batch.position_ids[0] == 0).nonzero()[:, 0].tolist()
+    ends = [int(text) for text in re.findall(r"^--- question.* tokens \d+ to (\d+) of", result.stdout, re.MULTILINE)]
+    assert ends == [*(start - 1 for start in starts[1:]), batch.n_tokens - 1]
 
 
 def test_a_terminal_shows_the_same_tokens_in_colour() -> None:

@@ -96,6 +96,9 @@ def test_a_run_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert is_demo(Path("demo"))  # a folder of something else
     Path("demo/config.yaml").write_text("{}", encoding="utf-8")
     assert not is_demo(Path("demo"))
+    Path("demo/config.yaml").rename("demo/manifest.json")  # a checkpoint
+    assert not is_demo(Path("demo"))
+    Path("demo/manifest.json").rename("demo/config.yaml")
     assert locate_checkpoint(Path("demo")) == Path("demo")
     assert locate_checkpoint(Path("demo2")) == Path("demo2")
     with pytest.raises(CheckpointError, match="found no checkpoint"):

@@ -8,9 +8,9 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from d2l.evaluation.figures import draw_figure
+from d2l.evaluation.figures import _error_lengths, draw_figure
 from d2l.evaluation.run import Evaluation
-from d2l.evaluation.scores import CONDITIONS, GradedAnswer, compute_scores, group_by_chunks, group_by_length
+from d2l.evaluation.scores import CONDITIONS, Estimate, GradedAnswer, compute_scores, group_by_chunks, group_by_length
 
 
 def evaluation(sizes: list[tuple[int, int]]) -> Evaluation:
@@ -71,3 +71,8 @@ def test_no_window_system_is_used(tmp_path: Path) -> None:
     assert matplotlib.rcParams._get("backend") is backend
     code = "import sys, d2l.evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_error_bars_reach_from_the_lower_to_the_upper_bound() -> None:
+    below, above = _error_lengths([Estimate(0.5, low=0.25, high=0.625), Estimate(1.0, low=1.0, high=1.0)])
+    assert (below, above) == ([0.25, 0.0], [0.125, 0.0])  # the order of matplotlib's yerr

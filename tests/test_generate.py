@@ -183,6 +183,14 @@ def test_a_prompt_ends_where_supervision_begins(trained: TrainedModel, supervisi
     assert encoded.input_ids[-1] in find_stop_ids(chat, None)
 
 
+@pytest.mark.parametrize(("supervision", "also"), [("content", ["<|end|>"]), ("sampled", [])])
+def test_an_answer_of_harmony_ends_at_its_stop_tokens(trained: TrainedModel, supervision: str, also: list[str]) -> None:
+    """From the format's own description: `<|return|>`, `<|call|>` of a tool, and what ends a text."""
+    chat = supervised(trained, supervision).chat
+    found = chat.tokenizer.convert_ids_to_tokens(find_stop_ids(chat, None))
+    assert sorted(found) == sorted(["<|return|>", "<|call|>", "<|endoftext|>", *also])
+
+
 @pytest.mark.parametrize(
     ("supervision", "output", "expected"),
     [

@@ -173,6 +173,14 @@ def test_another_dtype_is_made_of_float32_chunks_but_not_the_other_way(trained: 
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_rounded_chunks_make_no_adapter_of_a_smaller_rank(trained: TrainedModel, tmp_path: Path) -> None:
+    half, smaller = AdapterForm(dtype="bfloat16"), AdapterForm("peft", 4, "bfloat16", 2.0)
+    run(trained, tmp_path / "a", LONG, form=half)
+    assert run(trained, tmp_path / "a", LONG, form=smaller)[0].reused == 0
+    run(trained, tmp_path / "b", LONG, form=smaller)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_neighbours_and_an_interruption_leave_no_trace(trained: TrainedModel, tmp_path: Path) -> None:
     texts = ["The bus leaves at ten.", LONG, " ".join(SENTENCES[20:31])]
     run(trained, tmp_path / "all", *texts)

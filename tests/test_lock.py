@@ -73,7 +73,7 @@ def test_it_ends_with_its_process_whatever_that_forked(tmp_path: Path, forks: bo
 
 def test_a_lock_of_a_process_that_is_gone_holds_nobody_up(tmp_path: Path) -> None:
     for text in ("", "{", '{"pid": 1, "host": "elsewhere"}'):
-        (tmp_path / LOCK).write_text(text + " " * 200)  # longer than what the next one writes
+        (tmp_path / LOCK).write_text(text + "}" * 200)  # longer than what the next one writes
         with lock_folder(tmp_path):
             assert json.loads((tmp_path / LOCK).read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
 

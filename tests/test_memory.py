@@ -151,6 +151,14 @@ def test_the_plan_is_within_a_tenth_of_what_an_h100_allocated(
     assert 0.9 * least < highest / GIB < 1.1 * most
 
 
+@pytest.mark.parametrize(("attention", "size"), [("eager", 2), ("sdpa", 1)])
+def test_each_kind_of_layer_has_a_mask_of_the_whole_row(attention: str, size: int) -> None:
+    """GPT-OSS has two: full and sliding attention; in the base's dtype, or bool."""
+    sizes = ON_H100.sizes(configured("documented"))
+    sizes = replace(sizes, load=replace(sizes.load, attention=Choice(attention, "")))
+    assert base_memory.mask_bytes(sizes, 1000, 100) == 2 * 1000**2 * size
+
+
 def test_the_documented_8192_did_not_fit_in_the_perceiver(as_measured) -> None:
     fullest = RowShape(5083, 34, 34, 239, 8141, 104, 393)  # of the same data's six rows
     phases = as_measured(measured_sizes("documented", "prototype", PER_DOCUMENT), fullest)

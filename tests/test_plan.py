@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from d2l.data.epochs import epoch_batches
 from d2l.errors import ConfigError
 from d2l.hypernet import memory
 from d2l.hypernet.model import DocToLora
-from d2l.plan.cards import CARDS, H100, RESERVED, find_card, sized_card
+from d2l.plan.cards import CARDS, H100, RESERVED, card_here, find_card, sized_card
 from d2l.plan.memory import memory_plan
 from d2l.plan.operations import count_operations
 from d2l.plan.plan import Plan, make_plan
@@ -120,6 +121,16 @@ def test_cards_are_found_by_name_and_by_size() -> None:
     assert all(card.usable == card.memory - RESERVED for card in CARDS)
 
 
+def test_the_card_here_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a part of one has, and other cards of the same name."""
+    here = SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 3g.40gb", total_memory=40 * 2**30, major=9, minor=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: here)
+    card = card_here()
+    assert card is not None
+    assert (card.memory, card.flops, card.capability) == (40 * 2**30, H100.flops, (9, 0))
+
+
 @pytest.mark.parametrize("name", ["H1000", "", "80 gibs", "-5GiB", "0", "nan"])
 def test_an_unknown_card_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError, match="expected one of B200, H200, H100, A100-80"):
@@ -182,6 +193,9 @@ def test_recomputation_costs_another_forward_and_an_early_exit_reads_less() -> N
         count_operations(ON_H100.sizes(configured(gradient_checkpointing=switch)), row) for switch in (False, True)
     )
     assert (once["recomputation"], again["recomputation"]) == (0, once["question pass"])
+    assert (
+        again["LoRA"] * 3 == once["LoRA"] * 4
+    )  # forward once more, beside forward, and backward by inputs and by weights
     early = count_operations(ON_H100.sizes(configured(ctx_encoder_type="early_exit")), row)
     assert early["document pass"] * 23 == pytest.approx(once["document pass"] * 6)
 

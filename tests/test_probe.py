@@ -152,6 +152,20 @@ def test_another_scale_is_seen_and_measured(place: Place, which: str, slope: flo
     assert found["compared"]["slope"] == pytest.approx(slope, rel=0.3)
 
 
+def test_a_bound_of_zero_is_one(place: Place) -> None:
+    adapter = place.served.models["adapter"]
+    rounded = with_adapter(place, lambda ids: adapter(ids) - 1e-4 * torch.arange(len(ids))[:, None])
+    assert probe(place, rounded)["verdict"] == "served"
+    assert probe(place, rounded, "--bound", 0)["verdict"] == "differs_from_peft"
+
+
+def test_sglangs_name_of_an_adapter_is_taken_as_it_is_given(place: Place) -> None:
+    listed = [{"id": "base", "owned_by": "sglang"}]
+    with serving(fault(place, flavour="sglang", listed=listed)) as url:
+        for name in ("adapter", "base:adapter"):
+            assert find_routes(JsonServer(url, timeout=30), name).adapter == Route("base:adapter")
+
+
 def test_another_base_is_seen(place: Place) -> None:
     found = probe(place, fault(place, models={"base": place.other_base, "adapter": place.other_base}))
     assert found["verdict"] == "other_base"
@@ -173,8 +187,9 @@ def test_tokens_other_than_expected_in_the_same_number_are_seen(place: Place) ->
     assert found["verdict"] == "tokenization_differs"
 
 
-def test_an_adapter_that_is_not_loaded_is_named(place: Place) -> None:
-    found = probe(place, fault(place, models={"base": place.served.models["base"]}))
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_an_adapter_that_is_not_loaded_is_named(place: Place, status: int) -> None:
+    found = probe(place, fault(place, models={"base": place.served.models["base"]}, absent=status))
     assert found["verdict"] == "adapter_not_loaded"
     assert "`adapter` does not exist" in found["findings"][0]["actual"]
 
@@ -232,6 +247,13 @@ def test_a_slow_server_is_left(place: Place) -> None:
     assert "--timeout" in found["findings"][0]["remedy"]
 
 
+def test_an_answer_may_take_longer_than_the_connection(place: Place) -> None:
+    over = threading.Event()
+    with serving(fault(place, before=lambda: over.wait(0.3))) as url:
+        listed = JsonServer(url, timeout=30, connect_timeout=0.1).get("/v1/models")
+    assert [model["id"] for model in listed["data"]] == ["base", "adapter"]
+
+
 def test_a_server_that_sends_a_byte_at_a_time_is_left() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=drip, args=(listener,))
@@ -286,6 +308,14 @@ def test_a_key_is_sent_and_never_shown(place: Place, monkeypatch: pytest.MonkeyP
     assert "status 401" in found["findings"][0]["actual"]
     assert "secret-1" not in json.dumps(found)
     assert d2l("probe", "http://localhost:1", place.adapter, "--api-key-env", "NO_SUCH").exit_code == 2
+
+
+def test_an_adapter_of_this_folder_has_its_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.adapter)
+    with serving(fault(place)) as url:
+        result = d2l("probe", url, ".", "--expected", place.expected)
+    assert result.exit_code == 0, result.output
+    assert "models    adapter on base\n" in result.stdout
 
 
 def test_with_the_base_at_hand_nothing_else_is_needed(place: Place) -> None:

@@ -109,6 +109,8 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_problem(tmp_
         f"{tmp_path / 'a.jsonl'}:1",
         f"{tmp_path / 'a.jsonl'}:4",
     ]
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())
+    assert len(read_records([tmp_path / "b.json"])) == 1
 
 
 def test_limit_holds_for_each_path_and_does_not_look_further(tmp_path: Path) -> None:

@@ -308,10 +308,12 @@ def test_metrics_are_whole_when_a_resume_is_killed(
     assert (finished / METRICS).read_bytes() == expected
 
 
-def test_a_torn_line_of_metrics_is_dropped(config: RunConfig, finished: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"step": 3, "ce', '{"step": 2, "ce_loss": 1.0}'])
+def test_a_torn_line_of_metrics_is_dropped(config: RunConfig, finished: Path, torn: str) -> None:
+    """Also one that lacks its end alone: the next one would be written behind it."""
     expected = lines(finished)
     with (finished / METRICS).open("a") as file:
-        file.write('{"step": 3, "ce')
+        file.write(torn)
     go(config, step_folder(finished, 2))
     assert without_time(lines(finished)) == without_time(expected)
 

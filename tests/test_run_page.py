@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support.html_page import Page
-from support.run_folders import make_folder
+from support.run_folders import make_folder, step_line
 from support.tiny_run import tiny_config
 from typer.testing import CliRunner, Result
 
@@ -131,6 +131,13 @@ def test_a_page_holds_everything_and_loads_nothing(run: Path, tmp_path: Path) ->
     assert '<th scope="row">step-000004</th>' in text
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
+
+
+def test_the_peak_is_that_of_all_processes_of_a_resumed_run(tmp_path: Path, undrawn: None) -> None:
+    """A process counts its own peak from its start."""
+    lines = [step_line(step, resident_peak_gib=peak) for step, peak in enumerate((50.0, 70.0, 10.0), start=1)]
+    text, _ = report(make_folder(tmp_path / "run", lines=lines), tmp_path / "page.html")
+    assert "70.00 GiB" in text
 
 
 def test_the_newest_evaluation_of_the_run_itself_is_a_table(run: Path, tmp_path: Path) -> None:

@@ -474,6 +474,18 @@ class TestSettingsThatRemedy:
         assert [outcome.judged_with for outcome in report] == [{}, {"lora_r": 3}, {"lora_r": 3}, {}]
         assert report.exit_code() == 1
 
+    def test_a_remedy_on_top_of_another_one_is_tried_with_both(self):
+        def check(subject):
+            if (subject.config.lora_r, subject.config.latent_size) == (3, 16):
+                return Pass("both")
+            return Fail(message="size", expected="16", actual="other", remedy="", settings={"latent_size": 16})
+
+        second = replace(self.wants("TWO102", 3, requires=("ONE101",)), check=check)
+        rules = [self.wants("ONE101", 3, offers=3), second, self.wants("TRE103", 3, requires=("TWO102",))]
+        report = run_checks(self.Configured(), rules)
+        assert kinds(report) == {"ONE101": "fail", "TWO102": "fail", "TRE103": "pass"}
+        assert report.outcomes[2].judged_with == {"lora_r": 3, "latent_size": 16}
+
     def test_settings_with_which_it_still_fails_block(self):
         rules = [self.wants("ONE101", 3, offers=4), self.wants("TWO102", 4, requires=("ONE101",))]
         assert kinds(run_checks(self.Configured(), rules)) == {"ONE101": "fail", "TWO102": "blocked"}

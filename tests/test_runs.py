@@ -17,7 +17,7 @@ from support.run_folders import make_folder, step_line
 from typer.testing import CliRunner, Result
 
 import cli
-from d2l.evaluation.curves import MOST_POINTS, smooth, thin
+from d2l.evaluation.curves import MOST_POINTS, PALETTE, PANELS, _draw_panel, smooth, thin
 from d2l.io.run_folder import EVALUATIONS
 from d2l.train.events import FAILED, STOPPED, note_event, read_events
 from d2l.train.history import RunHistory, read_history, read_metrics, series, speeds
@@ -344,3 +344,19 @@ def test_a_history_is_read_while_its_folder_goes_away(tmp_path: Path) -> None:
     history = read_history(folder)
     assert isinstance(history, RunHistory)
     assert (history.step, history.state(0.0)) == (0, "empty")
+
+
+def test_a_run_has_its_colour_in_every_panel() -> None:
+    """Also behind one that lacks the panel."""
+    axes = Figure().add_subplot()
+    _draw_panel(axes, PANELS[0], [[], [(1, 2.0), (2, 1.0)]], "black")
+    assert {line.get_color() for line in axes.get_lines()} == {PALETTE[1]}
+
+
+def test_a_page_takes_what_no_file_can_hold(tmp_path: Path) -> None:
+    """Half of a pair of UTF-16, which JSON can name: as in the path of a file."""
+    run = make_folder(tmp_path / "run")
+    (run / "events.jsonl").write_text('{"time": 5, "text": "resumed from \\ud800"}\n', encoding="utf-8")
+    result = d2l("report", run, "-o", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "resumed from \\ud800" in (tmp_path / "page.html").read_text(encoding="utf-8")

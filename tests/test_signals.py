@@ -201,6 +201,21 @@ def test_a_signal_that_the_launcher_passes_on_is_the_same_request() -> None:
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "still there")
 
 
+def test_a_later_signal_under_a_launcher_ends_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher passes one on at once; a second one that comes later is somebody's who does not want to wait."""
+    ended: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(stopping, "_end_by", ended.append)
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    stop = StopRequest()
+    stop.wait_for_step()
+    for seconds in (0.0, 0.1, 10.0):
+        now[0] = 100 + seconds
+        stop.receive(signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
+
+
 def test_a_forked_worker_is_ended_by_a_signal_and_asks_nothing() -> None:
     assert run_twice("fork").returncode == 100 - signal.SIGTERM
 

@@ -20,6 +20,7 @@ from d2l.config.schema import RunConfig
 from d2l.data.chat.format import ChatFormat
 from d2l.data.needles import needle_records
 from d2l.data.records import Record, read_records, write_records
+from d2l.data.tokenize import Query, tokenize_record
 from d2l.errors import DataError
 from d2l.train import taught
 from d2l.train import teacher as teacher_code
@@ -102,6 +103,26 @@ def test_a_kl_run_tokenizes_the_records(
     assert all(sum(map(math.exp, row)) <= 1 + 1e-5 for row in values)
 
 
+def test_answers_of_other_tokens_behind_a_document_are_refused(
+    base: PreTrainedModel, chat: ChatFormat, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as without it: a template that writes an answer in capitals behind a long prompt."""
+
+    def tokenize(index: int, record: Record, *rest: Any) -> Any:
+        part = tokenize_record(index, record, *rest)
+        if record == records[0]:
+            return part
+        rows = tuple(replace(row, queries=tuple(map(otherwise, row.queries))) for row in part.rows)
+        return replace(part, rows=rows)
+
+    def otherwise(query: Query) -> Query:
+        return replace(query, labels=tuple(label + (label >= 0) for label in query.labels))
+
+    monkeypatch.setattr(teacher_code, "tokenize_record", tokenize)
+    with pytest.raises(DataError, match=r"prompt 0 .*: the chat template supervises (\d+) tokens .*, and \1 or others"):
+        add_teacher_logprobs(records[:1], base, chat, top_k=TOP_K, packed_tokens=512)
+
+
 def test_earlier_logprobs_are_replaced(base: PreTrainedModel, chat: ChatFormat, records: list[Record]) -> None:
     table = [[((-1.0,),)] * len(record.prompts) for record in records]  # an entry for one token: of another template
     first = [
@@ -175,6 +196,10 @@ def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert (result.exit_code, output.exists()) == (130, False)
     assert result.stderr.endswith(f"Interrupted.\n2 of 4 documents are in {output}.parts: the same command goes on\n")
     assert f"{output}.parts holds parts of a teacher with another top_k" in d2l(*command[:-2], 4, "-o", output).stderr
+    other = tmp_path / "other.yaml"
+    other.write_text(plain.read_text() + "\nsupervision: sampled\n")
+    refused = d2l("data", "teacher", other, "--data", data, "--top-k", 3, "-o", output)
+    assert f"{output}.parts holds parts of a teacher with another chat" in refused.stderr
     result = d2l(*command, output)
     assert result.exit_code == 0
     assert result.stderr.endswith("Note: 2 of 4 documents were done by an earlier call\n")

@@ -292,7 +292,11 @@ def test_an_evaluation_with_a_gap_starts_the_count_anew() -> None:
 
 
 @given(
-    found=st.lists(st.sampled_from([scores(), scores(gaps=NO_GAP), scores(distance=SAME / 2)]), min_size=1, max_size=8),
+    found=st.lists(
+        st.sampled_from([scores(), scores(gaps=NO_GAP), scores(gaps=NO_GAP, own=3.5), scores(distance=SAME / 2)]),
+        min_size=1,
+        max_size=8,
+    ),
     stopped=st.integers(0, 8),
 )
 def test_a_run_that_goes_on_is_judged_as_one_that_never_stopped(found: list[HeldoutScores], stopped: int) -> None:
@@ -349,6 +353,10 @@ def test_a_spike_is_found_once_and_what_is_steady_is_none() -> None:
     assert found.deviations > LIMIT
     assert found.median == pytest.approx(2, rel=0.2)
     assert guard.observe(loss, norm * 40, stage=1) == [], "the same excursion"
+    low = SpikeGuard()
+    assert not any(low.observe(0.25, 1.0, stage=1) for _ in range(LEAST))
+    (found,) = low.observe(20.0, 1.0, stage=1)
+    assert found.median == pytest.approx(0.25)
     assert guard.observe(loss, norm, stage=1) == []
     both = guard.observe(loss * 50 + 5, norm * 40, stage=1)
     assert [it.name for it in both] == ["loss", "gradient norm"]

@@ -24,6 +24,7 @@ class Served:
         models: by the name in a request; "" answers to llama.cpp's scale 1.
         tokenize: of a text in a request.
         body: changes an answer's bytes before they are sent.
+        absent: status of an answer about a model that is not served.
         before: called before an answer is sent, such as to wait.
         seen: paths and bodies of all requests.
     """
@@ -32,6 +33,7 @@ class Served:
     tokenize: Callable[[str], list[int]]
     flavour: Flavour = "vllm"
     status: int = 200
+    absent: int = 404
     change: Callable[[dict[str, Any]], Any] = lambda answer: answer
     body: Callable[[bytes], bytes] = lambda text: text
     before: Callable[[], object] = lambda: None
@@ -107,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.computing:
             answer = served.complete(request)
         if answer is None:
-            self._send(404, {"error": {"message": f"The model `{request['model']}` does not exist.", "code": 404}})
+            error = {"message": f"The model `{request['model']}` does not exist.", "code": served.absent}
+            self._send(served.absent, {"error": error})
         else:
             self._send(served.status, served.change(answer))
 

@@ -131,6 +131,27 @@ def test_the_card_here_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert (card.memory, card.flops, card.capability) == (40 * 2**30, H100.flops, (9, 0))
 
 
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 2039e9),
+        ("NVIDIA A100-PCIE-40GB", 1555e9),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 1555e9),
+        ("NVIDIA GeForce RTX 4090", 1008e9),
+        ("NVIDIA L4", 300e9),
+        ("NVIDIA GeForce RTX 3090", None),
+        ("NVIDIA RTX A6000", None),
+    ],
+)
+def test_rates_are_those_of_the_card_itself(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float) -> None:
+    here = SimpleNamespace(name=name, total_memory=24 * 2**30, major=8, minor=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: here)
+    card = card_here()
+    assert card is not None
+    assert card.bandwidth == bandwidth
+
+
 @pytest.mark.parametrize("name", ["H1000", "", "80 gibs", "-5GiB", "0", "nan"])
 def test_an_unknown_card_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError, match="expected one of B200, H200, H100, A100-80"):

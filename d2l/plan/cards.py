@@ -79,7 +79,7 @@ def sized_card(memory: int) -> Card:
 
 
 def card_here() -> Card | None:
-    """Return the first GPU of this machine, with the rates of the known card that its name contains; None without one.
+    """Return the first GPU of this machine, with the rates of the known card whose name its own contains; None without one.
 
     torch is imported here: the rest of this module is needed before it.
     """
@@ -89,7 +89,8 @@ def card_here() -> Card | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
+    words = properties.name.replace(" ", "-").lower().split("-")
     for card in CARDS:
-        if card.name.split("-")[0].lower() in properties.name.replace(" ", "-").lower().split("-"):
+        if all(part in words or f"{part}gb" in words for part in card.name.lower().split("-")):
             return Card(properties.name, properties.total_memory, card.flops, card.bandwidth, capability)
     return Card(properties.name, properties.total_memory, None, None, capability)

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 Observer = Callable[[Rule], None]  # called with every rule just before it runs
 Known = Callable[["Subject", Rule], Outcome | None]
 
-SHARED_RECORDS = (
-    100_000  # of more, processes would each copy gigabytes: a page that holds what Python counts is soon written
-)
+# Of more, forked processes would copy gigabytes: Python counts references where what is read lies, and so writes there.
+SHARED_RECORDS = 100_000
 
 
 def run_checks(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.tiny_model import random_rows, run_config, tiny_model
 from support.tiny_run import SHALLOW, needle_config
@@ -299,6 +299,9 @@ def test_an_evaluation_with_a_gap_starts_the_count_anew() -> None:
     ),
     stopped=st.integers(0, 8),
 )
+@example(
+    found=[*[scores(gaps=NO_GAP, own=3.5)] * 5, *[scores(gaps=NO_GAP)] * 3], stopped=5
+)  # nothing learnt, then no gap
 def test_a_run_that_goes_on_is_judged_as_one_that_never_stopped(found: list[HeldoutScores], stopped: int) -> None:
     evaluated = [(50 * (number + 1), it) for number, it in enumerate(found)]
     whole, before, after = ReadingGuard(), ReadingGuard(), ReadingGuard()

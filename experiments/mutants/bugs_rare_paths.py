@@ -1,4 +1,4 @@
-"""Mutants of what only large matrices, some GPUs or a base's own settings run: planted blind, and green at first."""
+"""Mutants of what only large matrices, some GPUs or a base's own settings run; most were planted blind."""
 
 from experiments.mutants.mutant import bugs
 

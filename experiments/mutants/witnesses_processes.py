@@ -34,7 +34,10 @@ Found = dict[str, Any]
 
 
 def in_two_processes(task: Callable[[int], Found]) -> list[Found]:
-    """Return what a task gives in this process, the first of a group, and in a forked second one; each is told its rank."""
+    """Return what a task gives in this process, the first of a group, and in a forked second one; each is told its rank.
+
+    `checks.processes.in_group` forks both: what they reach of a mutant would not be seen here.
+    """
     with tempfile.TemporaryDirectory() as name:
         store = str(Path(name) / "store")
         other = get_context("fork").Process(target=_second, args=(task, store))

@@ -5,16 +5,15 @@ from random import Random
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from checks.twin_run import as_on_gpu
 from d2l.base import blocks
 from d2l.build import Components
 from d2l.checkpoint import Checkpoint, take_snapshot
 from d2l.data.chunks import split_context
 from d2l.data.limits import Limits
 from d2l.data.packing import collate
-from d2l.hypernet import lora, memory
+from d2l.hypernet import memory
 from d2l.train import losses, optimizer
 from d2l.train.loop import Trainer
 from d2l.train.losses import Normalizer, compute_loss, lora_l1
@@ -70,18 +69,9 @@ def stacks(values: Values) -> None:
 
 def grouped_lora(values: Values) -> None:
     """Multiply contexts of unequal lengths by their LoRAs as where one kernel takes all of them."""
-
-    def by_group(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
-        groups = rows.tensor_split(offs[:-1].tolist())
-        return torch.cat([group @ matrix for group, matrix in zip(groups, matrices, strict=True)])
-
     config = kinds()["early_exit"]
     model, batch = build(config), one_batch(config)
-    with (
-        mock.patch.object(lora, "has_grouped_products", return_value=True),
-        mock.patch.object(functional, "grouped_mm", by_group),
-        torch.no_grad(),
-    ):
+    with as_on_gpu(), torch.no_grad():
         values["logits"] = model.logits(batch, model.lora(batch))
 
 

@@ -15,11 +15,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from checks.faults import Used, override
+from checks.faults import Override, Used, override
 from checks.processes import available_cores, in_processes
 from checks.production import make_subject
 from checks.result import NotApplicable, NotOffered, Outcome
@@ -27,7 +27,7 @@ from checks.rule import Fault, Rule
 from checks.rules import RULES
 from checks.runner import examine
 from checks.selftest import concerns, measure_alone
-from checks.subject import Subject
+from checks.subject import Subject, changed
 from checks.threads import one_thread
 from d2l.config.load import load_config
 from d2l.errors import D2LError
@@ -117,7 +117,23 @@ def try_pair(clean: Clean, one: Planted, two: Planted) -> Pair:
             judges = [rule for rule in RULES if rule.code in hidden.message]
             if causes := [code for code, outcome in outcomes(*judges).items() if outcome.found_fault]:
                 return Pair(*names, "blocked", f"{hidden.code} by {', '.join(causes)}")
+    for hidden, other in ((one, two), (two, one)):
+        if not found[hidden[0].code].found_fault and not _shows_under(other[1], *hidden, clean.subject):
+            return Pair(*names, "inapplicable", f"{hidden[1].name} is no fault under the settings of {other[1].name}")
     return Pair(*names, "lost", "; ".join(map(_words, (first, second))))
+
+
+def _shows_under(other: Fault, rule: Rule, fault: Fault, subject: Subject) -> bool:
+    """Tell whether a fault by itself is named under the settings in which another shows, where that needs any."""
+    settings = other.plant.configured if isinstance(other.plant, Override) else {}
+    if not settings:
+        return True
+    try:
+        planted = fault.plant(replace(subject, config=changed(subject.config, **settings)))
+    except NotApplicable:
+        return False
+    outcomes = examine(planted, _needed(rule), {}, lambda rule: None)
+    return next(outcome.found_fault for outcome in outcomes if outcome.code == rule.code)
 
 
 def _planted(subject: Subject, one: Fault, two: Fault) -> tuple[Subject | None, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from support.families import default_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from checks import preflight
@@ -32,7 +32,7 @@ TARGETS = {"axk1": "o_proj", "deepseek_v3": "o_proj", "glm4_moe_lite": "o_proj",
 )
 def test_a_family_with_its_default_config_is_judged_or_refused(model_type: str, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(AutoConfig.for_model(model_type).to_dict(), default=str))
+    config.write_text(json.dumps(default_config(model_type).to_dict(), default=str))
     values = {"model_name_or_path": str(config), "target_modules": [TARGETS.get(model_type, "q_proj")]}
     report = judged_or_refused(values)
     if isinstance(report, str):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import BASES
+from support.families import BASES, default_config
 from support.sizes import ALTERNATING, WINDOW
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from d2l.base.attention import PER_DOCUMENT
 from d2l.base.flex import PACKED_FLEX
@@ -143,7 +143,7 @@ def test_layout(kind: str, kinds: tuple[str, ...], window: int | None) -> None:
 )
 def test_layouts_that_no_mask_can_separate_are_refused_by_name(model_type: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as refusal:
-        attention_layout(AutoConfig.for_model(model_type))
+        attention_layout(default_config(model_type))
     assert model_type in str(refusal.value)
 
 

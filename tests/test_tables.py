@@ -45,6 +45,15 @@ def test_a_table_is_used_as_nested_tuples_are(value: list[list[Any]]) -> None:
     assert found != value  # as a tuple differs from a list
 
 
+def test_a_table_becomes_an_array_of_numpy_1_and_2() -> None:
+    found = compact([[0.1, 2.0]])
+    assert found.__array__() is found.__array__(np.float64, copy=False)
+    assert found.__array__(copy=True) is not found.__array__()
+    assert found.__array__(np.float32).tolist() == [[np.float32(0.1), 2.0]]
+    with pytest.raises(ValueError, match=r"float64 are .*float32.* only in a copy"):
+        found.__array__(np.float32, copy=False)
+
+
 def test_a_table_becomes_the_same_tensor() -> None:
     value = [[-0.1, -3.0], [-0.7, -1e-9]]
     assert torch.equal(torch.tensor(compact(value)), torch.tensor(value))

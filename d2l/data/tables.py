@@ -38,7 +38,10 @@ class Table(Sequence[tuple[Any, ...]]):
         return map(tuple, self._values.tolist())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._values, dtype=dtype, copy=copy)
+        values = self._values if dtype is None else self._values.astype(dtype, copy=False)
+        if copy is False and values is not self._values:
+            raise ValueError(f"numbers in {self._values.dtype} are {dtype} only in a copy")
+        return values.copy() if copy else values
 
     def __eq__(self, other: object) -> bool:
         return tuple(self) == tuple(other) if isinstance(other, Table | tuple) else NotImplemented

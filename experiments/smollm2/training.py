@@ -70,9 +70,10 @@ def stage_of(run: Path, plan: Plan) -> int:
 def next_stage(run: Path, stage: Stage, taken: int, spent: float, end: float) -> dict[str, Any]:
     """Return what a stage changes in the run's configuration."""
     changes: dict[str, Any] = {name: TRAINING[name] / stage.slower for name in RATES}
+    if stage.taught:
+        changes["loss"] = "kl"
     if not stage.decays:
         return changes
-    changes["loss"] = "kl"
     if planned_steps(run) > taken and saved_config(run)["decay_steps"] > 0:
         return changes  # this stage was stopped in its middle: its length is decided
     steps = max(1, round((end - spent) * 60 / seconds_per_step(run)))

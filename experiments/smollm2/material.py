@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from d2l.data.chat.format import ChatFormat
@@ -16,6 +17,7 @@ from experiments.smollm2.facts import Words
 from experiments.smollm2.recipe import ANSWER_TOKENS, TEACHER_PASSAGES
 
 ASK = "{text}\n\nWrite one short question that this text answers."
+CONTINUE = "Continue this text.\n\n{begin}"  # text that has nothing to do with the document
 ABOUT_IT = ("What is this text about?", "Summarize the text in one sentence.")
 # What no text answers, so that a document's LoRA learns to leave other answers alone; none is asked where harm is measured.
 GENERAL = (
@@ -29,6 +31,7 @@ GENERAL = (
 PASSAGE_TOKENS = (30, 100)  # of the real text that the base is asked about
 WORD = re.compile(r"\b[a-z]{4,10}\b")
 FEWEST_WORDS, MOST_WORDS = 100, 2000
+CONTINUED_WORDS = 24  # at most, of the sentence that continues a text
 TOGETHER = 8  # prompts of one length that are answered in one batch
 
 
@@ -65,6 +68,8 @@ def teach(
 ) -> list[Record]:
     """Let the base write a question about real text, and answer it and another one with the text in its prompt.
 
+    The third request is to continue another text, as that text goes on: there the base itself is to be left as it is.
+
     Args:
         base: an untrained or trained model; its hypernetwork is not used.
         passages: of the training split.
@@ -76,9 +81,20 @@ def teach(
     on_progress(f"{len(texts)} questions written by the base")
     prompts = [f"{text}\n\n{question}" for text, pair in zip(texts, asked, strict=True) for question in pair]
     answers = iter(answer(base, prompts))
+    continued = draw_continuations(passages, len(texts), seed)
     return [
-        Record(text, pair, tuple(next(answers) for _ in pair), f"taught {number}")
-        for number, (text, pair) in enumerate(zip(texts, asked, strict=True))
+        Record(text, (*pair, begin), (*(next(answers) for _ in pair), rest), f"taught {number}")
+        for number, (text, pair, (begin, rest)) in enumerate(zip(texts, asked, continued, strict=True))
+    ]
+
+
+def draw_continuations(passages: Sequence[Passage], count: int, seed: int) -> list[tuple[str, str]]:
+    """Draw requests to continue a sentence, and the words that follow it in its text."""
+    generator = random.Random(f"{seed} continued")
+    pairs = [pair for passage in passages for pair in pairwise(passage.sentences)]
+    return [
+        (CONTINUE.format(begin=begin), " ".join(rest.split()[:CONTINUED_WORDS]))
+        for begin, rest in generator.choices(pairs, k=count)
     ]
 
 

@@ -42,8 +42,8 @@ STAGES = (  # each adds one thing
     Stage("word", 0.1, _WORD, 8_000),
     Stage("words", 0.2, _WORDS, 24_000),
     Stage("facts", 0.25, _FACTS, 24_000),
-    Stage("text", 0.2, replace(_FACTS, tokens=(0, 60)), 16_000, taught=1_600),
-    Stage("longer", 0.25, replace(_FACTS, tokens=(0, 240), facts=(1, 3)), 16_000, taught=1_600, slower=2, decays=True),
+    Stage("text", 0.2, replace(_FACTS, tokens=(0, 60)), 16_000, taught=5_000),
+    Stage("longer", 0.25, replace(_FACTS, tokens=(0, 240), facts=(1, 3)), 16_000, taught=5_000, slower=2, decays=True),
 )
 TEACHER_PASSAGES = 320  # of real text, whose questions and answers the base writes
 

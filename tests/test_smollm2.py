@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.tiny_run import make_run
 
 from d2l.data.limits import Limits
@@ -21,6 +22,7 @@ from d2l.evaluation.answers import generate_answers
 from d2l.inference.generate import internalize
 from d2l.inference.load import TrainedModel, load_model
 from d2l.train.losses import Normalizer, compute_loss
+from experiments.smollm2 import recipe
 from experiments.smollm2.convert import convert
 from experiments.smollm2.documents import Passage, clean_sentences, find_passages
 from experiments.smollm2.facts import Shape, Words, fact_records
@@ -173,6 +175,22 @@ def test_a_text_is_continued_by_the_words_that_follow_in_it() -> None:
     }
     assert set(drawn) == possible
     assert len(drawn) == 50
+
+
+@pytest.mark.parametrize(
+    ("cuda", "seconds", "dtype"),
+    [(False, 0.4, "bfloat16"), (False, 0.6, "float32"), (False, 70.0, "float32"), (True, 70.0, "bfloat16")],
+)
+def test_the_base_is_in_bfloat16_where_a_product_takes_less_than_half(
+    cuda: bool, seconds: float, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "seconds_of_product", {torch.bfloat16: seconds, torch.float32: 1.0}.get)
+    recipe.write_config(tmp_path / "c.yaml", tmp_path, tmp_path, tmp_path, tmp_path, cuda=cuda)
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["dtype"] == dtype
+
+
+def test_products_are_timed() -> None:
+    assert all(0 < recipe.seconds_of_product(dtype) < 60 for dtype in (torch.bfloat16, torch.float32))
 
 
 def test_a_value_of_several_words_has_none_of_the_other_split() -> None:

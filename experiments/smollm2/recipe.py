@@ -109,11 +109,11 @@ def write_config(file: Path, base: Path, data: Path, watched: Path, run: Path, *
 
 def bfloat16_is_faster() -> bool:
     """Time a product of the base's size: in a processor with tiles for bfloat16 it takes an eighth, emulated 70 times as long."""
-    return 2 * _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32)
+    return 2 * seconds_of_product(torch.bfloat16) < seconds_of_product(torch.float32)
 
 
-def _seconds_of_product(dtype: torch.dtype) -> float:
-    """Return the least of several times of a product, in seconds."""
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """Return the least of three times of a product, in seconds."""
     tokens, weight = (torch.ones(rows, 576, dtype=dtype) for rows in (128, 1536))
     seconds = []
     for _ in range(3):

@@ -46,3 +46,10 @@ def test_a_requirement_keeps_its_clean_outcome_unless_a_fault_can_change_it() ->
     for changed, result in ((frozenset[str](), "lost"), (frozenset({"LBL101"}), "both named")):
         clean = Clean(clean_subject(), {"LBL101": needed}, {one[1]: changed, two[1]: frozenset()})
         assert try_pair(clean, one, two).result == result
+
+
+def test_a_fault_that_shows_under_the_settings_of_another_is_lost_beside_it() -> None:
+    needed = Outcome("LBL101", "a requirement", "static", "error", "crash", "did not run: who requires it is blocked")
+    one, two = planted("DAT304", "tail-lost"), planted("BAS203", "held-whole")
+    clean = Clean(clean_subject(), {"LBL101": needed}, {one[1]: frozenset(), two[1]: frozenset()})
+    assert try_pair(clean, one, two).result == "lost"

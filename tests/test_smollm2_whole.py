@@ -94,6 +94,11 @@ def test_the_whole_experiment_goes_through_its_stages_and_is_resumed(folder: Fol
     assert options.page.read_text(encoding="utf-8").startswith("# On a real language model")
 
 
+def test_the_loss_is_the_teachers_from_the_first_stage_that_has_one() -> None:
+    losses = [training.next_stage(Path("run"), stage, 0, 0.0, 1.0).get("loss") for stage in recipe.STAGES[:-1]]
+    assert losses == [None, None, None, "kl"]
+
+
 def test_a_folder_of_another_recipe_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment.require_same_recipe(folder)
     experiment.require_same_recipe(folder)

@@ -126,7 +126,9 @@ def test_outputs_are_the_same_in_every_bit_where_the_order_of_the_sum_is(top_k: 
 
 @pytest.mark.parametrize("transient", SLICES.values(), ids=SLICES.keys())
 def test_in_bfloat16_the_error_is_that_of_one_expert_at_a_time(transient: int) -> None:
-    arguments = inputs(50, 4, 8, torch.bfloat16)
+    """Hidden states below the clamp: beside its bound the gradient is none or whole, whichever way the value was rounded."""
+    hidden, *routes = inputs(50, 4, 8, torch.bfloat16)
+    arguments = ((hidden.detach() / 10).requires_grad_(), *routes)
     exact_inputs = tuple(it.detach().double().requires_grad_() if it.is_floating_point() else it for it in arguments)
     module = packed(8, torch.bfloat16)
     exact = packed(8, torch.float64)
@@ -138,7 +140,7 @@ def test_in_bfloat16_the_error_is_that_of_one_expert_at_a_time(transient: int) -
     ]
     for at_once, one_by_one in zip(*errors, strict=True):
         assert at_once <= 1.1 * one_by_one
-        assert one_by_one < 0.02
+        assert one_by_one < 0.01
 
 
 def test_both_equal_the_formulas_of_the_reference_token_by_token() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_formats import CHATML, QUESTION, tiny
 from support.families import FAMILIES
-from test_data_checks import RECORDS, data_report, subject_of
+from test_data_checks import DEAR, RECORDS, data_report, red, subject_of
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -242,9 +242,8 @@ def test_production_that_lets_texts_write_control_tokens_is_red(
     subject = subject_of("gpt_oss", RECORDS[2:], control_tokens=mode)
     broken: Any = {"encode_contents": ChatFormat.encode_text, "_holds_control_tokens": lambda self, value: False}
     monkeypatch.setattr(ChatFormat, method, broken[method])
-    found = {it.code for it in data_report(subject).outcomes if it.outcome in ("fail", "crash")}
     expected = set() if (mode, method) == ("refuse", "encode_contents") else {"DAT308"}  # its question is still refused
-    assert found == expected
+    assert red(subject, DEAR) == expected
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def subject_of(family: str, records: tuple[Record, ...] = RECORDS, **values: Any
 
 # They take longer than all others together: one makes a run's rows forty times, one reads them with the base. Where they
 # are not the point, `make test` leaves them out, and `make fuzz` runs all.
-DEAR = ("CCH301", "TCH301", "EXP203", "EVL302")
+DEAR = ("CCH301", "TCH301", "EXP203", "EVL302", "SAV204", "DAT310")
 each_check = pytest.mark.parametrize(
     "without", [pytest.param(DEAR, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
 )

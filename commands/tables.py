@@ -54,12 +54,14 @@ def _make_overall_table(evaluation: "Evaluation") -> _Table:
             *map(_format_estimate, (score.exact, score.f1, score.rouge_l)),
             *("-" if it is None else f"{it:.3f}" for it in (score.relative_f1, score.relative_rouge_l)),
             f"{score.perplexity.value:.4g}",
+            "-" if score.alike is None else f"{score.alike:.2f}",
         )
         for condition, score in evaluation.scores.items()
     ]
     return _Table(
-        f"{documents}, {questions}; brackets: 95% confidence intervals; relative: to the document in the prompt",
-        ("", "exact match", "F1", "ROUGE-L", "relative F1", "relative ROUGE-L", "perplexity"),
+        f"{documents}, {questions}; brackets: 95% confidence intervals; relative: to the document in the prompt; "
+        "alike: share of the documents with several expected answers whose questions all got one",
+        ("", "exact match", "F1", "ROUGE-L", "relative F1", "relative ROUGE-L", "perplexity", "alike"),
         tuple(rows),
     )
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 import cli
 from commands.console import LOADING
 from d2l.data.needles import needle_records
-from d2l.data.records import Record, write_records
+from d2l.data.records import Record, read_records, write_records
 from d2l.evaluation.scores import LABELS
 from d2l.io.run_folder import step_folder
 
@@ -35,6 +35,7 @@ def test_tables_show_every_condition_and_size_and_the_file_every_answer(
     assert overall[0].startswith("3 documents, 5 questions")
     assert "ROUGE-L" in overall[1]
     assert "relative F1" in overall[1]
+    assert overall[1].split()[-1] == "alike"
     assert [label for line in overall[2:] for label in LABELS.values() if line.startswith(label)] == [*LABELS.values()]
     assert lengths[0] == "exact match / F1 by document tokens"
     assert len(lengths) == 4
@@ -42,6 +43,13 @@ def test_tables_show_every_condition_and_size_and_the_file_every_answer(
     written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert set(written["scores"]) == set(LABELS)
     assert [group["low"] for group in written["by_chunks"]] == [1, 2]
+    shown = [f"{score['alike']:.2f}" for score in written["scores"].values()]  # of two documents with two answers each
+    assert [line.split()[-1] for line in overall[2:]] == shown
+    assert {(it["record"], it["query"]): it["expected"] for it in written["answers"]} == {
+        (record, query): response
+        for record, it in enumerate(read_records([data]))
+        for query, response in enumerate(it.responses)
+    }
     assert len(written["answers"]) == 5 * 4
     assert "<svg" in (tmp_path / "scores.svg").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {"needles.jsonl", "scores.json", "scores.svg"}

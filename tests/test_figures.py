@@ -16,7 +16,7 @@ from d2l.evaluation.scores import CONDITIONS, Estimate, GradedAnswer, compute_sc
 def evaluation(sizes: list[tuple[int, int]]) -> Evaluation:
     """Return an evaluation with one question for each document, given as (tokens, chunks)."""
     answers = tuple(
-        GradedAnswer(record, 0, tokens, chunks, condition, "", float(record % 2), 0.5, 0.25, 1.0, 1)
+        GradedAnswer(record, 0, tokens, chunks, condition, "", "", float(record % 2), 0.5, 0.25, 1.0, 1)
         for record, (tokens, chunks) in enumerate(sizes)
         for condition in CONDITIONS
     )

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,16 @@ WORDS = st.lists(st.sampled_from(["red", "fox", "17", "the", "Éclair"]), max_si
 
 def make_answers(record: int = 0, query: int = 0, size: int = 1, **values: object) -> list[GradedAnswer]:
     """Make the answers to one question under every condition."""
-    fields = {"exact": 0.0, "f1": 0.0, "rouge_l": 0.0, "nll": 1.0, "tokens": 1} | values
-    return [GradedAnswer(record, query, size, size, condition, "", **fields) for condition in CONDITIONS]  # type: ignore[arg-type]
+    fields: Any = {
+        "answer": "",
+        "expected": "",
+        "exact": 0.0,
+        "f1": 0.0,
+        "rouge_l": 0.0,
+        "nll": 1.0,
+        "tokens": 1,
+    } | values
+    return [GradedAnswer(record, query, size, size, condition, **fields) for condition in CONDITIONS]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,7 @@ def test_scores_are_means_over_questions_and_tokens() -> None:
 def test_relative_is_to_the_document_in_the_prompt() -> None:
     worth = {"document": 0.6, "other": 0.2, "none": 0.0, "in_prompt": 0.8}
     answers = [
-        GradedAnswer(0, 0, 1, 1, condition, "", 0.0, worth[condition], worth[condition] / 2, 1.0, 1)
+        GradedAnswer(0, 0, 1, 1, condition, "", "", 0.0, worth[condition], worth[condition] / 2, 1.0, 1)
         for condition in CONDITIONS
     ]
     found = compute_scores(answers, seed=0)
@@ -101,6 +111,37 @@ def test_relative_is_to_the_document_in_the_prompt() -> None:
     assert relative == {condition: pytest.approx((worth[condition] / 0.8,) * 2) for condition in CONDITIONS}
     silent = compute_scores(make_answers(), seed=0)["document"]
     assert (silent.relative_f1, silent.relative_rouge_l) == (None, None)
+
+
+def test_documents_are_alike_whose_questions_with_several_answers_get_one() -> None:
+    told = {  # document: answers beside the expected ones
+        0: [("17", "17"), ("17", "23")],
+        1: [("The fox.", "17"), ("fox", "23"), ("a fox", "4")],
+        2: [("17", "17"), ("23", "23")],
+        3: [("17", "17"), ("17", "The 17.")],  # one answer is right
+        4: [("17", "17")],
+        5: [("17", "17"), ("fox", "23"), ("17", "4")],
+    }
+    answers = [
+        it
+        for record, pairs in told.items()
+        for query, (answer, expected) in enumerate(pairs)
+        for it in make_answers(record, query, answer=answer, expected=expected)
+    ]
+    assert compute_scores(answers, seed=0)["document"].alike == 2 / 4
+    assert [group.scores["none"].alike for group in group_by_length(answers, seed=0)] == [2 / 4]
+    others = [replace(it, answer=f"{it.query}") if it.condition == "in_prompt" else it for it in answers]
+    assert {condition: score.alike for condition, score in compute_scores(others, seed=0).items()} == {
+        "document": 2 / 4,
+        "other": 2 / 4,
+        "none": 2 / 4,
+        "in_prompt": 0.0,
+    }
+
+
+def test_no_document_with_several_answers_is_alike_to_none() -> None:
+    answers = [it for query in range(3) for it in make_answers(0, query, answer="17", expected="17")]
+    assert compute_scores(answers, seed=0)["document"].alike is None
 
 
 def test_intervals_have_their_nominal_coverage() -> None:

@@ -18,7 +18,8 @@ A table of one study (experiments/targets.md: the same steps, documents and hype
 exact match on unseen documents of two keys; chance is .10, a value without its key .55). It shows what a tiny base
 learns in a small budget, not what a larger one can learn in days: hence a warning. Modules that were not measured are
 not judged. On SmolLM2-135M (experiments/smollm2.md) v_proj carries words of documents too, and so does down_proj, which
-GPT-OSS has in its experts alone; q_proj was not tried there.
+GPT-OSS has in its experts alone; by down_proj a document's questions all got one answer. Not tried there: several facts by v_proj
+in a hypernetwork that reads words, and q_proj.
 
 How to fix
 ----------

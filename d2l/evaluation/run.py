@@ -165,6 +165,7 @@ def _answer_questions(
                     chunks=document.chunks,
                     condition=condition,
                     answer=answer,
+                    expected=expected,
                     exact=exact_match(answer, expected),
                     f1=token_f1(answer, expected),
                     rouge_l=rouge_l(answer, expected),

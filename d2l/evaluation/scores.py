@@ -3,8 +3,8 @@
 import math
 import re
 import string
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -43,6 +43,7 @@ class GradedAnswer:
     Attributes:
         record, query: index of the document, and of its question.
         document_tokens, chunks: length of the document, and number of its chunks.
+        expected: the record's answer.
         exact: 1.0 where the answer equals the expected one, else 0.0; both normalised as in SQuAD.
         f1: F1 of the words of both, 0 to 1.
         rouge_l: F-measure of their longest common subsequence of words, 0 to 1.
@@ -56,6 +57,7 @@ class GradedAnswer:
     chunks: int
     condition: Condition
     answer: str
+    expected: str
     exact: float
     f1: float
     rouge_l: float
@@ -74,7 +76,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one condition; relative: divided by those of the document in the prompt, None where those are 0."""
+    """Scores of one condition.
+
+    Attributes:
+        relative_f1, relative_rouge_l: divided by those of the document in the prompt, None where those are 0.
+        alike: share of the documents with several expected answers whose questions all got one, as from a LoRA that does
+            not look at the question; None where no document has several.
+    """
 
     exact: Estimate
     f1: Estimate
@@ -82,6 +90,7 @@ class Score:
     perplexity: Estimate
     relative_f1: float | None
     relative_rouge_l: float | None
+    alike: float | None
 
 
 @dataclass(frozen=True)
@@ -163,8 +172,20 @@ def compute_scores(answers: Sequence[GradedAnswer], seed: int) -> dict[Condition
             perplexity=Estimate(_exp(nll.value), _exp(nll.low), _exp(nll.high)),
             relative_f1=f1.value / f1_ceiling if f1_ceiling else None,
             relative_rouge_l=rouge.value / rouge_ceiling if rouge_ceiling else None,
+            alike=_share_answered_alike([it for it in answers if it.condition == condition]),
         )
     return result
+
+
+def _share_answered_alike(answers: Iterable[GradedAnswer]) -> float | None:
+    """Return the share of documents that got one answer to all questions, of those whose questions have several."""
+    given: dict[int, set[str]] = defaultdict(set)
+    expected: dict[int, set[str]] = defaultdict(set)
+    for it in answers:
+        given[it.record].add(normalize_answer(it.answer))
+        expected[it.record].add(normalize_answer(it.expected))
+    several = [record for record, texts in expected.items() if len(texts) > 1]
+    return sum(len(given[record]) == 1 for record in several) / len(several) if several else None
 
 
 def group_by_length(answers: Sequence[GradedAnswer], seed: int) -> tuple[Group, ...]:

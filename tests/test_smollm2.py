@@ -29,7 +29,7 @@ from experiments.smollm2.facts import Shape, Words, fact_records
 from experiments.smollm2.fetch import MEMBER, extract, fetch
 from experiments.smollm2.harm import measure_harm, text_likelihood
 from experiments.smollm2.material import ABOUT_IT, CONTINUE, TOGETHER, draw_continuations, draw_questions, single_words
-from experiments.smollm2.page import named_share, size_of
+from experiments.smollm2.page import Findings, named_share, size_of, write_page
 from experiments.smollm2.parity import peft_answers
 from experiments.smollm2.recipe import ANSWER_TOKENS
 from experiments.smollm2.teacher import certain
@@ -191,6 +191,25 @@ def test_the_base_is_in_bfloat16_where_a_product_takes_less_than_half(
 
 def test_products_are_timed() -> None:
     assert all(0 < recipe.seconds_of_product(dtype) < 60 for dtype in (torch.bfloat16, torch.float32))
+
+
+def test_the_page_says_of_how_many_documents_all_questions_got_one_answer() -> None:
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    alike = {"document": 0.75, "other": 1.0, "none": None, "in_prompt": 0.0}
+    scores = {
+        condition: {"exact": estimate, "f1": estimate, "perplexity": estimate, "alike": share}
+        for condition, share in alike.items()
+    }
+    evaluation = {
+        "documents": 4,
+        "questions": 9,
+        "scores": scores,
+        "answers": [{"document_tokens": 20, "chunks": 1}],
+    }
+    harm = {"documents": 1, "own": {}, "unrelated": {"LoRA": 2.0, "no LoRA": 1.0}, "same_answers": 0, "answers_f1": 0}
+    findings = Findings({"short": evaluation}, None, harm, {"short": dict.fromkeys(alike, 0.5)}, (), ())
+    lines = [line for line in write_page(findings, "c.svg").splitlines() if line.startswith("| 4 short")]
+    assert [line.split("|")[-2].strip() for line in lines] == ["0.75", "1.00", "", "0.00"]
 
 
 def test_a_value_of_several_words_has_none_of_the_other_split() -> None:

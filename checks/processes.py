@@ -55,7 +55,6 @@ def can_fork() -> bool:
 @contextmanager
 def _outside_collection() -> Iterator[None]:
     """Leave what there is out of garbage collection meanwhile: libraries are much to walk through, and stay."""
-    gc.collect()
     gc.freeze()
     try:
         yield

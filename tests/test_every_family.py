@@ -15,8 +15,8 @@ from checks.result import Outcome, Report
 from d2l.config.load import load_config
 from d2l.errors import ModelError
 
-# Latent attention and experts in groups; experts of another layout, and cosines beside each other; several text parts
-QUICK = ("deepseek_v3", "cohere2_moe", "musicgen")
+# Latent attention and experts in groups; several text parts
+QUICK = ("deepseek_v3", "musicgen")
 WITHOUT_DEFAULTS = {"deepseek_v2", "gemma4_assistant"}  # their defaults make no model: no top-k; refused by their class
 MAY_WARN = {"TGT102", "CTX101"}
 TARGETS = {"axk1": "o_proj", "deepseek_v3": "o_proj", "glm4_moe_lite": "o_proj", "phi3": "o_proj", "youtu": "o_proj"}

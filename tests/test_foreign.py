@@ -17,6 +17,7 @@ from d2l.config.load import load_config
 from d2l.io.resources import resource
 
 RUNNER = CliRunner()
+PARTIAL = {"target_modules": "[v_proj, gate_up_projection]"}
 
 
 def examine(*bugs: str, select: Sequence[str] = (), **settings: str) -> Report:
@@ -56,7 +57,7 @@ def test_a_healthy_one_passes_every_check_that_it_offers_something_for(settings:
         pytest.param("reentrant", {}, "GRD201", marks=pytest.mark.slow),
         ("four dimensions", {}, "HYP201"),
         pytest.param("object in state", {}, "SAV201", marks=pytest.mark.slow),
-        ("partial targets", {"target_modules": "[v_proj, gate_up_projection]"}, "TGT101"),
+        pytest.param("partial targets", PARTIAL, "TGT101", marks=pytest.mark.slow),
     ],
 )
 def test_a_bug_turns_exactly_its_check_red(bug: str, settings: dict[str, str], code: str) -> None:
@@ -65,10 +66,18 @@ def test_a_bug_turns_exactly_its_check_red(bug: str, settings: dict[str, str], c
 
 
 @pytest.mark.parametrize(
-    ("bug", "code"), [("plain forward", "LOR201"), ("object in state", "SAV201"), ("reentrant", "GRD201")]
+    ("bug", "settings", "code"),
+    [
+        ("plain forward", {}, "LOR201"),
+        ("object in state", {}, "SAV201"),
+        ("reentrant", {}, "GRD201"),
+        ("partial targets", PARTIAL, "TGT101"),
+    ],
 )
-def test_a_bug_that_blocks_few_checks_is_found_among_those_beside_its_own(bug: str, code: str) -> None:
-    report = examine(bug, select=[code[:3]])
+def test_a_bug_that_blocks_few_checks_is_found_among_those_beside_its_own(
+    bug: str, settings: dict[str, str], code: str
+) -> None:
+    report = examine(bug, select=[code[:3]], **settings)
     assert red(report) == {code: "fail"}, plain_text(report)
 
 

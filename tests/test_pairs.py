@@ -27,11 +27,8 @@ def planted(code: str, name: str) -> Planted:
         (("DAT308", "kept-in-documents"), ("DAT304", "document-cut"), "blocked"),
         (("DAT308", "kept-in-documents"), ("DAT303", "question-lost"), "blocked"),
         (("TGT101", "experts"), ("TGT102", "queries-only"), "inapplicable"),
-        (
-            ("BAS101", "packed-experts"),
-            ("BAS203", "held-whole"),
-            "inapplicable",
-        ),  # which shows in dequantized ones alone
+        # which shows in dequantized ones alone
+        pytest.param(("BAS101", "packed-experts"), ("BAS203", "held-whole"), "inapplicable", marks=pytest.mark.slow),
         pytest.param(("LOR204", "scale-over-r"), ("BAS203", "held-whole"), "blocked", marks=pytest.mark.slow),
     ],
 )

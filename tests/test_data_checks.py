@@ -180,7 +180,7 @@ def test_a_template_that_prints_the_date_by_the_clock_is_read_alike(tmp_path: Pa
     form = conversation_format(clean)
     assert form.document("x").startswith("09 Feb 2024|Friday<|start|>user")
     assert form.document("x") == clean.chat.render([{"role": "user", "content": "x"}])
-    assert red(clean, set(DEAR) - {"CCH301"}) == set()
+    assert red(clean) == set()
 
 
 def taught(subject: Subject) -> Subject:
@@ -205,8 +205,9 @@ def taught(subject: Subject) -> Subject:
 
 
 @pytest.mark.parametrize("limits", [pytest.param("roomy", marks=pytest.mark.slow), "chunked"])
+@each_check
 def test_a_teachers_logprobs_are_green_and_red_where_they_are_another_questions(
-    limits: str, monkeypatch: pytest.MonkeyPatch
+    limits: str, without: Collection[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = taught(subject_of("gpt_oss", **LIMITS[limits]))
     assert red(clean) == set()
@@ -218,7 +219,7 @@ def test_a_teachers_logprobs_are_green_and_red_where_they_are_another_questions(
         return replace(batch, logprobs_vals=batch.logprobs_vals.flip(0))
 
     monkeypatch.setattr(packing, "collate", reversed_teacher)
-    assert red(replace(clean), DEAR if limits == "chunked" else ()) == {"LBL301"}
+    assert red(replace(clean), without) == {"LBL301"}
 
 
 # Bugs in the production code itself: what is replaced, by what, and the check that names it

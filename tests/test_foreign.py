@@ -66,19 +66,24 @@ def test_a_bug_turns_exactly_its_check_red(bug: str, settings: dict[str, str], c
 
 
 @pytest.mark.parametrize(
-    ("bug", "settings", "code"),
+    ("bug", "code"), [("plain forward", "LOR201"), ("object in state", "SAV201"), ("reentrant", "GRD201")]
+)
+def test_a_bug_that_blocks_few_checks_is_found_among_those_beside_its_own(bug: str, code: str) -> None:
+    report = examine(bug, select=[code[:3]])
+    assert red(report) == {code: "fail"}, plain_text(report)
+
+
+@pytest.mark.parametrize(
+    ("bugs", "message"),
     [
-        ("plain forward", {}, "LOR201"),
-        ("object in state", {}, "SAV201"),
-        ("reentrant", {}, "GRD201"),
-        ("partial targets", PARTIAL, "TGT101"),
+        ((), "a target module does not exist in every layer"),
+        (("partial targets",), "a target module is left out without a word"),
     ],
 )
-def test_a_bug_that_blocks_few_checks_is_found_among_those_beside_its_own(
-    bug: str, settings: dict[str, str], code: str
-) -> None:
-    report = examine(bug, select=[code[:3]], **settings)
-    assert red(report) == {code: "fail"}, plain_text(report)
+def test_targets_that_are_left_out_are_told_from_refused_ones(bugs: tuple[str, ...], message: str) -> None:
+    report = examine(*bugs, select=["TGT"], **PARTIAL)
+    assert red(report) == {"TGT101": "fail"}, plain_text(report)
+    assert [outcome.message for outcome in report if outcome.code == "TGT101"] == [message]
 
 
 def test_the_wrapper_of_the_page_is_short_and_is_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,12 @@ TRIED = """\
 | after the 78 steps, 2 facts of 12 kinds; held out 2 | | | 4.0e-3, 3.7e-4 | 100 | 2.29 | 6.03 | 3.75 ± 0.21 | .22 |
 | | | | | 200 | 1.46 | 6.26 | 4.80 ± 0.19 | .36 |
 | from step 226, 1 fact and what the document does not say | | | the same | 350 | 0.72 | 3.40 | 2.68 ± 0.14 | .50 |
+| anew, 246 steps of 1 fact, a word; held out 2 of 4 kinds | | | 1.6e-2, 1.5e-3 | 200 | 3.37 | 8.64 | 5.28 ± 0.31 | .30 |
+| from step 247, the same | | | 4.0e-3, 3.8e-4 | 300 | 3.86 | 10.32 | 6.46 ± 0.35 | .41 |
+| from step 302, 2 facts of 4 kinds | | | 6.4e-3, 6.0e-4 | 450 | 1.63 | 6.79 | 5.16 ± 0.19 | .33 |
+| from step 464, the same | | | 2.0e-3, 1.9e-4 | 650 | 1.23 | 6.98 | 5.75 ± 0.18 | .42 |
+| from step 652, 2 facts, most of different sorts of values | | | 4.0e-3, 3.8e-4 | 750 | 1.60 | 7.78 | 6.18 ± 0.25 | .34 |
+| then half of them two words of different kinds | | | the same | 950 | 1.46 | 6.58 | 5.12 ± 0.20 | .42 |
 
 Width: of the latents, and of what they read of a token: its key heads by their size. The narrow ones had LoRAs of rank 8, the
 wider ones of rank 4, and nothing was changed alone. Through one head of 48, 48 numbers pass of what a token is, of 576 in the
@@ -72,12 +78,20 @@ answers have in common, and a fifth of them mixed into words undid the words in 
 and right after single words, were not learnt either. In the first whole run 150 steps of one or two words at the full rates
 (the loss averaged by document) came between, and then two facts at once, other values and real text went along. The second
 whole run ended with step 1509 and is that of the tables below; the rows behind it go on from it, with twice the questions a
-row. The last rows begin anew with as many questions, which take as long as two rows of half as many: a loss of .3 after 60
+row. The next rows begin anew with as many questions, which take as long as two rows of half as many: a loss of .3 after 60
 steps of 8.5 s instead of 100 of 4.6 s. No pilot of them came to read the question, which of two facts shows as an exact match
 above .5: at the first rates gradient norms rose to 600; at 1/1.6 of them two facts stayed at .42 in training, at a quarter at
 .48, where the loss fell faster, since single words are read better. A second question that the document does not answer, to
 be answered with *unknown*, got what the first got, in 130 steps. Answers that are the sentence of the fact, as the base gives
-them, were no help: after 50 steps no word was read (a loss of .65 a token of 13, where a word alone was at .6)."""
+them, were no help: after 50 steps no word was read (a loss of .65 a token of 13, where a word alone was at .6).
+
+The last six rows are one more pilot anew, with the rows' old length. At a quarter of the rates single words went from a loss
+of .12 to .02 in twenty steps, and from an exact match of .95 to .99, all in training. It did not help two facts: of four kinds
+they stayed at .49 in training after 350 steps. Values of different sorts were told apart at once: two of a word, a digit, a
+month, a day, a given name, a colour and a good, each of one token, rose from .35 to .88 in training within 90 steps, or seven
+minutes. At the pilot's end (step 957) 74 documents that it had not seen, of values of two sorts, had .97 of their questions
+answered right, and none had one answer to both; two words of different kinds, the same model's, .47 (46 documents), 45 of them
+with one answer. So the LoRA offers both values, and the base's own expectation of an answer picks one."""
 
 
 @dataclass(frozen=True)

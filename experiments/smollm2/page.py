@@ -91,7 +91,11 @@ they stayed at .49 in training after 350 steps. Values of different sorts were t
 month, a day, a given name, a colour and a good, each of one token, rose from .35 to .88 in training within 90 steps, or seven
 minutes. At the pilot's end (step 957) 74 documents that it had not seen, of values of two sorts, had .97 of their questions
 answered right, and none had one answer to both; two words of different kinds, the same model's, .47 (46 documents), 45 of them
-with one answer. So the LoRA offers both values, and the base's own expectation of an answer picks one."""
+with one answer. It is the base's own expectation of an answer that picks the value, more than what the question is about:
+*Name a month of the year.*, which training never asked, was answered with the document's month in 17 of 18 documents that had
+one beside another sort, *Name a day of the week.* in 7 of 9, *a number* in 14 of 19, *a person* in 10 of 17, *a colour* in 5
+of 16 and *something that is sold* in 1 of 11. Nor was it the rates: at those of the pilot that did come to read the question
+(1.0e-2, 1.0e-3) two words stayed at .44 for 80 steps more."""
 
 
 @dataclass(frozen=True)
